@@ -1,0 +1,246 @@
+"""Links: veth pairs, bridges and their ports.
+
+Functions take the Session of the namespace in which the link is. A Link is what the kernel said at one moment.
+
+Sources: include/uapi/linux/if_link.h, net/core/rtnetlink.c, net/bridge/br_netlink.c, drivers/net/veth.c.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from kernel import netlink
+from kernel.errors import NotFound
+from kernel.netlink import Message, attr, attributes, nested, string, text, u32
+from kernel.session import Session
+
+IFNAMSIZ = 16  # with the NUL
+
+_NEWLINK, _DELLINK, _GETLINK, _SETLINK = 16, 17, 18, 19
+
+_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_MASTER = 1, 3, 4, 5, 10
+_IFLA_OPERSTATE, _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_NET_NS_FD = 16, 18, 20, 28
+_IFLA_EXT_MASK, _IFLA_PROMISCUITY, _IFLA_LINK_NETNSID, _IFLA_ALLMULTI = 29, 30, 37, 61
+_INFO_KIND, _INFO_DATA, _INFO_SLAVE_KIND, _INFO_SLAVE_DATA = 1, 2, 4, 5
+_VETH_INFO_PEER = 1
+_BRPORT_STATE, _BRPORT_HAIRPIN, _BRPORT_ISOLATED = 1, 4, 33
+_SKIP_STATISTICS = 1 << 3  # RTEXT_FILTER_SKIP_STATS: an answer half as long
+
+_IFF_UP, _IFF_PROMISC = 0x1, 0x100
+OPER_UP = 6
+BR_FORWARDING = 3
+
+_IFINFO = struct.Struct("=BxHiII")
+_U32 = struct.Struct("=I")
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A link as the kernel described it."""
+
+    index: int
+    name: str
+    kind: str  # "veth", "bridge", "" for devices without one
+    mac: str  # "02:42:0a:01:00:02", "" where it has none
+    mtu: int
+    up: bool  # administratively
+    operstate: int
+    master: int  # index, 0: none
+    peer: int  # IFLA_LINK: the other end's index, 0: none
+    promiscuous: bool
+    alias: str
+    port_state: int  # of a bridge port, -1: it is none
+    hairpin: bool
+    isolated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class VethSpec:
+    """A veth pair: the host's end in the Session's namespace, the container's end where `netns_fd` leads.
+
+    `mtu` 0 is the kernel's default, `mac` "" lets the kernel choose.
+    """
+
+    name: str
+    peer: str
+    netns_fd: int
+    mtu: int = 0
+    mac: str = ""
+
+
+def get(session: Session, name: str) -> Link:
+    """The link of that name.
+
+    Raises:
+        NotFound: there is none.
+    """
+    body = _IFINFO.pack(0, 0, 0, 0, 0) + string(_IFLA_IFNAME, name) + u32(_IFLA_EXT_MASK, _SKIP_STATISTICS)
+    return _parse(session.rtnl.get(Message(_GETLINK, 0, body, f"look up link {name}")))
+
+
+def find(session: Session, name: str) -> Link | None:
+    """The link of that name, or None."""
+    try:
+        return get(session, name)
+    except NotFound:
+        return None
+
+
+def by_index(session: Session, index: int) -> Link:
+    """The link of that index.
+
+    Raises:
+        NotFound: there is none.
+    """
+    body = _IFINFO.pack(0, 0, index, 0, 0) + u32(_IFLA_EXT_MASK, _SKIP_STATISTICS)
+    return _parse(session.rtnl.get(Message(_GETLINK, 0, body, f"look up link {index}")))
+
+
+def all_links(session: Session, master: int = 0) -> list[Link]:
+    """Every link of the namespace, or only the ports of one bridge."""
+    body = _IFINFO.pack(0, 0, 0, 0, 0) + u32(_IFLA_EXT_MASK, _SKIP_STATISTICS)
+    if master:
+        body += u32(_IFLA_MASTER, master)
+    return [_parse(answer) for answer in session.rtnl.dump(Message(_GETLINK, 0, body, "list links"))]
+
+
+def add_bridge(session: Session, name: str, mac: str, *, mtu: int = 0, alias: str = "") -> None:
+    """Make a bridge and bring it up.
+
+    Its MAC is given at birth, which pins it: a bridge without an address of its own takes the lowest of its ports'
+    (net/bridge/br_stp_if.c, br_stp_recalculate_bridge_id), and its neighbours' caches would go stale with each port.
+
+    Raises:
+        Exists: a link of that name is there.
+    """
+    body = _IFINFO.pack(0, 0, 0, _IFF_UP, _IFF_UP) + string(_IFLA_IFNAME, name) + attr(_IFLA_ADDRESS, packed_mac(mac))
+    if mtu:
+        body += u32(_IFLA_MTU, mtu)
+    body += nested(_IFLA_LINKINFO, string(_INFO_KIND, "bridge"))
+    flags = netlink.CREATE | netlink.EXCL
+    messages = [Message(_NEWLINK, flags, body, f"add bridge {name}")]
+    if alias:
+        # A link's creation ignores the alias (net/core/rtnetlink.c, rtnl_create_link): it takes a second message.
+        named = _IFINFO.pack(0, 0, 0, 0, 0) + string(_IFLA_IFNAME, name) + string(_IFLA_IFALIAS, alias)
+        messages.append(Message(_SETLINK, 0, named, f"set the alias of bridge {name}"))
+    session.rtnl.execute(messages)
+
+
+def add_veth(session: Session, spec: VethSpec, master: int = 0) -> None:
+    """Make a veth pair whose far end is born in the container's namespace under its final name.
+
+    The host's end is up and a port of `master` when this returns; the container's end is down.
+
+    Raises:
+        Exists: one of the two names is taken. Which one, the kernel does not say.
+    """
+    # The peer's own header: nothing set, so that it stays down until it has addresses.
+    peer = _IFINFO.pack(0, 0, 0, 0, 0) + string(_IFLA_IFNAME, spec.peer) + u32(_IFLA_NET_NS_FD, spec.netns_fd)
+    own = _IFINFO.pack(0, 0, 0, _IFF_UP, _IFF_UP) + string(_IFLA_IFNAME, spec.name)
+    if spec.mtu:
+        peer += u32(_IFLA_MTU, spec.mtu)
+        own += u32(_IFLA_MTU, spec.mtu)
+    if spec.mac:
+        peer += attr(_IFLA_ADDRESS, packed_mac(spec.mac))
+    if master:
+        own += u32(_IFLA_MASTER, master)
+    own += nested(_IFLA_LINKINFO, string(_INFO_KIND, "veth"), nested(_INFO_DATA, attr(_VETH_INFO_PEER | 0x8000, peer)))
+    what = f"add veth pair {spec.name} and {spec.peer}"
+    session.rtnl.execute([Message(_NEWLINK, netlink.CREATE | netlink.EXCL, own, what)])
+
+
+def delete(session: Session, name: str) -> bool:
+    """Delete a link by name; False where there was none. A veth's other end goes with it."""
+    body = _IFINFO.pack(0, 0, 0, 0, 0) + string(_IFLA_IFNAME, name)
+    try:
+        session.rtnl.execute([Message(_DELLINK, 0, body, f"delete link {name}")])
+    except NotFound:
+        return False
+    return True
+
+
+def set_up(session: Session, index: int) -> None:
+    """Bring a link up."""
+    session.rtnl.execute([up_message(index)])
+
+
+def up_message(index: int) -> Message:
+    """The request that brings a link up, to be batched with others."""
+    return Message(_NEWLINK, 0, _IFINFO.pack(0, 0, index, _IFF_UP, _IFF_UP), f"bring link {index} up")
+
+
+def set_down(session: Session, index: int) -> None:
+    """Take a link down."""
+    session.rtnl.execute([Message(_NEWLINK, 0, _IFINFO.pack(0, 0, index, 0, _IFF_UP), f"take link {index} down")])
+
+
+def set_promiscuous(session: Session, index: int, on: bool) -> None:
+    """Switch promiscuous mode."""
+    body = _IFINFO.pack(0, 0, index, _IFF_PROMISC if on else 0, _IFF_PROMISC)
+    session.rtnl.execute([Message(_NEWLINK, 0, body, f"switch promiscuous mode of link {index}")])
+
+
+def set_mac(session: Session, index: int, mac: str) -> None:
+    """Set a MAC. Also for the same one again: that pins a bridge's, and announces a container's (arp_notify)."""
+    body = _IFINFO.pack(0, 0, index, 0, 0) + attr(_IFLA_ADDRESS, packed_mac(mac))
+    session.rtnl.execute([Message(_NEWLINK, 0, body, f"set MAC {mac} on link {index}")])
+
+
+def set_port(session: Session, index: int, *, hairpin: bool, isolated: bool) -> None:
+    """Set a bridge port's hairpin and isolation."""
+    body = _IFINFO.pack(0, 0, index, 0, 0) + nested(
+        _IFLA_LINKINFO,
+        string(_INFO_SLAVE_KIND, "bridge"),
+        nested(
+            _INFO_SLAVE_DATA,
+            attr(_BRPORT_HAIRPIN, bytes([hairpin])),
+            attr(_BRPORT_ISOLATED, bytes([isolated])),
+        ),
+    )
+    session.rtnl.execute([Message(_NEWLINK, 0, body, f"set hairpin and isolation of port {index}")])
+
+
+def packed_mac(mac: str) -> bytes:
+    """Six bytes of "02:42:0a:01:00:02".
+
+    Raises:
+        ValueError: it is no MAC.
+    """
+    parts = mac.split(":")
+    if len(parts) != 6 or not all(1 <= len(part) <= 2 for part in parts):
+        raise ValueError(f"{mac!r} is no MAC address: want six hexadecimal bytes, such as 02:42:0a:01:00:02")
+    return bytes(int(part, 16) for part in parts)
+
+
+def mac_text(data: bytes) -> str:
+    """ "02:42:0a:01:00:02" of six bytes."""
+    return data.hex(":")
+
+
+def _parse(body: bytes) -> Link:
+    _family, _hardware, index, flags, _change = _IFINFO.unpack_from(body)
+    found = attributes(body, _IFINFO.size)
+    info = attributes(found.get(_IFLA_LINKINFO, b""))
+    port = attributes(info.get(_INFO_SLAVE_DATA, b"")) if text(info.get(_INFO_SLAVE_KIND)) == "bridge" else {}
+    return Link(
+        index=index,
+        name=text(found.get(_IFLA_IFNAME)),
+        kind=text(info.get(_INFO_KIND)),
+        mac=mac_text(found.get(_IFLA_ADDRESS, b"")),
+        mtu=_number(found, _IFLA_MTU),
+        up=bool(flags & _IFF_UP),
+        operstate=found.get(_IFLA_OPERSTATE, b"\0")[0],
+        master=_number(found, _IFLA_MASTER),
+        peer=_number(found, _IFLA_LINK),
+        promiscuous=bool(flags & _IFF_PROMISC) or _number(found, _IFLA_PROMISCUITY) > 0,
+        alias=text(found.get(_IFLA_IFALIAS)),
+        port_state=port[_BRPORT_STATE][0] if _BRPORT_STATE in port else -1,
+        hairpin=port.get(_BRPORT_HAIRPIN, b"\0") != b"\0",
+        isolated=port.get(_BRPORT_ISOLATED, b"\0") != b"\0",
+    )
+
+
+def _number(found: dict[int, bytes], kind: int) -> int:
+    data = found.get(kind)
+    return int(_U32.unpack(data)[0]) if data and len(data) == 4 else 0

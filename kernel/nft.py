@@ -1,0 +1,383 @@
+"""nftables: the static tables once, and elements of their sets at any time.
+
+Rules of this file
+- Two tables are ours: `inet netloom` and `bridge netloom`. Their chains and sets never change while a version runs;
+  everything per container is an element of a set. So the cost of a container does not grow with their number.
+- The tables are written by libnftables (in this process, no exec). It costs milliseconds, so it is done only when an
+  element was refused because its set is missing.
+- Elements go through nfnetlink directly: libnftables' own element commands read the whole table once it has an
+  interval set (12 ms at 10,000 elements), a batch of ours costs tens of microseconds at any size.
+- Each batch also adds the element 1 of the set `SCHEMA`. It is there already, so nothing happens; where the tables are
+  missing or of another version, the batch as a whole is refused with ENOENT, and the caller learns of it for free.
+- A batch takes effect as a whole or not at all (nf_tables commits by transaction).
+
+Sources: include/uapi/linux/netfilter/nf_tables.h, net/netfilter/nf_tables_api.c, libnftables(3).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import errno
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address, ip_network
+
+from kernel import netlink
+from kernel.errors import KernelError, NotFound, from_errno
+from kernel.link import packed_mac
+from kernel.netlink import Message, attr, attribute_list, attributes, nested, string, text
+from kernel.session import Session
+
+TABLE = "netloom"
+SCHEMA = "schema1"  # raise the number with every change of _TABLES
+
+# masq4, masq6: containers whose traffic leaves under the host's address.
+# nomasq4, nomasq6: (source network . destination network) where it does not.
+# guarded: bridge ports whose source MAC is checked; allowed: (port . MAC) that may pass there.
+# A port without an entry in `guarded` costs one hash look-up.
+_TABLES = f"""
+table inet {TABLE} {{
+	set {SCHEMA} {{
+		type mark
+		elements = {{ 1 }}
+	}}
+	set masq4 {{
+		type ipv4_addr
+	}}
+	set masq6 {{
+		type ipv6_addr
+	}}
+	set nomasq4 {{
+		type ipv4_addr . ipv4_addr
+		flags interval
+	}}
+	set nomasq6 {{
+		type ipv6_addr . ipv6_addr
+		flags interval
+	}}
+	chain postrouting {{
+		type nat hook postrouting priority srcnat; policy accept;
+		ip saddr @masq4 ip daddr != 224.0.0.0/4 ip saddr . ip daddr != @nomasq4 masquerade
+		ip6 saddr @masq6 ip6 daddr != ff00::/8 ip6 saddr . ip6 daddr != @nomasq6 masquerade
+	}}
+}}
+table bridge {TABLE} {{
+	set {SCHEMA} {{
+		type mark
+		elements = {{ 1 }}
+	}}
+	set guarded {{
+		type ifname
+	}}
+	set allowed {{
+		type ifname . ether_addr
+	}}
+	chain prerouting {{
+		type filter hook prerouting priority dstnat; policy accept;
+		iifname @guarded iifname . ether saddr != @allowed counter drop
+	}}
+}}
+"""
+
+_FAMILIES = {"inet": 1, "bridge": 7}
+
+# What each set's key is made of.
+_SETS: dict[str, tuple[str, tuple[str, ...]]] = {
+    SCHEMA: ("inet", ("mark",)),
+    "masq4": ("inet", ("ip",)),
+    "masq6": ("inet", ("ip",)),
+    "nomasq4": ("inet", ("network", "network")),
+    "nomasq6": ("inet", ("network", "network")),
+    "guarded": ("bridge", ("ifname",)),
+    "allowed": ("bridge", ("ifname", "mac")),
+}
+
+_SUBSYSTEM = 10 << 8
+_GETSET = _SUBSYSTEM | 10
+_SET_NAME = 2
+_NEWSETELEM, _GETSETELEM, _DELSETELEM = _SUBSYSTEM | 12, _SUBSYSTEM | 13, _SUBSYSTEM | 14
+_BATCH_BEGIN, _BATCH_END = 16, 17
+_LIST_TABLE, _LIST_SET, _LIST_ELEMENTS = 1, 2, 3
+_ELEM_KEY, _ELEM_USERDATA, _ELEM_KEY_END = 1, 6, 10
+_DATA_VALUE = 1
+_UDATA_COMMENT = 0
+_HEADER = struct.Struct(">BBH")
+# In one message: an attribute's length has 16 bits, and the largest element with its comment takes under 240 bytes.
+_BATCH_ELEMENTS = 256
+_BATCH_BODY = struct.pack(">BBH", 0, 0, 10)
+
+
+@dataclass(frozen=True, slots=True)
+class Element:
+    """An element of one of our sets. `key` is as people write it: ("10.1.0.2",) or ("veth12", "02:42:0a:01:00:02").
+
+    `comment` names the owner, for the reader of `nft list table inet netloom`.
+    """
+
+    set: str
+    key: tuple[str, ...]
+    comment: str = ""
+
+    @property
+    def family(self) -> str:
+        """The table's family: "inet" or "bridge"."""
+        return _SETS[self.set][0]
+
+
+def masquerade(address: str, network: str, owner: str) -> list[Element]:
+    """What makes a container's traffic leave under the host's address, except towards its own network.
+
+    Args:
+        address: "10.1.0.2".
+        network: "10.1.0.0/16".
+        owner: for the comment.
+    """
+    version = ip_address(address).version
+    return [
+        Element(f"masq{version}", (address,), owner),
+        Element(f"nomasq{version}", (network, network)),
+    ]
+
+
+def spoof_check(port: str, mac: str, owner: str) -> list[Element]:
+    """What drops frames that enter a bridge port with another source MAC than this."""
+    return [Element("allowed", (port, mac), owner), Element("guarded", (port,), owner)]
+
+
+def add(session: Session, elements: Sequence[Element]) -> None:
+    """Add elements; those that are there already are left as they are. Makes the tables where they are missing."""
+    if not elements:
+        return
+    try:
+        _change(session, _NEWSETELEM, elements, netlink.CREATE)
+    except NotFound:
+        ensure_tables(session)
+        _change(session, _NEWSETELEM, elements, netlink.CREATE)
+
+
+def delete(session: Session, elements: Iterable[Element]) -> None:
+    """Remove elements; those that are not there are no failure."""
+    wanted = list(elements)
+    if not wanted:
+        return
+    try:
+        _change(session, _DELSETELEM, wanted, 0)
+    except NotFound:
+        # One missing element fails the whole batch, and each failed batch waits for RCU (15 ms): look, then remove.
+        there = [element for element in wanted if present(session, element)]
+        if there:
+            _change(session, _DELSETELEM, there, 0)
+
+
+def present(session: Session, element: Element) -> bool:
+    """Whether the set holds exactly this element."""
+    message = Message(_GETSETELEM, 0, _body([element]), f"look up {element.key} in set {element.set}")
+    try:
+        body = session.netfilter.get(message)
+    except NotFound:
+        return False
+    return any(_same_key(element, found) for found in _parse(element.set, body))
+
+
+def all_elements(session: Session, set_name: str) -> list[Element]:
+    """Every element of one of our sets; none where the table is missing."""
+    family = _FAMILIES[_SETS[set_name][0]]
+    body = _HEADER.pack(family, 0, 0) + string(_LIST_TABLE, TABLE) + string(_LIST_SET, set_name)
+    try:
+        parts = list(session.netfilter.dump(Message(_GETSETELEM, 0, body, f"list set {set_name}")))
+    except NotFound:
+        return []
+    return [element for part in parts for element in _parse(set_name, part)]
+
+
+def element_sets() -> list[str]:
+    """The sets that hold what attachments want."""
+    return [name for name in _SETS if name != SCHEMA]
+
+
+def ensure_tables(session: Session) -> None:
+    """Write our two tables where they are missing or of another version; elements of this version's sets are kept."""
+    if _current(session):
+        return
+    stale = "".join(f"table {family} {TABLE}\ndelete table {family} {TABLE}\n" for family in _FAMILIES)
+    run(stale + _TABLES, "write the tables of Netloom")
+
+
+def delete_tables(session: Session) -> None:
+    """Remove both tables, if they are there."""
+    del session
+    run(
+        "".join(f"table {family} {TABLE}\ndelete table {family} {TABLE}\n" for family in _FAMILIES),
+        "remove the tables of Netloom",
+    )
+
+
+def _current(session: Session) -> bool:
+    for family in _FAMILIES.values():
+        body = _HEADER.pack(family, 0, 0) + string(_LIST_TABLE, TABLE) + string(_SET_NAME, SCHEMA)
+        try:
+            session.netfilter.get(Message(_GETSET, 0, body, "look for the tables of Netloom"))
+        except NotFound:
+            return False
+    return True
+
+
+def run(commands: str, what: str) -> None:
+    """Let libnftables run commands in the calling thread's namespace, as one transaction.
+
+    Raises:
+        KernelError: it is not installed, or it refused; with its own words.
+    """
+    library = _library()
+    context = library.nft_ctx_new(0)
+    if not context:
+        raise KernelError(what, errno.ENOMEM, "libnftables gave no context")
+    try:
+        library.nft_ctx_buffer_error(context)
+        if library.nft_run_cmd_from_buffer(context, commands.encode()) != 0:
+            words = library.nft_ctx_get_error_buffer(context) or b""
+            first = words.decode(errors="replace").strip().splitlines()
+            number = next(
+                (n for n in (errno.EPERM, errno.ENOENT) if os.strerror(n) in words.decode(errors="replace")), 0
+            )
+            raise from_errno(what, number, first[0] if first else "libnftables refused")
+    finally:
+        library.nft_ctx_free(context)
+
+
+_loaded: ctypes.CDLL | None = None
+
+
+def _library() -> ctypes.CDLL:
+    global _loaded  # noqa: PLW0603 - one library a process
+    if _loaded is None:
+        try:
+            library = ctypes.CDLL("libnftables.so.1")
+        except OSError as error:
+            raise KernelError("load libnftables", errno.ENOENT, f"{error}; install the package libnftables1") from error
+        library.nft_ctx_new.restype = ctypes.c_void_p
+        library.nft_ctx_new.argtypes = [ctypes.c_uint32]
+        library.nft_ctx_free.argtypes = [ctypes.c_void_p]
+        library.nft_ctx_buffer_error.argtypes = [ctypes.c_void_p]
+        library.nft_ctx_get_error_buffer.argtypes = [ctypes.c_void_p]
+        library.nft_ctx_get_error_buffer.restype = ctypes.c_char_p
+        library.nft_run_cmd_from_buffer.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+        _loaded = library
+    return _loaded
+
+
+def _change(session: Session, kind: int, elements: Sequence[Element], flags: int) -> None:
+    verb = "add" if kind == _NEWSETELEM else "remove"
+    messages = [Message(_NEWSETELEM, netlink.CREATE, _body([_MARKER]), "check the tables of Netloom")]
+    for start in range(0, len(elements), _BATCH_ELEMENTS):
+        by_set: dict[str, list[Element]] = {}
+        for element in elements[start : start + _BATCH_ELEMENTS]:
+            by_set.setdefault(element.set, []).append(element)
+        for name, members in by_set.items():
+            first = " . ".join(members[0].key) + (f" and {len(members) - 1} more" if len(members) > 1 else "")
+            messages.append(Message(kind, flags, _body(members), f"{verb} {first} in nftables set {name}"))
+    begin = Message(_BATCH_BEGIN, 0, _BATCH_BODY, "begin an nftables batch")
+    end = Message(_BATCH_END, 0, _BATCH_BODY, "end an nftables batch")
+    for error in session.netfilter.transact(begin, messages, end):
+        if error is not None:
+            raise error
+
+
+def _body(elements: Sequence[Element]) -> bytes:
+    """The body of a message about elements of one set."""
+    family, kinds = _SETS[elements[0].set]
+    return (
+        _HEADER.pack(_FAMILIES[family], 0, 0)
+        + string(_LIST_TABLE, TABLE)
+        + string(_LIST_SET, elements[0].set)
+        + nested(_LIST_ELEMENTS, *(nested(1, *_item(kinds, element)) for element in elements))
+    )
+
+
+def _item(kinds: tuple[str, ...], element: Element) -> list[bytes]:
+    start, end = _key(kinds, element.key)
+    parts = [nested(_ELEM_KEY, attr(_DATA_VALUE, start))]
+    if end is not None:
+        parts.append(nested(_ELEM_KEY_END, attr(_DATA_VALUE, end)))
+    if element.comment:
+        comment = element.comment.encode()[:127] + b"\0"
+        parts.append(attr(_ELEM_USERDATA, bytes([_UDATA_COMMENT, len(comment)]) + comment))
+    return parts
+
+
+def _key(kinds: tuple[str, ...], values: tuple[str, ...]) -> tuple[bytes, bytes | None]:
+    """The key's bytes, and those of its end where it is an interval. Each part is padded to four bytes, as
+    concatenations are laid out in registers."""
+    if len(kinds) != len(values):
+        raise ValueError(f"an element of this set has {len(kinds)} parts, not {values!r}")
+    start = end = b""
+    interval = False
+    for kind, value in zip(kinds, values, strict=True):
+        low, high = _part(kind, value)
+        interval |= kind == "network"
+        # A set of one type is not padded: its key length is the type's own.
+        padding = b"\0" * (-len(low) % 4) if len(kinds) > 1 else b""
+        start += low + padding
+        end += high + padding
+    return start, end if interval else None
+
+
+def _part(kind: str, value: str) -> tuple[bytes, bytes]:
+    if kind == "network":
+        network = ip_network(value)
+        return network.network_address.packed, network.broadcast_address.packed
+    if kind == "ip":
+        packed = ip_address(value).packed
+    elif kind == "ifname":
+        packed = value.encode().ljust(16, b"\0")
+    elif kind == "mac":
+        packed = packed_mac(value)
+    else:  # a mark is a number in the machine's order
+        packed = struct.pack("=I", int(value))
+    return packed, packed
+
+
+def _parse(set_name: str, body: bytes) -> list[Element]:
+    _family, kinds = _SETS[set_name]
+    elements = []
+    for _kind, item in attribute_list(attributes(body, _HEADER.size).get(_LIST_ELEMENTS, b"")):
+        found = attributes(item)
+        start = attributes(found.get(_ELEM_KEY, b"")).get(_DATA_VALUE, b"")
+        end = attributes(found.get(_ELEM_KEY_END, b"")).get(_DATA_VALUE, start)
+        data = found.get(_ELEM_USERDATA, b"")
+        comment = text(data[2:]) if data[:1] == bytes([_UDATA_COMMENT]) else ""
+        elements.append(Element(set_name, _values(kinds, set_name, start, end), comment))
+    return elements
+
+
+def _values(kinds: tuple[str, ...], set_name: str, start: bytes, end: bytes) -> tuple[str, ...]:
+    size = 16 if set_name.endswith("6") else 4
+    sizes = {"network": size, "ip": size, "ifname": 16, "mac": 6, "mark": 4}
+    values = []
+    offset = 0
+    for kind in kinds:
+        low, high = start[offset : offset + sizes[kind]], end[offset : offset + sizes[kind]]
+        if kind == "network":
+            width = (int.from_bytes(low, "big") ^ int.from_bytes(high, "big")).bit_length()
+            values.append(f"{ip_address(low)}/{size * 8 - width}")
+        elif kind == "ip":
+            values.append(str(ip_address(low)))
+        elif kind == "ifname":
+            values.append(text(low))
+        elif kind == "mac":
+            values.append(low.hex(":"))
+        else:
+            values.append(str(struct.unpack("=I", low)[0]))
+        offset += (sizes[kind] + 3) & ~3
+    return tuple(values)
+
+
+def _same_key(wanted: Element, found: Element) -> bool:
+    kinds = _SETS[wanted.set][1]
+    return _key(kinds, wanted.key) == _key(kinds, found.key)
+
+
+_MARKER = Element(SCHEMA, ("1",))

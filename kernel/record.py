@@ -1,0 +1,231 @@
+"""Attachment records: what each attachment wants of the host's kernel, on disk before the kernel is touched.
+
+One file per (network, container id, ifname, plugin): `<run dir>/attachments/<network>/<container id>@<ifname>.<plugin>`.
+From them a flushed nftables table is restored, and a DEL without namespace or prevResult knows what to remove. They
+live in the run directory and are not synced: no container survives a power cut.
+
+Elements that several attachments of a network want together ("shared", such as the network's exemption from
+masquerade) are counted by markers, `<run dir>/shared/<hash>/<network>`, so that the last DEL of the last network that
+wants one removes it, in constant time.
+
+One lock for the host, `<run dir>/attachments.lock`:
+- shared, while a record is written, and while elements and their record are removed together;
+- exclusive, while the elements of a network's last attachment go, and while the tables are rebuilt.
+So an element never outlives its record, nor is one removed that a newer record wants.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import msgspec
+
+from kernel import nft
+from kernel.nft import Element
+from kernel.session import Session
+
+_VERSION = 1
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,160}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """Whose record. `plugin` is the CNI type: each plugin of a chain keeps its own."""
+
+    network: str
+    container_id: str
+    ifname: str
+    plugin: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What an attachment wants of the host's kernel, and where its container lives."""
+
+    key: Key
+    netns: str = ""  # path, as the runtime gave it
+    netns_inode: int = 0  # 0: unknown
+    netns_cookie: int = 0  # 0: unknown
+    links: tuple[str, ...] = ()  # host links that belong to this attachment alone
+    bridge: str = ""  # the bridge it hangs on, "" for none
+    elements: tuple[Element, ...] = ()  # of this attachment alone
+    shared: tuple[Element, ...] = ()  # of all attachments of the network
+    version: int = field(default=_VERSION)
+
+
+class Records:
+    """The records of one host, in its run directory. Any number of processes may use them at once."""
+
+    def __init__(self, run_dir: str) -> None:
+        self._root = os.path.join(run_dir, "attachments")
+        self._shared = os.path.join(run_dir, "shared")
+        self._lock = os.path.join(run_dir, "attachments.lock")
+        self._run_dir = run_dir
+
+    def write(self, record: Record) -> None:
+        """Write or replace a record."""
+        path = self._path(record.key)
+        data = msgspec.json.encode(record)
+        with self._locked(fcntl.LOCK_SH):
+            temporary = f"{path}.{os.getpid()}.tmp"
+            try:
+                fd = self._create(temporary)
+            except FileNotFoundError:
+                os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+                fd = self._create(temporary)
+            try:
+                os.write(fd, data)
+            finally:
+                os.close(fd)
+            os.rename(temporary, path)
+            for element in record.shared:
+                self._mark(element, record.key.network)
+
+    def read(self, key: Key) -> Record | None:
+        """The record, or None. An unreadable one counts as none: it was never finished."""
+        return _load(self._path(key))
+
+    def all(self) -> Iterator[Record]:
+        """Every record of the host, in no order; what cannot be read is passed over."""
+        for directory in _entries(self._root):
+            for path in _entries(directory):
+                if not path.endswith(".tmp"):
+                    record = _load(path)
+                    if record is not None:
+                        yield record
+
+    def of_network(self, network: str, plugin: str) -> Iterator[Record]:
+        """The records of one network and plugin."""
+        for path in _entries(os.path.join(self._root, _name(network))):
+            if path.endswith(f".{plugin}"):
+                record = _load(path)
+                if record is not None and record.key.network == network:
+                    yield record
+
+    def remove(self, session: Session, record: Record) -> None:
+        """Take the attachment's elements out of the kernel, then its record; the network's with the last one."""
+        with self._locked(fcntl.LOCK_SH):
+            nft.delete(session, record.elements)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path(record.key))
+        directory = os.path.join(self._root, _name(record.key.network))
+        if not _is_empty(directory):
+            return
+        with self._locked(fcntl.LOCK_EX):
+            try:
+                os.rmdir(directory)
+            except OSError:
+                return  # somebody was faster, or a new attachment came
+            nft.delete(session, self._unmark(record.key.network))
+
+    def rebuild(self, session: Session) -> tuple[int, int]:
+        """Make our nftables tables hold exactly what the records want.
+
+        Returns:
+            How many elements were missing, and how many had no record.
+        """
+        with self._locked(fcntl.LOCK_EX):
+            nft.ensure_tables(session)
+            wanted = {(e.set, e.key): e for record in self.all() for e in (*record.elements, *record.shared)}
+            present = {(e.set, e.key): e for name in nft.element_sets() for e in nft.all_elements(session, name)}
+            missing = [element for key, element in wanted.items() if key not in present]
+            stale = [element for key, element in present.items() if key not in wanted]
+            nft.add(session, missing)
+            nft.delete(session, stale)
+            return len(missing), len(stale)
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keep every other process from writing or removing records for the duration of the block."""
+        with self._locked(fcntl.LOCK_EX):
+            yield
+
+    def _path(self, key: Key) -> str:
+        name = f"{_name(key.container_id)}@{_name(key.ifname)}.{key.plugin}"
+        return os.path.join(self._root, _name(key.network), name)
+
+    @staticmethod
+    def _create(path: str) -> int:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+
+    @contextmanager
+    def _locked(self, how: int) -> Iterator[None]:
+        try:
+            fd = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:
+            os.makedirs(self._run_dir, 0o755, exist_ok=True)
+            fd = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, how)
+            yield
+        finally:
+            os.close(fd)
+
+    def _mark(self, element: Element, network: str) -> None:
+        directory = os.path.join(self._shared, _digest(element))
+        marker = os.path.join(directory, _name(network))
+        if os.path.exists(marker):
+            return
+        os.makedirs(directory, 0o700, exist_ok=True)
+        fd = self._create(marker)
+        try:
+            os.write(fd, msgspec.json.encode(element))
+        finally:
+            os.close(fd)
+
+    def _unmark(self, network: str) -> list[Element]:
+        """Drop the network's markers; the elements that now no network wants."""
+        unwanted = []
+        for directory in _entries(self._shared):
+            marker = os.path.join(directory, _name(network))
+            try:
+                with open(marker, "rb") as file:
+                    element = msgspec.json.decode(file.read(), type=Element)
+                os.unlink(marker)
+                os.rmdir(directory)
+            except (OSError, msgspec.MsgspecError):
+                continue  # not this network's, or another network wants it too
+            unwanted.append(element)
+        return unwanted
+
+
+def _name(text: str) -> str:
+    """A file's name for any text: itself where that is short and plain, else a digest of it."""
+    if _PLAIN.fullmatch(text):
+        return text
+    return "~" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digest(element: Element) -> str:
+    return hashlib.sha256(repr((element.set, element.key)).encode()).hexdigest()[:32]
+
+
+def _entries(directory: str) -> list[str]:
+    try:
+        return [os.path.join(directory, name) for name in os.listdir(directory)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _is_empty(directory: str) -> bool:
+    try:
+        with os.scandir(directory) as entries:
+            return next(entries, None) is None
+    except FileNotFoundError:
+        return False
+
+
+def _load(path: str) -> Record | None:
+    try:
+        with open(path, "rb") as file:
+            record = msgspec.json.decode(file.read(), type=Record)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return record if record.version == _VERSION else None

@@ -1,0 +1,120 @@
+"""Routes.
+
+Sources: include/uapi/linux/rtnetlink.h, net/ipv4/fib_frontend.c, net/ipv6/route.c.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+
+from kernel import netlink
+from kernel.errors import NotFound
+from kernel.netlink import Message, attr, attributes, nested, u32
+from kernel.session import Session
+
+_NEWROUTE, _DELROUTE, _GETROUTE = 24, 25, 26
+_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_METRICS, _RTA_TABLE = 1, 4, 5, 6, 8, 15
+_RTAX_MTU, _RTAX_ADVMSS = 2, 8
+_RTN_UNICAST = 1
+_RTPROT_BOOT = 3
+_FLAG_CLONED = 0x200
+MAIN = 254
+SCOPE_UNIVERSE, SCOPE_LINK = 0, 253
+
+_RTMSG = struct.Struct("=BBBBBBBBI")
+
+AnyNetwork = IPv4Network | IPv6Network
+AnyAddress = IPv4Address | IPv6Address
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A unicast route. `table` None is the main table; `scope` None lets the kernel's rule decide: link without a
+    gateway, universe with one; `priority`, `mtu` and `advmss` 0 are unset."""
+
+    dst: AnyNetwork
+    index: int
+    gateway: AnyAddress | None = None
+    priority: int = 0
+    table: int | None = None
+    scope: int | None = None
+    mtu: int = 0
+    advmss: int = 0
+
+
+def add_message(route: Route) -> Message:
+    """The request that adds a route; a second one to the same destination becomes a further next hop of it."""
+    what = f"add route {route.dst} via {route.gateway or 'link'} on link {route.index}"
+    return Message(_NEWROUTE, netlink.CREATE | netlink.APPEND, _pack(route), what)
+
+
+def add(session: Session, route: Route) -> None:
+    """Add a route."""
+    session.rtnl.execute([add_message(route)])
+
+
+def delete(session: Session, route: Route) -> bool:
+    """Remove a route; False where it was not there."""
+    try:
+        session.rtnl.execute([Message(_DELROUTE, 0, _pack(route), f"remove route {route.dst}")])
+    except NotFound:
+        return False
+    return True
+
+
+def all_routes(session: Session, family: int) -> list[Route]:
+    """Every unicast route of one family (4 or 6), all tables, without cached ones."""
+    number = socket.AF_INET if family == 4 else socket.AF_INET6
+    request = Message(_GETROUTE, 0, _RTMSG.pack(number, 0, 0, 0, 0, 0, 0, 0, 0), "list routes")
+    found = []
+    for body in session.rtnl.dump(request):
+        header = _RTMSG.unpack_from(body)
+        if header[7] == _RTN_UNICAST and not header[8] & _FLAG_CLONED:
+            found.append(_parse(body))
+    return found
+
+
+def _pack(route: Route) -> bytes:
+    family = socket.AF_INET if route.dst.version == 4 else socket.AF_INET6
+    scope = route.scope
+    if scope is None:
+        scope = SCOPE_UNIVERSE if route.gateway is not None or route.dst.version == 6 else SCOPE_LINK
+    table = MAIN if route.table is None else route.table
+    # The header has one byte for the table; the attribute holds what is larger.
+    body = _RTMSG.pack(
+        family, route.dst.prefixlen, 0, 0, table if table < 256 else 0, _RTPROT_BOOT, scope, _RTN_UNICAST, 0
+    )
+    body += attr(_RTA_DST, route.dst.network_address.packed) + u32(_RTA_OIF, route.index) + u32(_RTA_TABLE, table)
+    if route.gateway is not None:
+        body += attr(_RTA_GATEWAY, route.gateway.packed)
+    if route.priority:
+        body += u32(_RTA_PRIORITY, route.priority)
+    metrics = [u32(kind, value) for kind, value in ((_RTAX_MTU, route.mtu), (_RTAX_ADVMSS, route.advmss)) if value]
+    if metrics:
+        body += nested(_RTA_METRICS, *metrics)
+    return body
+
+
+def _parse(body: bytes) -> Route:
+    family, length, _source, _tos, table, _protocol, scope, _kind, _flags = _RTMSG.unpack_from(body)
+    found = attributes(body, _RTMSG.size)
+    any_address = "0.0.0.0" if family == socket.AF_INET else "::"  # noqa: S104 - a destination, not a listener
+    dst = ip_address(found[_RTA_DST]) if _RTA_DST in found else any_address
+    metrics = attributes(found.get(_RTA_METRICS, b""))
+    return Route(
+        dst=ip_network(f"{dst}/{length}"),
+        index=_number(found.get(_RTA_OIF)),
+        gateway=ip_address(found[_RTA_GATEWAY]) if _RTA_GATEWAY in found else None,
+        priority=_number(found.get(_RTA_PRIORITY)),
+        table=_number(found[_RTA_TABLE]) if _RTA_TABLE in found else table,
+        scope=scope,
+        mtu=_number(metrics.get(_RTAX_MTU)),
+        advmss=_number(metrics.get(_RTAX_ADVMSS)),
+    )
+
+
+def _number(data: bytes | None) -> int:
+    return int.from_bytes(data, "little") if data else 0
