@@ -1,0 +1,73 @@
+# Two commands matter: `make demo` and `make test`. Every target sees to its own set-up (build/run, build/setup).
+# All paths here are relative: the clone may live anywhere, also below a folder with spaces in its name.
+.DEFAULT_GOAL := help
+.SUFFIXES:
+SHELL := /bin/sh
+PYTHON := .venv/bin/python
+RUN := sh build/run
+PYTEST := $(PYTHON) -m pytest
+GROUPS := peers runtimes cluster docker hosts vm
+# What the two core groups do not look into: the groups of their own.
+CORE := $(foreach group,$(GROUPS),--ignore=tests/$(group)) tests
+# For example: make test-unit ARGS='-k allocator -x'
+ARGS :=
+
+.PHONY: help venv lint format test test-unit test-kernel $(addprefix test-,$(GROUPS)) \
+	demo bench bench-check protos protos-check update-pins clean
+
+help: ## list these targets
+	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)$$/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '%-15s %s\n' "$$name" "$$text"; done
+
+venv:
+	@$(RUN) plain true
+
+lint: ## ruff (rules and format), mypy --strict, and whether the generated protobuf code is up to date
+	@$(RUN) plain $(PYTHON) -m ruff check .
+	@$(RUN) plain $(PYTHON) -m ruff format --check .
+	@$(RUN) plain $(PYTHON) -m mypy .
+	@$(RUN) plain sh build/protos check
+
+format: ## let ruff format the code and repair what it can
+	@$(RUN) plain $(PYTHON) -m ruff format .
+	@$(RUN) plain $(PYTHON) -m ruff check --fix .
+
+test: ## the suite for contributors: unit and kernel tests, as root, under 15 minutes
+	@$(RUN) test $(PYTEST) $(CORE) $(ARGS)
+
+test-unit: ## tests that need neither root nor a network namespace
+	@$(RUN) plain $(PYTEST) -m "not kernel" $(CORE) $(ARGS)
+
+test-kernel: ## tests in real network namespaces (root)
+	@$(RUN) test $(PYTEST) -m kernel $(CORE) $(ARGS)
+
+test-peers: ## the same configurations through Debian's reference plugins, compared (root)
+test-runtimes: ## podman, containerd and other real clients (root)
+test-cluster: ## several nodes and a real etcd (root)
+test-docker: ## dockerd with the Docker shim (root)
+test-hosts: ## several hosts, joined by an underlay (root)
+test-vm: ## what needs a kernel that this machine lacks, in a virtual machine (root)
+$(addprefix test-,$(GROUPS)):
+	@if test -d "tests/$(@:test-%=%)"; then $(RUN) $(@:test-%=%) $(PYTEST) "tests/$(@:test-%=%)" $(ARGS); \
+	else echo "$@: there are no tests in tests/$(@:test-%=%) yet"; fi
+
+demo: ## one host from end to end: two containers get addresses, ping each other, and go away again (root)
+	@$(RUN) demo $(PYTHON) -m demo
+
+bench: ## time taken, side by side with Debian's reference plugins; writes out/bench.json (root)
+	@$(RUN) test $(PYTHON) -m bench $(ARGS)
+
+bench-check: ## as bench, and exit 1 when a row is over its limit (root)
+	@$(RUN) test $(PYTHON) -m bench --check $(ARGS)
+
+protos: ## write the Python code of protos/*/v1/*.proto
+	@$(RUN) plain sh build/protos write
+
+protos-check: ## fail when that code is not what the .proto files say
+	@$(RUN) plain sh build/protos check
+
+update-pins: ## write build/constraints.txt anew: the newest versions that pyproject.toml allows
+	@NETLOOM_UNPINNED=1 $(RUN) plain sh build/pins
+
+clean: ## remove what the other targets made: .venv, out/ and caches
+	@rm -rf .venv out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
