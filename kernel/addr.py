@@ -13,7 +13,7 @@ from ipaddress import IPv4Interface, IPv6Interface, ip_address, ip_interface
 from kernel import netlink
 from kernel.errors import NotFound
 from kernel.netlink import Message, attr, attributes, u32
-from kernel.session import Session
+from kernel.session import Door
 
 _NEWADDR, _DELADDR, _GETADDR = 20, 21, 22
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_BROADCAST, _IFA_FLAGS = 1, 2, 4, 8
@@ -63,33 +63,33 @@ def add_message(index: int, interface: AnyInterface, *, dad: bool = False) -> Me
     return Message(_NEWADDR, netlink.CREATE | netlink.EXCL, body, f"add address {interface} to link {index}")
 
 
-def add(session: Session, index: int, interface: AnyInterface, *, dad: bool = False) -> None:
+def add(door: Door, index: int, interface: AnyInterface, *, dad: bool = False) -> None:
     """Add an address.
 
     Raises:
         Exists: the link has it already.
     """
-    session.rtnl.execute([add_message(index, interface, dad=dad)])
+    door.rtnl.execute([add_message(index, interface, dad=dad)])
 
 
-def delete(session: Session, index: int, interface: AnyInterface) -> bool:
+def delete(door: Door, index: int, interface: AnyInterface) -> bool:
     """Remove an address; False where it was not there."""
     family = socket.AF_INET if interface.version == 4 else socket.AF_INET6
     packed = interface.ip.packed
     body = _IFADDR.pack(family, interface.network.prefixlen, 0, 0, index)
     body += attr(_IFA_LOCAL, packed) + attr(_IFA_ADDRESS, packed)
     try:
-        session.rtnl.execute([Message(_DELADDR, 0, body, f"remove address {interface} from link {index}")])
+        door.rtnl.execute([Message(_DELADDR, 0, body, f"remove address {interface} from link {index}")])
     except NotFound:
         return False
     return True
 
 
-def all_addresses(session: Session, index: int = 0, family: int = 0) -> list[Address]:
+def all_addresses(door: Door, index: int = 0, family: int = 0) -> list[Address]:
     """Every address of the namespace, or of one link and one family (4 or 6)."""
     family_number = {0: 0, 4: socket.AF_INET, 6: socket.AF_INET6}[family]
     try:
-        answers = session.rtnl.dump(Message(_GETADDR, 0, _IFADDR.pack(family_number, 0, 0, 0, index), "list addresses"))
+        answers = door.rtnl.dump(Message(_GETADDR, 0, _IFADDR.pack(family_number, 0, 0, 0, index), "list addresses"))
     except NotFound:
         return []
     return [_parse(body) for body in answers]

@@ -1,6 +1,6 @@
 """Links: veth pairs, bridges and their ports.
 
-Functions take the Session of the namespace in which the link is. A Link is what the kernel said at one moment.
+Functions take the Door to the namespace in which the link is. A Link is what the kernel said at one moment.
 
 Sources: include/uapi/linux/if_link.h, net/core/rtnetlink.c, net/bridge/br_netlink.c, drivers/net/veth.c.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from kernel import netlink
 from kernel.errors import NotFound
 from kernel.netlink import Message, attr, attributes, nested, string, text, u32
-from kernel.session import Session
+from kernel.session import Door
 
 IFNAMSIZ = 16  # with the NUL
 
@@ -57,7 +57,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class VethSpec:
-    """A veth pair: the host's end in the Session's namespace, the container's end where `netns_fd` leads.
+    """A veth pair: the host's end in the Door's namespace, the container's end where `netns_fd` leads.
 
     `mtu` 0 is the kernel's default, `mac` "" lets the kernel choose.
     """
@@ -69,43 +69,43 @@ class VethSpec:
     mac: str = ""
 
 
-def get(session: Session, name: str) -> Link:
+def get(door: Door, name: str) -> Link:
     """The link of that name.
 
     Raises:
         NotFound: there is none.
     """
     body = _IFINFO.pack(0, 0, 0, 0, 0) + string(_IFLA_IFNAME, name) + u32(_IFLA_EXT_MASK, _SKIP_STATISTICS)
-    return _parse(session.rtnl.get(Message(_GETLINK, 0, body, f"look up link {name}")))
+    return _parse(door.rtnl.get(Message(_GETLINK, 0, body, f"look up link {name}")))
 
 
-def find(session: Session, name: str) -> Link | None:
+def find(door: Door, name: str) -> Link | None:
     """The link of that name, or None."""
     try:
-        return get(session, name)
+        return get(door, name)
     except NotFound:
         return None
 
 
-def by_index(session: Session, index: int) -> Link:
+def by_index(door: Door, index: int) -> Link:
     """The link of that index.
 
     Raises:
         NotFound: there is none.
     """
     body = _IFINFO.pack(0, 0, index, 0, 0) + u32(_IFLA_EXT_MASK, _SKIP_STATISTICS)
-    return _parse(session.rtnl.get(Message(_GETLINK, 0, body, f"look up link {index}")))
+    return _parse(door.rtnl.get(Message(_GETLINK, 0, body, f"look up link {index}")))
 
 
-def all_links(session: Session, master: int = 0) -> list[Link]:
+def all_links(door: Door, master: int = 0) -> list[Link]:
     """Every link of the namespace, or only the ports of one bridge."""
     body = _IFINFO.pack(0, 0, 0, 0, 0) + u32(_IFLA_EXT_MASK, _SKIP_STATISTICS)
     if master:
         body += u32(_IFLA_MASTER, master)
-    return [_parse(answer) for answer in session.rtnl.dump(Message(_GETLINK, 0, body, "list links"))]
+    return [_parse(answer) for answer in door.rtnl.dump(Message(_GETLINK, 0, body, "list links"))]
 
 
-def add_bridge(session: Session, name: str, mac: str, *, mtu: int = 0, alias: str = "") -> None:
+def add_bridge(door: Door, name: str, mac: str, *, mtu: int = 0, alias: str = "") -> None:
     """Make a bridge and bring it up.
 
     Its MAC is given at birth, which pins it: a bridge without an address of its own takes the lowest of its ports'
@@ -124,10 +124,10 @@ def add_bridge(session: Session, name: str, mac: str, *, mtu: int = 0, alias: st
         # A link's creation ignores the alias (net/core/rtnetlink.c, rtnl_create_link): it takes a second message.
         named = _IFINFO.pack(0, 0, 0, 0, 0) + string(_IFLA_IFNAME, name) + string(_IFLA_IFALIAS, alias)
         messages.append(Message(_SETLINK, 0, named, f"set the alias of bridge {name}"))
-    session.rtnl.execute(messages)
+    door.rtnl.execute(messages)
 
 
-def add_veth(session: Session, spec: VethSpec, master: int = 0) -> None:
+def add_veth(door: Door, spec: VethSpec, master: int = 0) -> None:
     """Make a veth pair whose far end is born in the container's namespace under its final name.
 
     The host's end is up and a port of `master` when this returns; the container's end is down.
@@ -147,22 +147,22 @@ def add_veth(session: Session, spec: VethSpec, master: int = 0) -> None:
         own += u32(_IFLA_MASTER, master)
     own += nested(_IFLA_LINKINFO, string(_INFO_KIND, "veth"), nested(_INFO_DATA, attr(_VETH_INFO_PEER | 0x8000, peer)))
     what = f"add veth pair {spec.name} and {spec.peer}"
-    session.rtnl.execute([Message(_NEWLINK, netlink.CREATE | netlink.EXCL, own, what)])
+    door.rtnl.execute([Message(_NEWLINK, netlink.CREATE | netlink.EXCL, own, what)])
 
 
-def delete(session: Session, name: str) -> bool:
+def delete(door: Door, name: str) -> bool:
     """Delete a link by name; False where there was none. A veth's other end goes with it."""
     body = _IFINFO.pack(0, 0, 0, 0, 0) + string(_IFLA_IFNAME, name)
     try:
-        session.rtnl.execute([Message(_DELLINK, 0, body, f"delete link {name}")])
+        door.rtnl.execute([Message(_DELLINK, 0, body, f"delete link {name}")])
     except NotFound:
         return False
     return True
 
 
-def set_up(session: Session, index: int) -> None:
+def set_up(door: Door, index: int) -> None:
     """Bring a link up."""
-    session.rtnl.execute([up_message(index)])
+    door.rtnl.execute([up_message(index)])
 
 
 def up_message(index: int) -> Message:
@@ -170,24 +170,24 @@ def up_message(index: int) -> Message:
     return Message(_NEWLINK, 0, _IFINFO.pack(0, 0, index, _IFF_UP, _IFF_UP), f"bring link {index} up")
 
 
-def set_down(session: Session, index: int) -> None:
+def set_down(door: Door, index: int) -> None:
     """Take a link down."""
-    session.rtnl.execute([Message(_NEWLINK, 0, _IFINFO.pack(0, 0, index, 0, _IFF_UP), f"take link {index} down")])
+    door.rtnl.execute([Message(_NEWLINK, 0, _IFINFO.pack(0, 0, index, 0, _IFF_UP), f"take link {index} down")])
 
 
-def set_promiscuous(session: Session, index: int, on: bool) -> None:
+def set_promiscuous(door: Door, index: int, on: bool) -> None:
     """Switch promiscuous mode."""
     body = _IFINFO.pack(0, 0, index, _IFF_PROMISC if on else 0, _IFF_PROMISC)
-    session.rtnl.execute([Message(_NEWLINK, 0, body, f"switch promiscuous mode of link {index}")])
+    door.rtnl.execute([Message(_NEWLINK, 0, body, f"switch promiscuous mode of link {index}")])
 
 
-def set_mac(session: Session, index: int, mac: str) -> None:
+def set_mac(door: Door, index: int, mac: str) -> None:
     """Set a MAC. Also for the same one again: that pins a bridge's, and announces a container's (arp_notify)."""
     body = _IFINFO.pack(0, 0, index, 0, 0) + attr(_IFLA_ADDRESS, packed_mac(mac))
-    session.rtnl.execute([Message(_NEWLINK, 0, body, f"set MAC {mac} on link {index}")])
+    door.rtnl.execute([Message(_NEWLINK, 0, body, f"set MAC {mac} on link {index}")])
 
 
-def set_port(session: Session, index: int, *, hairpin: bool, isolated: bool) -> None:
+def set_port(door: Door, index: int, *, hairpin: bool, isolated: bool) -> None:
     """Set a bridge port's hairpin and isolation."""
     body = _IFINFO.pack(0, 0, index, 0, 0) + nested(
         _IFLA_LINKINFO,
@@ -198,7 +198,7 @@ def set_port(session: Session, index: int, *, hairpin: bool, isolated: bool) -> 
             attr(_BRPORT_ISOLATED, bytes([isolated])),
         ),
     )
-    session.rtnl.execute([Message(_NEWLINK, 0, body, f"set hairpin and isolation of port {index}")])
+    door.rtnl.execute([Message(_NEWLINK, 0, body, f"set hairpin and isolation of port {index}")])
 
 
 def packed_mac(mac: str) -> bytes:

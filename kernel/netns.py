@@ -128,3 +128,9 @@ def cookie() -> int:
             return int(struct.unpack("=Q", probe.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8))[0])
         except OSError:
             return 0
+
+
+def cookie_at(netns: Netns, home_fd: int) -> int:
+    """The cookie of another namespace."""
+    with entered(netns, home_fd):
+        return cookie()

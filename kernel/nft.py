@@ -17,11 +17,10 @@ Sources: include/uapi/linux/netfilter/nf_tables.h, net/netfilter/nf_tables_api.c
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import errno
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 
@@ -38,7 +37,8 @@ SCHEMA = "schema1"  # raise the number with every change of _TABLES
 # nomasq4, nomasq6: (source network . destination network) where it does not.
 # guarded: bridge ports whose source MAC is checked; allowed: (port . MAC) that may pass there.
 # A port without an entry in `guarded` costs one hash look-up.
-_TABLES = f"""
+_TABLES = {
+    "inet": f"""
 table inet {TABLE} {{
 	set {SCHEMA} {{
 		type mark
@@ -64,6 +64,9 @@ table inet {TABLE} {{
 		ip6 saddr @masq6 ip6 daddr != ff00::/8 ip6 saddr . ip6 daddr != @nomasq6 masquerade
 	}}
 }}
+""",
+    # A kernel may lack nftables for bridges; only who asks for a spoof check needs it.
+    "bridge": f"""
 table bridge {TABLE} {{
 	set {SCHEMA} {{
 		type mark
@@ -80,13 +83,13 @@ table bridge {TABLE} {{
 		iifname @guarded iifname . ether saddr != @allowed counter drop
 	}}
 }}
-"""
+""",
+}
 
 _FAMILIES = {"inet": 1, "bridge": 7}
 
 # What each set's key is made of.
 _SETS: dict[str, tuple[str, tuple[str, ...]]] = {
-    SCHEMA: ("inet", ("mark",)),
     "masq4": ("inet", ("ip",)),
     "masq6": ("inet", ("ip",)),
     "nomasq4": ("inet", ("network", "network")),
@@ -154,7 +157,7 @@ def add(session: Session, elements: Sequence[Element]) -> None:
     try:
         _change(session, _NEWSETELEM, elements, netlink.CREATE)
     except NotFound:
-        ensure_tables(session)
+        ensure_tables(session, {element.family for element in elements})
         _change(session, _NEWSETELEM, elements, netlink.CREATE)
 
 
@@ -195,33 +198,36 @@ def all_elements(session: Session, set_name: str) -> list[Element]:
 
 def element_sets() -> list[str]:
     """The sets that hold what attachments want."""
-    return [name for name in _SETS if name != SCHEMA]
+    return list(_SETS)
 
 
-def ensure_tables(session: Session) -> None:
-    """Write our two tables where they are missing or of another version; elements of this version's sets are kept."""
-    if _current(session):
-        return
-    stale = "".join(f"table {family} {TABLE}\ndelete table {family} {TABLE}\n" for family in _FAMILIES)
-    run(stale + _TABLES, "write the tables of Netloom")
+def ensure_tables(session: Session, families: Collection[str]) -> None:
+    """Write our tables of these families where they are missing or of another version.
+
+    The elements of a table of another version go with it; `kernel.record` puts them back.
+    """
+    for family in sorted(families):
+        if not _current(session, family):
+            run(_removal(family) + _TABLES[family], f"write the table {family} {TABLE}")
 
 
-def delete_tables(session: Session) -> None:
-    """Remove both tables, if they are there."""
-    del session
-    run(
-        "".join(f"table {family} {TABLE}\ndelete table {family} {TABLE}\n" for family in _FAMILIES),
-        "remove the tables of Netloom",
-    )
+def delete_tables() -> None:
+    """Remove our tables, if they are there, from the calling thread's namespace."""
+    for family in _TABLES:
+        run(_removal(family), f"remove the table {family} {TABLE}")
 
 
-def _current(session: Session) -> bool:
-    for family in _FAMILIES.values():
-        body = _HEADER.pack(family, 0, 0) + string(_LIST_TABLE, TABLE) + string(_SET_NAME, SCHEMA)
-        try:
-            session.netfilter.get(Message(_GETSET, 0, body, "look for the tables of Netloom"))
-        except NotFound:
-            return False
+def _removal(family: str) -> str:
+    # Naming it first makes the deletion succeed where it is not there.
+    return f"table {family} {TABLE}\ndelete table {family} {TABLE}\n"
+
+
+def _current(session: Session, family: str) -> bool:
+    body = _HEADER.pack(_FAMILIES[family], 0, 0) + string(_LIST_TABLE, TABLE) + string(_SET_NAME, SCHEMA)
+    try:
+        session.netfilter.get(Message(_GETSET, 0, body, f"look for the table {family} {TABLE}"))
+    except NotFound:
+        return False
     return True
 
 
@@ -271,7 +277,10 @@ def _library() -> ctypes.CDLL:
 
 def _change(session: Session, kind: int, elements: Sequence[Element], flags: int) -> None:
     verb = "add" if kind == _NEWSETELEM else "remove"
-    messages = [Message(_NEWSETELEM, netlink.CREATE, _body([_MARKER]), "check the tables of Netloom")]
+    messages = [
+        Message(_NEWSETELEM, netlink.CREATE, _elements(family, SCHEMA, [_MARKER]), f"check the table {family} {TABLE}")
+        for family in sorted({element.family for element in elements})
+    ]
     for start in range(0, len(elements), _BATCH_ELEMENTS):
         by_set: dict[str, list[Element]] = {}
         for element in elements[start : start + _BATCH_ELEMENTS]:
@@ -289,11 +298,15 @@ def _change(session: Session, kind: int, elements: Sequence[Element], flags: int
 def _body(elements: Sequence[Element]) -> bytes:
     """The body of a message about elements of one set."""
     family, kinds = _SETS[elements[0].set]
+    return _elements(family, elements[0].set, [_item(kinds, element) for element in elements])
+
+
+def _elements(family: str, set_name: str, items: Iterable[Sequence[bytes]]) -> bytes:
     return (
         _HEADER.pack(_FAMILIES[family], 0, 0)
         + string(_LIST_TABLE, TABLE)
-        + string(_LIST_SET, elements[0].set)
-        + nested(_LIST_ELEMENTS, *(nested(1, *_item(kinds, element)) for element in elements))
+        + string(_LIST_SET, set_name)
+        + nested(_LIST_ELEMENTS, *(nested(1, *item) for item in items))
     )
 
 
@@ -333,10 +346,8 @@ def _part(kind: str, value: str) -> tuple[bytes, bytes]:
         packed = ip_address(value).packed
     elif kind == "ifname":
         packed = value.encode().ljust(16, b"\0")
-    elif kind == "mac":
+    else:
         packed = packed_mac(value)
-    else:  # a mark is a number in the machine's order
-        packed = struct.pack("=I", int(value))
     return packed, packed
 
 
@@ -355,7 +366,7 @@ def _parse(set_name: str, body: bytes) -> list[Element]:
 
 def _values(kinds: tuple[str, ...], set_name: str, start: bytes, end: bytes) -> tuple[str, ...]:
     size = 16 if set_name.endswith("6") else 4
-    sizes = {"network": size, "ip": size, "ifname": 16, "mac": 6, "mark": 4}
+    sizes = {"network": size, "ip": size, "ifname": 16, "mac": 6}
     values = []
     offset = 0
     for kind in kinds:
@@ -367,10 +378,8 @@ def _values(kinds: tuple[str, ...], set_name: str, start: bytes, end: bytes) -> 
             values.append(str(ip_address(low)))
         elif kind == "ifname":
             values.append(text(low))
-        elif kind == "mac":
-            values.append(low.hex(":"))
         else:
-            values.append(str(struct.unpack("=I", low)[0]))
+            values.append(low.hex(":"))
         offset += (sizes[kind] + 3) & ~3
     return tuple(values)
 
@@ -380,4 +389,4 @@ def _same_key(wanted: Element, found: Element) -> bool:
     return _key(kinds, wanted.key) == _key(kinds, found.key)
 
 
-_MARKER = Element(SCHEMA, ("1",))
+_MARKER = [nested(_ELEM_KEY, attr(_DATA_VALUE, struct.pack("=I", 1)))]

@@ -1,6 +1,6 @@
 """Attachment records: what each attachment wants of the host's kernel, on disk before the kernel is touched.
 
-One file per (network, container id, ifname, plugin): `<run dir>/attachments/<network>/<container id>@<ifname>.<plugin>`.
+One file per attachment and plugin, `<run dir>/attachments/<network>/<container id>@<ifname>.<plugin>`.
 From them a flushed nftables table is restored, and a DEL without namespace or prevResult knows what to remove. They
 live in the run directory and are not synced: no container survives a power cut.
 
@@ -132,8 +132,8 @@ class Records:
             How many elements were missing, and how many had no record.
         """
         with self._locked(fcntl.LOCK_EX):
-            nft.ensure_tables(session)
             wanted = {(e.set, e.key): e for record in self.all() for e in (*record.elements, *record.shared)}
+            nft.ensure_tables(session, {element.family for element in wanted.values()})
             present = {(e.set, e.key): e for name in nft.element_sets() for e in nft.all_elements(session, name)}
             missing = [element for key, element in wanted.items() if key not in present]
             stale = [element for key, element in present.items() if key not in wanted]

@@ -13,7 +13,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from kernel import netlink
 from kernel.errors import NotFound
 from kernel.netlink import Message, attr, attributes, nested, u32
-from kernel.session import Session
+from kernel.session import Door
 
 _NEWROUTE, _DELROUTE, _GETROUTE = 24, 25, 26
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_METRICS, _RTA_TABLE = 1, 4, 5, 6, 8, 15
@@ -51,26 +51,26 @@ def add_message(route: Route) -> Message:
     return Message(_NEWROUTE, netlink.CREATE | netlink.APPEND, _pack(route), what)
 
 
-def add(session: Session, route: Route) -> None:
+def add(door: Door, route: Route) -> None:
     """Add a route."""
-    session.rtnl.execute([add_message(route)])
+    door.rtnl.execute([add_message(route)])
 
 
-def delete(session: Session, route: Route) -> bool:
+def delete(door: Door, route: Route) -> bool:
     """Remove a route; False where it was not there."""
     try:
-        session.rtnl.execute([Message(_DELROUTE, 0, _pack(route), f"remove route {route.dst}")])
+        door.rtnl.execute([Message(_DELROUTE, 0, _pack(route), f"remove route {route.dst}")])
     except NotFound:
         return False
     return True
 
 
-def all_routes(session: Session, family: int) -> list[Route]:
+def all_routes(door: Door, family: int) -> list[Route]:
     """Every unicast route of one family (4 or 6), all tables, without cached ones."""
     number = socket.AF_INET if family == 4 else socket.AF_INET6
     request = Message(_GETROUTE, 0, _RTMSG.pack(number, 0, 0, 0, 0, 0, 0, 0, 0), "list routes")
     found = []
-    for body in session.rtnl.dump(request):
+    for body in door.rtnl.dump(request):
         header = _RTMSG.unpack_from(body)
         if header[7] == _RTN_UNICAST and not header[8] & _FLAG_CLONED:
             found.append(_parse(body))

@@ -1,7 +1,7 @@
 """What one process holds open towards its own network namespace: the way home, and one rtnetlink socket.
 
-A Session is opened once, in the host's namespace, before any work; a container's namespace is visited with
-`inside`, which gives a Session of that namespace for the duration of the block.
+A Session is opened once, in the host's namespace, before any work; `visit` gives a door to a container's namespace.
+Functions of this package that need rtnetlink alone take either.
 """
 
 from __future__ import annotations
@@ -10,10 +10,18 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from kernel import netlink, netns
 from kernel.errors import from_oserror
+
+
+class Door(Protocol):
+    """Whoever has an rtnetlink socket."""
+
+    @property
+    def rtnl(self) -> netlink.Socket:
+        """The socket, in the namespace that the functions act on."""
 
 
 class Session:
@@ -25,11 +33,16 @@ class Session:
         except OSError as error:
             raise from_oserror("open the network namespace of this process", error) from error
         try:
-            self.rtnl = netlink.Socket(netlink.ROUTE)
+            self._rtnl = netlink.Socket(netlink.ROUTE)
         except BaseException:
             os.close(self.home_fd)
             raise
         self._netfilter: netlink.Socket | None = None
+
+    @property
+    def rtnl(self) -> netlink.Socket:
+        """The rtnetlink socket of home."""
+        return self._rtnl
 
     @property
     def netfilter(self) -> netlink.Socket:
@@ -41,7 +54,7 @@ class Session:
     def close(self) -> None:
         """Close everything. Closing twice is harmless."""
         if self.home_fd >= 0:
-            self.rtnl.close()
+            self._rtnl.close()
             if self._netfilter is not None:
                 self._netfilter.close()
             os.close(self.home_fd)
@@ -54,7 +67,39 @@ class Session:
         self.close()
 
     @contextmanager
-    def inside(self, where: netns.Netns) -> Iterator[Session]:
-        """Be in a container's namespace, with a Session of its own; back home after the block."""
-        with netns.entered(where, self.home_fd), Session() as session:
-            yield session
+    def visit(self, where: netns.Netns) -> Iterator[Visit]:
+        """A door to a container's namespace, for the duration of the block. The thread stays at home."""
+        with netns.entered(where, self.home_fd):
+            visit = Visit(where, self.home_fd)
+        try:
+            yield visit
+        finally:
+            visit.close()
+
+
+class Visit:
+    """An rtnetlink socket inside a container's namespace; usable from home, as sockets stay where they were made.
+
+    Made by `Session.visit`, in the namespace. `cookie` is the namespace's, 0 where the kernel has none.
+    """
+
+    def __init__(self, where: netns.Netns, home_fd: int) -> None:
+        self._rtnl = netlink.Socket(netlink.ROUTE)
+        self.cookie = netns.cookie()
+        self._where = where
+        self._home_fd = home_fd
+
+    @property
+    def rtnl(self) -> netlink.Socket:
+        """The rtnetlink socket of the container's namespace."""
+        return self._rtnl
+
+    def close(self) -> None:
+        """Close the socket; it keeps the namespace alive as long as it is open."""
+        self._rtnl.close()
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Be there with the whole thread, for what no socket can do: sysctls. Sockets and sysctls only."""
+        with netns.entered(self._where, self._home_fd):
+            yield
