@@ -1,0 +1,44 @@
+"""Every CNI type that Netloom answers to, and the module that does the work.
+
+The one table: the cold entry, the installed launchers and PyInstaller's hidden imports are read from it. A module is
+only ever imported by a name from here, never by one that came from outside.
+"""
+
+from collections.abc import Mapping
+from importlib import import_module
+from types import MappingProxyType, ModuleType
+from typing import Literal
+
+import msgspec
+
+Kind = Literal["interface", "chained", "ipam", "meta"]
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One plugin.
+
+    Attributes:
+        type: the `type` of a network configuration, and the executable's name.
+        module: who implements add, delete, check, gc and status.
+        kind: "interface" and "chained" as the specification has them; "ipam" is delegated to; "meta" is the rest.
+        oldest: the oldest spec version it speaks; it speaks all from there on.
+    """
+
+    type: str
+    module: str
+    kind: Kind
+    oldest: str = "0.1.0"
+
+
+_ENTRIES = (
+    Entry("bridge", "cni.interface.bridge", "interface"),
+    Entry("loopback", "cni.interface.loopback", "interface"),
+    Entry("ipamd", "cni.ipam.ipamd", "ipam"),
+)
+
+PLUGINS: Mapping[str, Entry] = MappingProxyType({entry.type: entry for entry in _ENTRIES})
+
+
+def load(plugin: str) -> ModuleType:
+    """The module of a type in PLUGINS. Raises KeyError for any other type."""
+    return import_module(PLUGINS[plugin].module)
