@@ -162,9 +162,10 @@ def _spelled_keys(value: object, names: Mapping[str, str]) -> object:
     return value
 
 
-# msgspec: "Expected `int`, got `str` - at `$.ranges[0].mtu`"; the tail is missing where the document itself is wrong.
+# msgspec: "Expected `int`, got `str` - at `$.ranges[0].mtu`" or "… - at `key` in `$.sysctl`"; no tail where the
+# document itself is wrong.
 # Compiled with the first error: a request that is in order does not pay for them.
-_PLACE = r"(?s)(.*) - at `((?:key in )?\$.*)`"
+_PLACE = r"(?s)(.*) - at (`key` in )?`(\$.*)`"
 _STEP = r"\.([^.\[\]]+)|\[([0-9]+)\]"
 _EXPECTED = r"Expected (.*?)(?:, got .*)?"
 
@@ -172,11 +173,13 @@ _EXPECTED = r"Expected (.*?)(?:, got .*)?"
 def _invalid(document: object, message: str, at: str) -> CniError:
     """CniError 7 from msgspec's message, with the value that is there."""
     place = re.fullmatch(_PLACE, message)
-    reason, path = (place[1], place[2]) if place else (message, "$")
+    reason, path = (place[1], place[3]) if place else (message, "$")
+    of_key = bool(place and place[2])
     expected = re.fullmatch(_EXPECTED, reason)
-    wanted = f"expected {expected[1].replace('`', '')}" if expected else _lower_first(reason.replace("`", ""))
-    known, value = _look_up(document, path)
-    where = path.replace("$", at, 1)
+    plain = (f"expected {expected[1]}" if expected else reason[:1].lower() + reason[1:]).replace("`", "")
+    wanted = plain.replace(" | null", "")  # nulls were dropped: nobody can put one there
+    known, value = (False, None) if of_key else _look_up(document, path)
+    where = f"{'a key of ' if of_key else ''}{path.replace('$', at, 1)}"
     there = f", found {found(value)}" if known else ""
     return CniError(Code.INVALID_CONFIG, f"invalid network config: {where}: {wanted}{there}")
 
@@ -195,10 +198,6 @@ def _look_up(document: object, path: str) -> tuple[bool, Any]:
             return False, None
         rest = rest[step.end() :]
     return True, value
-
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]
 
 
 def _kind(value: object) -> str:

@@ -14,7 +14,6 @@ import os
 import re
 from collections.abc import Mapping
 from enum import StrEnum
-from types import MappingProxyType
 from typing import TypeVar
 
 import msgspec
@@ -129,48 +128,45 @@ class Request(msgspec.Struct, frozen=True):
         """The value of a key in args.cni, None where there is none. Raises as `capability` does."""
         return self._nested(("args", "cni", name), kind)
 
-    def requested_mac(self) -> str:
-        """The MAC that was asked for, in lower case with colons; "" where none was.
+    def mac(self, *known: str) -> tuple[str, str]:
+        """The MAC that was asked for, as it was written, and where; "" where none was.
+
+        Args:
+            known: further keys of CNI_ARGS that the plugin knows.
 
         Raises:
-            CniError: 7 or 4 for a MAC that is none.
+            CniError: 7 where it is no string; as `arguments` does.
         """
-        for mac, where, code in (
-            (self.capability("mac", str), "$.runtimeConfig.mac", Code.INVALID_CONFIG),
-            (self.convention("mac", str), "$.args.cni.mac", Code.INVALID_CONFIG),
-            (self.args.get("MAC"), "CNI_ARGS: MAC", Code.INVALID_ENVIRONMENT),
-        ):
-            if mac:
-                return _mac(mac, where, code)
-        return ""
+        arguments = self.arguments("MAC", *known)
+        return (
+            _first(self.capability("mac", str), "$.runtimeConfig.mac")
+            or _first(self.convention("mac", str), "$.args.cni.mac")
+            or _first(arguments.get("MAC"), "CNI_ARGS: MAC")
+            or ("", "")
+        )
 
-    def requested_ips(self) -> tuple[str, ...]:
+    def ips(self, *known: str) -> tuple[str, ...]:
         """The addresses that were asked for, each with or without prefix length, in canonical spelling.
 
-        Taken from the first place that names any. (host-local adds up all three places instead, and then refuses the
-        request, since it cannot place an address twice.)
+        Taken from the first place that names any. (host-local adds up all three places instead, and then refuses an
+        address that stands in two of them.)
+
+        Args:
+            known: further keys of CNI_ARGS that the plugin knows.
 
         Raises:
-            CniError: 7 or 4 for an address that is none.
+            CniError: 7 or 4 for an address that is none; as `arguments` does.
         """
+        # A comma list, as the reference's static plugin reads it; host-local knows one address only.
+        arguments = [ip for ip in self.arguments("IP", *known).get("IP", "").split(",") if ip]
         for ips, where, code in (
             (self.capability("ips", list[str]), "$.runtimeConfig.ips", Code.INVALID_CONFIG),
             (self.convention("ips", list[str]), "$.args.cni.ips", Code.INVALID_CONFIG),
-            # A comma list, as the reference's static plugin reads it; host-local knows one address only.
-            ([ip for ip in self.args.get("IP", "").split(",") if ip], "CNI_ARGS: IP", Code.INVALID_ENVIRONMENT),
+            (arguments, "CNI_ARGS: IP", Code.INVALID_ENVIRONMENT),
         ):
             if ips:
                 return tuple(_ip(ip, where, code) for ip in ips)
         return ()
-
-    def undoing(self, result: Result) -> "Request":
-        """The DEL that takes back this ADD, whose outcome was `result`."""
-        return msgspec.structs.replace(
-            self,
-            command=Command.DEL,
-            prev_result=result,
-            environment={**self.environment, "CNI_COMMAND": Command.DEL.value},
-        )
 
     def _nested(self, keys: tuple[str, ...], kind: type[T]) -> T | None:
         value: object = self.config
@@ -247,12 +243,12 @@ def parse(
         container_id=environment.get("CNI_CONTAINERID", ""),
         netns=environment.get("CNI_NETNS", ""),
         ifname=environment.get("CNI_IFNAME", ""),
-        args=MappingProxyType(pairs),
+        args=pairs,
         ignore_unknown=_BOOLEANS.get(pairs.get("IgnoreUnknown", "").lower(), False),
         malformed_args=malformed,
         # An empty element would mean the working directory, where anybody may have put a delegate.
         path=tuple(entry for entry in environment.get("CNI_PATH", "").split(os.pathsep) if entry),
-        config=MappingProxyType(config),
+        config=config,
         stdin=stdin,
         network=network,
         cni_version=version,
@@ -311,7 +307,6 @@ _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.\-]*", re.ASCII)
 # shell, an nft script or a log line would take for something else.
 _IFNAME = re.compile(r"[A-Za-z0-9_.+@=,~^][A-Za-z0-9_.+@=,~^\-]*", re.ASCII)
 _IFNAME_MAX = 15  # bytes, IFNAMSIZ - 1
-_MAC = r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}"
 _BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
 _SINCE = {Command.CHECK: "0.4.0", Command.GC: "1.1.0", Command.STATUS: "1.1.0"}
 
@@ -431,11 +426,8 @@ def _attachment(entry: Mapping[str, object], at: str) -> Attachment:
     return Attachment(values[0], values[1])
 
 
-def _mac(text: str, where: str, code: Code) -> str:
-    mac = text.lower().replace("-", ":")
-    if not re.fullmatch(_MAC, mac):
-        raise CniError(code, f"invalid MAC address at {where}: {shown(text)}", "wanted six octets: 02:00:00:00:00:01")
-    return mac
+def _first(value: str | None, where: str) -> tuple[str, str] | None:
+    return (value, where) if value else None
 
 
 def _ip(text: str, where: str, code: Code) -> str:

@@ -5,8 +5,9 @@ Rules of this file
   error. Exit status 1 goes with an error object.
 - Whatever a plugin raises becomes an error object: CniError as it is, anything else as code 999 with the traceback on
   standard error.
-- An ADD counts when its result was delivered. Where the result cannot be expressed in the asked version, or the caller
-  cannot deliver it, the plugin's own delete takes the ADD back before anybody else gets the attachment's lock.
+- An ADD counts when its result was delivered, and is committed only then. Where the plugin fails, the result cannot be
+  expressed in the asked version, or the caller cannot deliver it, it is undone before anybody else gets the
+  attachment's lock.
 - Nothing heavy is imported here: a cold process pays for each import in every request.
 """
 
@@ -22,6 +23,7 @@ from cni.errors import CniError, Code
 from cni.lock import attachment_lock
 from cni.request import Command, Request, check_environment, command, parse
 from cni.result import Result
+from cni.undo import Undo
 from kernel.paths import PathError, run_dir
 
 if TYPE_CHECKING:
@@ -31,8 +33,8 @@ if TYPE_CHECKING:
 class Plugin(Protocol):
     """What the module of a plugin has. Each function raises CniError, or anything else for a bug."""
 
-    def add(self, request: Request, host: "Session") -> Result:
-        """Attach; undo itself when it fails."""
+    def add(self, request: Request, host: "Session", undo: Undo) -> Result:
+        """Attach, pushing the inverse of each step."""
 
     def delete(self, request: Request, host: "Session") -> None:
         """Detach; succeed where there is nothing to detach."""
@@ -175,27 +177,27 @@ class _Service:
         return Outcome(b"", self.log)
 
     def _add(self, module: Plugin, request: Request, host: "Session") -> Outcome:
-        result = module.add(request, host)
+        undo = Undo()
         try:
+            result = module.add(request, host, undo)
             outcome = Outcome(_pretty(versions.encode(result, request.cni_version)), self.log)
         except BaseException:
-            self._undo(module, request, host, result)
+            self._unwind(undo)
             raise
         if self.deliver is not None:
             try:
                 self.deliver(outcome)
             except BaseException as error:
-                self._undo(module, request, host, result)
+                self._unwind(undo)
                 raise _Undelivered(_undelivered(Outcome(b"", self.log), error)) from error
             self.delivered = True
+        undo.commit()
         return outcome
 
-    def _undo(self, module: Plugin, request: Request, host: "Session", result: Result) -> None:
+    def _unwind(self, undo: Undo) -> None:
         """Take an ADD back. What goes wrong here is logged only: the first cause is what the caller gets to know."""
-        try:
-            module.delete(request.undoing(result), host)
-        except BaseException as error:  # noqa: BLE001
-            self.log += b"netloom: undoing the ADD failed as well:\n" + _traceback(error)
+        for failure in undo.unwind():
+            self.log += f"netloom: undoing the ADD: {failure}\n".encode("utf-8", "backslashreplace")
 
     def _with_checked_netns(self, request: Request) -> Request:
         """The request, if its namespace is one, and (ADD) not ours.
