@@ -404,7 +404,7 @@ class Host:
         }
 
     def routes(self, netns: Netns | None = None) -> list[dict[str, Any]]:
-        """All routes of all tables, IPv4 then IPv6; IPv6 link-local and multicast (which come when they like) left out."""
+        """Routes of all tables, IPv4 then IPv6; IPv6 link-local and multicast (which come when they like) left out."""
         found = self._ip(["-4", "route", "show", "table", "all"], netns)
         if IPV6:
             found += self._ip(["-6", "route", "show", "table", "all"], netns)

@@ -164,7 +164,7 @@ def test_nothing_is_left_after_a_failure() -> None:
 
 
 def test_a_daemon_that_nobody_ended_is_an_error_and_is_ended() -> None:
-    with pytest.raises(HostError, match="was still running: .*sleep 1001"), Host() as host:
+    with pytest.raises(HostError, match=r"was still running: .*sleep 1001"), Host() as host:
         host.run(["sh", "-c", "setsid sleep 1001 >/dev/null 2>&1 </dev/null &"])
         (pid,) = host.processes()
     wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the daemon's end")
