@@ -130,19 +130,14 @@ class Element:
         return _SETS[self.set][0]
 
 
-def masquerade(address: str, network: str, owner: str) -> list[Element]:
-    """What makes a container's traffic leave under the host's address, except towards its own network.
+def masquerade(address: str, owner: str) -> Element:
+    """What makes the traffic of a container's address leave under the host's. `owner` is for the comment."""
+    return Element(f"masq{ip_address(address).version}", (address,), owner)
 
-    Args:
-        address: "10.1.0.2".
-        network: "10.1.0.0/16".
-        owner: for the comment.
-    """
-    version = ip_address(address).version
-    return [
-        Element(f"masq{version}", (address,), owner),
-        Element(f"nomasq{version}", (network, network)),
-    ]
+
+def no_masquerade(network: str) -> Element:
+    """What exempts the traffic within a network ("10.1.0.0/16") from masquerade."""
+    return Element(f"nomasq{ip_network(network).version}", (network, network))
 
 
 def spoof_check(port: str, mac: str, owner: str) -> list[Element]:

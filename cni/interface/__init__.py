@@ -1,0 +1,1 @@
+"""Interface plugins: they make an interface inside the container."""

@@ -1,0 +1,120 @@
+"""Give a container's interface its addresses and routes, once for all interface plugins.
+
+Everything goes in one batch in this order: addresses, up, routes. The kernel works it off in order, so a route finds
+the network of its gateway. Duplicate address detection is off unless asked for: ipamd never gives an address twice, and
+detection takes a second and more.
+"""
+
+import time
+from ipaddress import ip_address, ip_interface, ip_network
+
+from cni.errors import CniError, Code
+from cni.result import IPConfig, Result
+from cni.result import Route as ResultRoute
+from kernel import addr, link, route, sysctl
+from kernel.errors import NotFound
+from kernel.netlink import Message
+from kernel.session import Visit
+
+DAD_TIMEOUT_S = 5.0
+
+
+def configure(inside: Visit, ifname: str, index: int, result: Result, *, dad: bool = False) -> None:
+    """Add the result's addresses and routes to the interface and bring it up.
+
+    Args:
+        inside: the container's namespace.
+        ifname: the interface's name there.
+        index: and its index.
+        result: all its addresses are taken for this interface.
+        dad: let the kernel look for duplicates of IPv6 addresses, and wait for it.
+
+    Raises:
+        CniError: an IPv6 address is in use on the segment.
+        KernelError: the kernel refused something.
+    """
+    interfaces = [ip_interface(ip.address) for ip in result.ips]
+    has_v6 = any(interface.version == 6 for interface in interfaces)
+    _set_sysctls(inside, ifname, has_v6=has_v6, dad=dad)
+    messages = [addr.add_message(index, interface, dad=dad) for interface in interfaces]
+    messages.append(link.up_message(index))
+    routes = _route_messages(index, result)
+    if not (dad and has_v6):
+        inside.rtnl.execute(messages + routes)
+        return
+    inside.rtnl.execute(messages)
+    _settle(inside, ifname, index)
+    inside.rtnl.execute(routes)
+
+
+def wanted_route(index: int, wish: ResultRoute, ips: tuple[IPConfig, ...]) -> route.Route:
+    """A route of the result as the kernel is to have it: without a gateway of its own it goes by the first one of its
+    family."""
+    dst = ip_network(wish.dst, strict=False)
+    gateway = ip_address(wish.gw) if wish.gw else first_gateway(ips, dst.version)
+    return route.Route(
+        dst=dst,
+        index=index,
+        gateway=gateway,
+        priority=wish.priority,
+        table=wish.table,
+        scope=wish.scope,
+        mtu=wish.mtu,
+        advmss=wish.advmss,
+    )
+
+
+def first_gateway(ips: tuple[IPConfig, ...], version: int) -> route.AnyAddress | None:
+    """The first gateway of a family among addresses, or None."""
+    gateways = (ip_address(ip.gateway) for ip in ips if ip.gateway)
+    return next((gateway for gateway in gateways if gateway.version == version), None)
+
+
+def _route_messages(index: int, result: Result) -> list[Message]:
+    return [route.add_message(wanted_route(index, wish, result.ips)) for wish in result.routes]
+
+
+def _set_sysctls(inside: Visit, ifname: str, *, has_v6: bool, dad: bool) -> None:
+    with inside.inside():
+        # Neighbours learn at once where an address went (arp_notify: gratuitous ARP, ndisc_notify: unsolicited NA).
+        sysctl.write("1", "ipv4", "conf", ifname, "arp_notify")
+        try:
+            sysctl.write("1", "ipv6", "conf", ifname, "ndisc_notify")
+            sysctl.write("1" if dad else "0", "ipv6", "conf", ifname, "accept_dad")
+            if dad:
+                sysctl.write("1", "ipv6", "conf", ifname, "enhanced_dad")
+            if has_v6:
+                # A runtime may have switched IPv6 off for the whole namespace (Docker does).
+                sysctl.ensure("0", "ipv6", "conf", "lo", "disable_ipv6")
+                sysctl.ensure("0", "ipv6", "conf", ifname, "disable_ipv6")
+                sysctl.write("1", "ipv6", "conf", ifname, "keep_addr_on_down")
+        except NotFound as error:
+            if has_v6:
+                raise CniError(
+                    Code.INVALID_CONFIG,
+                    "the pool gives an IPv6 address, but this kernel has IPv6 switched off",
+                    f"{error}; boot without ipv6.disable=1, or take the IPv6 range out of ipam",
+                ) from error
+
+
+def _settle(inside: Visit, ifname: str, index: int) -> None:
+    """Wait until no IPv6 address is tentative any more."""
+    deadline = time.monotonic() + DAD_TIMEOUT_S
+    while True:
+        addresses = addr.all_addresses(inside, index, 6)
+        for address in addresses:
+            if address.duplicate:
+                raise CniError(
+                    Code.ADDRESS_UNAVAILABLE,
+                    f"IPv6 address {address.interface} of {ifname} is in use by another host on the segment",
+                    "duplicate address detection failed; find the other host or exclude the address from the pool",
+                )
+        if not any(address.tentative for address in addresses):
+            return
+        if time.monotonic() > deadline:
+            raise CniError(
+                Code.TRY_AGAIN_LATER,
+                f"IPv6 addresses of {ifname} are still tentative after {DAD_TIMEOUT_S:.0f} s",
+                "duplicate address detection does not end; is the bridge port forwarding?",
+            )
+        time.sleep(0.02)

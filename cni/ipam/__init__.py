@@ -1,0 +1,1 @@
+"""IPAM plugins: they say which addresses an interface gets."""

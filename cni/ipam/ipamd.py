@@ -1,0 +1,407 @@
+"""The ipamd IPAM plugin: asks the address daemon over its socket.
+
+Either the configuration names pools that an operator made (`pool`, `pools`), or it carries host-local's keys, and ipamd
+keeps a pool for the network from them. It works under our interface plugins (in their process) and, executed, under
+those of others.
+
+A DEL while ipamd is away leaves a release record, which ipamd replays when it is back, and succeeds.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from ipaddress import ip_interface
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from cni import check as verify
+from cni import config
+from cni.errors import CniError, Code
+from cni.failures import note
+from cni.living import Observer, boot_id
+from cni.request import Request
+from cni.result import DNS, IPConfig, Result, Route
+from cni.undo import Undo
+from kernel import netns, paths
+from kernel.errors import KernelError
+from kernel.session import Session
+
+if TYPE_CHECKING:
+    from ipamd.client import Client, IpamError
+
+    from protos.ipam.v1 import ipam_pb2 as pb
+
+CLIENT = "cni"
+DEADLINE_S = 5.0
+
+
+class RangeConf(msgspec.Struct, frozen=True, rename="camel"):
+    """A range in host-local's spelling."""
+
+    subnet: str
+    range_start: str = ""
+    range_end: str = ""
+    gateway: str = ""
+
+
+class RouteConf(msgspec.Struct, frozen=True):
+    """A route of `ipam.routes`."""
+
+    dst: str
+    gw: str = ""
+    mtu: int = 0
+    advmss: int = 0
+    priority: int = 0
+    table: int | None = None
+    scope: int | None = None
+
+
+class IpamConf(msgspec.Struct, frozen=True, rename="camel"):
+    """The `ipam` object: ours (`pool`, `pools`, `exclude`, `socket`, `timeout`), then host-local's."""
+
+    pool: str = ""
+    pools: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    socket: str = ""
+    timeout: float = DEADLINE_S
+    ranges: tuple[tuple[RangeConf, ...], ...] = ()
+    subnet: str = ""
+    range_start: str = ""
+    range_end: str = ""
+    gateway: str = ""
+    routes: tuple[RouteConf, ...] = ()
+    resolv_conf: str = ""
+
+
+def parse(request: Request) -> IpamConf:
+    """The `ipam` object, checked.
+
+    Raises:
+        CniError: 7, naming the path.
+    """
+    conf = config.convert(request.config.get("ipam", {}), IpamConf, "$.ipam")
+    if conf.pool and conf.pools:
+        raise _invalid("pool and pools are both there", "name one pool in `pool`, or several in `pools`")
+    if (conf.pool or conf.pools) and (conf.ranges or conf.subnet):
+        raise _invalid("both a named pool and ranges are there", "drop either pool/pools or ranges/subnet")
+    if not 0 < conf.timeout <= 300:
+        raise _invalid(f"timeout: {conf.timeout:g}", "want seconds between 0 and 300")
+    for index, route in enumerate(conf.routes):
+        for key, value in (("dst", route.dst), ("gw", route.gw)):
+            try:
+                if value or key == "dst":
+                    ip_interface(value)
+            except ValueError as error:
+                raise _invalid(f"routes[{index}].{key}: {config.found(value)}", str(error)) from error
+    return conf
+
+
+def _invalid(what: str, remedy: str) -> CniError:
+    return CniError(Code.INVALID_CONFIG, f"invalid network config: $.ipam.{what}", remedy)
+
+
+def _range_sets(request: Request, conf: IpamConf) -> list[tuple[RangeConf, ...]]:
+    """The range sets in host-local's order: runtimeConfig.ipRanges, the keys at the top, then `ranges`."""
+    sets = list(request.capability("ipRanges", tuple[tuple[RangeConf, ...], ...]) or ())
+    if conf.subnet:
+        sets.append((RangeConf(conf.subnet, conf.range_start, conf.range_end, conf.gateway),))
+    sets.extend(conf.ranges)
+    return sets
+
+
+def _named(conf: IpamConf) -> tuple[str, ...]:
+    return (conf.pool,) if conf.pool else conf.pools
+
+
+def _network_pool(request: Request, conf: IpamConf) -> "pb.NetworkPool | None":
+    """The network's own pool as the configuration wants it; None where named pools are used."""
+    from protos.ipam.v1 import ipam_pb2 as pb  # noqa: PLC0415 - 30 ms that a refused configuration need not pay
+
+    if _named(conf):
+        return None
+    sets = _range_sets(request, conf)
+    if not sets:
+        raise _invalid("pool is missing", "name a pool in `pool`, or give `subnet` or `ranges` as for host-local")
+    spec = pb.PoolSpec(excludes=conf.exclude)
+    for ranges in sets:
+        spec.range_sets.add(
+            ranges=[pb.Range(subnet=r.subnet, start=r.range_start, end=r.range_end, gateway=r.gateway) for r in ranges]
+        )
+    return pb.NetworkPool(spec=spec)
+
+
+def _requested(request: Request) -> tuple[str, ...]:
+    """The addresses that the runtime asks for. MAC and GATEWAY in CNI_ARGS are the interface plugin's."""
+    return tuple(ip.split("/")[0] for ip in request.ips("MAC", "GATEWAY"))
+
+
+# The verbs
+
+
+def add(request: Request, host: Session, undo: Undo) -> Result:
+    """Get an address from each pool or range set.
+
+    Raises:
+        CniError: 11 where ipamd is away, 100 and up where it refuses.
+    """
+    from ipamd.client import IpamError  # noqa: PLC0415 - grpc takes 60 ms to import
+
+    from protos.ipam.v1 import ipam_pb2 as pb  # noqa: PLC0415
+
+    conf = parse(request)
+    asked = pb.AllocateRequest(
+        key=_key(request),
+        netns=_netns(request, host),
+        at=_instant(request),
+        pools=_named(conf),
+        network_pool=_network_pool(request, conf),
+        requested=_requested(request),
+    )
+    result = _with_dns_and_routes(request, conf)
+    try:
+        with _client(request, conf) as client:
+            answer = client.allocate(asked)
+    except IpamError as error:
+        raise _error(request, error) from error
+    if answer.created:
+        # What was held before belongs to an ADD that succeeded, and is not ours to give back.
+        undo.push("release the addresses", lambda: _release(request, conf, answer.generation))
+    return msgspec.structs.replace(
+        result, ips=tuple(IPConfig(address.cidr, address.gateway) for address in answer.addresses)
+    )
+
+
+def delete(request: Request, host: Session) -> None:
+    """Give back whatever this attachment holds."""
+    del host
+    try:
+        conf = parse(request)
+    except CniError as error:
+        # What an ADD refused holds nothing; but the socket may be all that is wrong, so the default is asked.
+        note(f"DEL: {error}")
+        conf = IpamConf()
+    _release(request, conf, 0)
+
+
+def _release(request: Request, conf: IpamConf, generation: int) -> None:
+    from ipamd.client import IpamError  # noqa: PLC0415
+
+    from protos.ipam.v1 import ipam_pb2 as pb  # noqa: PLC0415
+
+    try:
+        with _client(request, conf) as client:
+            client.release(pb.ReleaseRequest(key=_key(request), generation=generation))
+    except IpamError as error:
+        if not error.transient:
+            raise _error(request, error) from error
+        _leave_release_record(request, generation, error)
+
+
+def _leave_release_record(request: Request, generation: int, why: "IpamError") -> None:
+    """Write down what ipamd must release when it is back: only what was allocated before now.
+
+    Raises:
+        CniError: 11, the record cannot be written either.
+    """
+    directory = paths.releases_dir(request.environment)
+    document = {
+        "version": 1,
+        "key": {
+            "node": "",
+            "client": CLIENT,
+            "network": request.network,
+            "container_id": request.container_id,
+            "ifname": request.ifname,
+        },
+        "generation": generation,
+        "before": {"boot_id": boot_id(), "boottime_ns": time.clock_gettime_ns(time.CLOCK_BOOTTIME)},
+        "request_id": request.request_id,
+    }
+    name = os.path.join(directory, os.urandom(8).hex())
+    try:
+        os.makedirs(directory, 0o770, exist_ok=True)
+        owner = os.stat(directory)
+        fd = os.open(f"{name}.tmp", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.fchown(fd, owner.st_uid, owner.st_gid)
+            os.write(fd, msgspec.json.encode(document))
+        finally:
+            os.close(fd)
+        os.rename(f"{name}.tmp", f"{name}.json")
+    except OSError as error:
+        raise CniError(
+            Code.TRY_AGAIN_LATER,
+            f"ipamd cannot be reached ({why.message}), and no release record could be written",
+            f"{error}; start ipamd or free space in {directory}",
+        ) from error
+    note(f"DEL: ipamd cannot be reached ({why.message}); it will release the addresses when it is back")
+
+
+def check(request: Request, host: Session) -> None:
+    """Verify that ipamd knows the addresses that ADD reported."""
+    from ipamd.client import IpamError  # noqa: PLC0415
+
+    from protos.ipam.v1 import ipam_pb2 as pb  # noqa: PLC0415
+
+    del host
+    conf = parse(request)
+    result = verify.required_result(request)
+    # Another interface's addresses may be in the result of a chain.
+    cidrs = [ip.address for ip in result.ips if _is_own(ip, result, request)]
+    try:
+        with _client(request, conf) as client:
+            client.check(pb.CheckRequest(key=_key(request), cidrs=cidrs))
+    except IpamError as error:
+        raise _error(request, error) from error
+
+
+def _is_own(ip: IPConfig, result: Result, request: Request) -> bool:
+    if ip.interface is None or not 0 <= ip.interface < len(result.interfaces):
+        return True
+    return result.interfaces[ip.interface].name == request.ifname
+
+
+def gc(request: Request, host: Session) -> None:
+    """Let ipamd release what is not in the list, but nothing whose interface still lives in its namespace."""
+    from ipamd.client import IpamError  # noqa: PLC0415
+
+    from protos.ipam.v1 import ipam_pb2 as pb  # noqa: PLC0415
+
+    conf = parse(request)
+    asked = pb.GarbageCollectRequest(client=CLIENT, network=request.network, before=_instant(request), dry_run=True)
+    for attachment in request.valid_attachments:
+        asked.valid.add(container_id=attachment.container_id, ifname=attachment.ifname)
+    observer = Observer(host)
+    try:
+        with _client(request, conf) as client:
+            candidates = client.garbage_collect(asked).released
+            asked.living.extend(one.generation for one in candidates if _lives(observer, one))
+            asked.dry_run = False
+            answer = client.garbage_collect(asked)
+    except IpamError as error:
+        raise _error(request, error) from error
+    for one in answer.living:
+        held = ", ".join(address.cidr for address in one.addresses)
+        note(f"GC: {one.key.container_id} {one.key.ifname} is not in the list, but its interface lives; keeps {held}")
+
+
+def _lives(observer: Observer, allocation: "pb.Allocation") -> bool:
+    if allocation.at.boot_id and allocation.at.boot_id != boot_id():
+        return False
+    seen = allocation.netns
+    return observer.attached(seen.path, seen.inode, seen.cookie, allocation.key.ifname)
+
+
+def status(request: Request, host: Session) -> None:
+    """Whether ipamd could serve an ADD of this network.
+
+    Raises:
+        CniError: 50.
+    """
+    from ipamd.client import IpamError  # noqa: PLC0415
+
+    from protos.ipam.v1 import ipam_pb2 as pb  # noqa: PLC0415
+
+    del host
+    conf = parse(request)
+    asked = pb.StatusRequest(pools=_named(conf), network_pool=_network_pool(request, conf), network=request.network)
+    try:
+        with _client(request, conf) as client:
+            client.status(asked)
+    except IpamError as error:
+        raise CniError(Code.NOT_AVAILABLE, "no address could be given now", _error(request, error).args[1]) from error
+
+
+# Towards ipamd
+
+
+def _client(request: Request, conf: IpamConf) -> "Client":
+    from ipamd.client import Client  # noqa: PLC0415
+
+    socket_path = conf.socket or paths.ipamd_socket(request.environment)
+    return Client(socket_path, timeout_s=conf.timeout, request_id=request.request_id)
+
+
+def _error(request: Request, error: "IpamError") -> CniError:
+    """ipamd's refusal as a CNI error."""
+    import grpc  # noqa: PLC0415 - loaded with the client already
+
+    code = {
+        grpc.StatusCode.UNAVAILABLE: Code.TRY_AGAIN_LATER,
+        grpc.StatusCode.DEADLINE_EXCEEDED: Code.TRY_AGAIN_LATER,
+        grpc.StatusCode.RESOURCE_EXHAUSTED: Code.POOL_EXHAUSTED,
+        grpc.StatusCode.ALREADY_EXISTS: Code.ADDRESS_UNAVAILABLE,
+        grpc.StatusCode.FAILED_PRECONDITION: Code.POOL_CONFLICT,
+        grpc.StatusCode.INVALID_ARGUMENT: Code.INVALID_CONFIG,
+        grpc.StatusCode.NOT_FOUND: Code.INVALID_CONFIG,
+    }.get(error.code, Code.INTERNAL)
+    return CniError(code, f"ipamd: {error.message}", f"request {request.request_id}")
+
+
+def _key(request: Request) -> "pb.AttachmentKey":
+    from protos.ipam.v1 import ipam_pb2 as pb  # noqa: PLC0415
+
+    return pb.AttachmentKey(
+        client=CLIENT, network=request.network, container_id=request.container_id, ifname=request.ifname
+    )
+
+
+def _instant(request: Request) -> "pb.Instant":
+    from protos.ipam.v1 import ipam_pb2 as pb  # noqa: PLC0415
+
+    return pb.Instant(boot_id=boot_id(), boottime_ns=request.began_ns)
+
+
+def _netns(request: Request, host: Session) -> "pb.Netns":
+    """Which namespace the addresses are for, so that they can be reclaimed when it is gone."""
+    from protos.ipam.v1 import ipam_pb2 as pb  # noqa: PLC0415
+
+    if not request.netns:
+        return pb.Netns()
+    try:
+        with netns.opened(request.netns) as container:
+            cookie = netns.cookie_at(container, host.home_fd)
+            return pb.Netns(inode=container.identity.inode, cookie=cookie, path=request.netns)
+    except KernelError as error:
+        raise CniError(Code.INVALID_NETNS, f"failed to open netns {request.netns!a}", str(error)) from error
+
+
+# What comes from the configuration alone
+
+
+def _with_dns_and_routes(request: Request, conf: IpamConf) -> Result:
+    del request
+    routes = tuple(Route(r.dst, r.gw, r.mtu, r.advmss, r.priority, r.table, r.scope) for r in conf.routes)
+    return Result(routes=routes, dns=_resolv_conf(conf.resolv_conf) if conf.resolv_conf else DNS())
+
+
+def _resolv_conf(path: str) -> DNS:
+    """The name servers of a resolv.conf.
+
+    Raises:
+        CniError: 7, it cannot be read.
+    """
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines: Sequence[str] = file.read(1 << 20).splitlines()
+    except OSError as error:
+        raise _invalid(f"resolvConf: {config.found(path)}", str(error)) from error
+    nameservers: list[str] = []
+    domain = ""
+    search: list[str] = []
+    options: list[str] = []
+    for line in lines:
+        words = line.split("#")[0].split(";")[0].split()
+        if len(words) < 2:
+            continue
+        match words[0]:
+            case "nameserver":
+                nameservers.append(words[1])
+            case "domain":
+                domain = words[1]
+            case "search":
+                search.extend(words[1:])
+            case "options":
+                options.extend(words[1:])
+    return DNS(tuple(nameservers), domain, tuple(search), tuple(options))
