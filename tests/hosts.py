@@ -429,15 +429,16 @@ class Host:
         """Links, addresses, routes, nftables, files and (while ipamd runs) allocations, for `assert_clean`."""
         return Snapshot(frozenset(self._facts()))
 
-    def assert_clean(self, before: Snapshot, keep: Iterable[str] = ()) -> None:
+    def assert_clean(self, before: Snapshot, keep: Iterable[str] = (), ruleset: bool = True) -> None:
         """Raises HostError naming every fact that came or went since `before`.
 
-        `keep` names interfaces that may have come: a bridge is shared by all containers and never removed. Take
-        `before` after a first ADD and DEL; else the static table `inet netloom`, which stays too, counts as come.
+        `keep` names interfaces that may have come: a bridge is shared by all containers and stays. Take `before` after
+        a first ADD and DEL; else the static tables, which stay too, count as come, unless `ruleset` is false.
         """
         after = self.snapshot()
-        kept = tuple(f"{name}: " for name in keep)
-        came = [fact for fact in after.minus(before) if not fact.split(" ", 1)[1].startswith(kept)]
+        kept = tuple(f"{kind} {name}: " for name in keep for kind in ("link", "address", "route"))
+        kept += () if ruleset else ("nft ",)
+        came = [fact for fact in after.minus(before) if not fact.startswith(kept)]
         went = before.minus(after)
         if came or went:
             difference = [*(f"+ {fact}" for fact in came), *(f"- {fact}" for fact in went)]

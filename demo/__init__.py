@@ -1,0 +1,1 @@
+"""`make demo`: one host, end to end."""
