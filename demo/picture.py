@@ -5,7 +5,6 @@ Two alphabets: with line-drawing characters, and ASCII for a terminal or a local
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 class Alphabet:
     """The characters that lines are drawn with, and the mark of a step that held."""
 
-    corners: str  # upper left, upper right, lower left, lower right
+    corners: tuple[str, str, str, str]  # upper left, upper right, lower left, lower right
     across: str
     down: str
     leg: str  # where a line leaves a box downwards
@@ -23,14 +22,14 @@ class Alphabet:
     held: str
 
 
-UNICODE = Alphabet("┌┐└┘", "─", "│", "┬", "┴", "→", "✓")
-ASCII = Alphabet("++++", "-", "|", "+", "+", "->", "ok")
+UNICODE = Alphabet(("┌", "┐", "└", "┘"), "─", "│", "┬", "┴", "→", "✓")
+ASCII = Alphabet(("+", "+", "+", "+"), "-", "|", "+", "+", "->", "ok")
 
 
 def alphabet(environment: Mapping[str, str]) -> Alphabet:
-    """By the locale, not by Python's idea of it: in the C locale Python writes UTF-8, and the terminal may not read it."""
+    """By the locale; not by Python, which writes UTF-8 in the C locale too, where the terminal may not read it."""
     locale = environment.get("LC_ALL") or environment.get("LC_CTYPE") or environment.get("LANG") or "C"
-    return UNICODE if "utf-8" in locale.lower().replace("utf8", "utf-8") and os.name == "posix" else ASCII
+    return UNICODE if locale.lower().endswith(("utf-8", "utf8")) else ASCII
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +91,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Columns as wide as they must be; the first one to the left, the others to the right."""
     cells = [list(head), *(list(row) for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-    return [
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(pairs)
-        ).rstrip()
-        for pairs in ([*zip(row, widths, strict=True)] for row in cells)
-    ]
+    lines = []
+    for row in cells:
+        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join([first.strip().ljust(widths[0]), *others]).rstrip())
+    return lines
