@@ -36,9 +36,10 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
     if _is_ours(request.ipam_type):
         result: Result = registry.load(request.ipam_type).add(request, host, undo)
     else:
-        # A plugin that failed half way may hold an address all the same; DEL of what it does not hold is harmless.
+        stdout = _execute(request, Command.ADD)
+        # Only after it succeeded: host-local refuses a second ADD, and a DEL would free what the first one got.
         undo.push(f"{request.ipam_type} DEL", lambda: _execute(request, Command.DEL))
-        result = _result(request, _execute(request, Command.ADD))
+        result = _result(request, stdout)
     if not result.ips:
         raise CniError(Code.INTERNAL, f"IPAM plugin {request.ipam_type} returned no address")
     return result

@@ -144,6 +144,7 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
     mac = wanted_mac(request) or _random_mac()
     records = Records(paths.run_dir(request.environment))
     with netns.opened(request.netns) as container, host.visit(container) as inside:
+        _clear_the_way(request, host, records, inside)
         lease = delegate.add(request, host, undo) if request.ipam_type else Result()
         ips, routes = _with_gateways(conf, lease)
         port_name = _free_name(host)
@@ -157,7 +158,7 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
         bridge = _ensure_bridge(host, conf)
         if conf.gateway:
             _ensure_gateways(host, bridge, conf, [_gateway_interface(ip) for ip in ips])
-        _add_veth(request, host, conf, VethSpec(port_name, request.ifname, container.fd, conf.mtu, mac), bridge)
+        _add_veth(host, conf, VethSpec(port_name, request.ifname, container.fd, conf.mtu, mac), bridge)
         undo.push(f"delete link {port_name}", lambda: link.delete(host, port_name))
         nft.add(host, [*record.elements, *record.shared])
         eth = link.get(inside, request.ifname)
@@ -176,6 +177,25 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
             Interface(request.ifname, eth.mac, request.netns),
         ),
     )
+
+
+def _clear_the_way(request: Request, host: Session, records: Records, inside: Visit) -> None:
+    """Refuse a second ADD before it touches what the first one made; remove what an ADD left that nobody undid.
+
+    Raises:
+        CniError: 4, the container has an interface of that name.
+    """
+    if link.find(inside, request.ifname) is not None:
+        raise CniError(
+            Code.INVALID_ENVIRONMENT,
+            f"CNI_IFNAME {request.ifname}: the container has an interface of that name already",
+            "run DEL for it first, or choose another name",
+        )
+    left = records.read(Key(request.network, request.container_id, request.ifname, TYPE))
+    if left is not None:
+        for name in left.links:
+            _delete_port(host, name)
+        records.remove(host, left)
 
 
 def _random_mac() -> str:
@@ -320,15 +340,8 @@ def _free_name(host: Session) -> str:
     raise CniError(Code.INTERNAL, f"no free name for the host's end of a veth pair after {_TRIES} tries")
 
 
-def _add_veth(request: Request, host: Session, conf: BridgeConf, spec: VethSpec, bridge: Link) -> None:
-    try:
-        link.add_veth(host, spec, bridge.index)
-    except Exists as error:
-        raise CniError(
-            Code.INVALID_ENVIRONMENT,
-            f"CNI_IFNAME {request.ifname}: the container has an interface of that name already",
-            "run DEL for it first, or choose another name",
-        ) from error
+def _add_veth(host: Session, conf: BridgeConf, spec: VethSpec, bridge: Link) -> None:
+    link.add_veth(host, spec, bridge.index)
     _try_sysctl("0", "ipv6", "conf", spec.name, "accept_ra")
     if conf.hairpin_mode or conf.port_isolation:
         port = link.get(host, spec.name)
