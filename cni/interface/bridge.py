@@ -31,14 +31,13 @@ from cni.living import Observer
 from cni.request import Request
 from cni.result import DNS, Interface, IPConfig, Result, Route
 from cni.undo import Undo
-from kernel import addr, link, netns, nft, paths, sysctl
+from kernel import addr, leftovers, link, netns, nft, paths, sysctl
 from kernel.errors import Exists, NotFound
 from kernel.link import Link, VethSpec
 from kernel.record import Key, Record, Records
 from kernel.session import Session, Visit
 
 TYPE = "bridge"
-MARK = "made by netloom"  # alias of a bridge that is ours to delete
 _NAME = re.compile(r"[^\s/:]{1,15}")
 _TRIES = 10
 _PORT_TIMEOUT_S = 5.0
@@ -194,7 +193,7 @@ def _clear_the_way(request: Request, host: Session, records: Records, inside: Vi
     left = records.read(Key(request.network, request.container_id, request.ifname, TYPE))
     if left is not None:
         for name in left.links:
-            _delete_port(host, name)
+            leftovers.delete_port(host, name)
         records.remove(host, left)
 
 
@@ -267,7 +266,7 @@ def _ensure_bridge(host: Session, conf: BridgeConf) -> Link:
     bridge = link.find(host, conf.bridge)
     if bridge is None:
         try:
-            link.add_bridge(host, conf.bridge, _random_mac(), mtu=conf.mtu, alias=MARK)
+            link.add_bridge(host, conf.bridge, _random_mac(), mtu=conf.mtu, alias=leftovers.BRIDGE_MARK)
             # Routers on the segment do not decide over this host's routes. Somebody else's bridge is left as it is: it
             # may be how the host itself gets its addresses.
             _try_sysctl("0", "ipv6", "conf", conf.bridge, "accept_ra")
@@ -386,7 +385,7 @@ def delete(request: Request, host: Session) -> None:
     with Failures() as failures:
         if record is not None:
             for name in record.links:
-                failures.attempt(_delete_port, host, name)
+                failures.attempt(leftovers.delete_port, host, name)
         if request.netns:
             failures.attempt(_delete_inside, request, host)
         if record is not None:
@@ -394,12 +393,6 @@ def delete(request: Request, host: Session) -> None:
         # After the link: nobody may get the address while a container can still send from it.
         if request.ipam_type:
             failures.attempt(delegate.delete, request, host)
-
-
-def _delete_port(host: Session, name: str) -> None:
-    found = link.find(host, name)
-    if found is not None and found.kind == "veth":
-        link.delete(host, name)
 
 
 def _delete_inside(request: Request, host: Session) -> None:
@@ -491,25 +484,12 @@ def gc(request: Request, host: Session) -> None:
                 note(f"GC: {record.key.container_id} {record.key.ifname} is not in the list, but its interface lives")
                 continue
             for name in record.links:
-                failures.attempt(_delete_port, host, name)
+                failures.attempt(leftovers.delete_port, host, name)
             failures.attempt(records.remove, host, record)
         if request.ipam_type:
             failures.attempt(delegate.gc, request, host)
         for name in sorted(bridges):
-            failures.attempt(_delete_idle_bridge, host, records, name)
-
-
-def _delete_idle_bridge(host: Session, records: Records, name: str) -> None:
-    """Delete a bridge that Netloom made, once it has no port and no attachment wants it.
-
-    ADD writes its record before it looks for the bridge, and no record is written while we hold the records.
-    """
-    with records.hold():
-        bridge = link.find(host, name)
-        if bridge is None or bridge.alias != MARK or link.all_links(host, bridge.index):
-            return
-        if all(record.bridge != name for record in records.all()):
-            link.delete(host, name)
+            failures.attempt(leftovers.delete_idle_bridge, host, records, name)
 
 
 def status(request: Request, host: Session) -> None:

@@ -1,0 +1,91 @@
+"""What containers that died left in the host's kernel: nftables elements, host links, records, an idle bridge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+
+from kernel import link, liveness
+from kernel.liveness import LiveNetns
+from kernel.record import Record, Records
+from kernel.session import Session
+
+BRIDGE_MARK = "made by netloom"  # the alias of a bridge that is ours to delete
+
+Lock = Callable[[str, str], AbstractContextManager[object]]
+
+
+def sweep(
+    host: Session,
+    records: Records,
+    lock: Lock,
+    *,
+    observe: Callable[[], Iterable[LiveNetns]] = liveness.observe,
+    dry_run: bool = False,
+) -> list[Record]:
+    """Remove what belongs to attachments whose namespace is gone.
+
+    The records are listed before the namespaces are, so one of an ADD that is under way is never taken for dead.
+
+    Args:
+        host: the host's namespace.
+        records: the host's records.
+        lock: the attachment's lock, from (container id, ifname), held while its things are removed.
+        observe: lists every namespace that lives.
+        dry_run: only say what would be removed.
+
+    Returns:
+        The records of the dead.
+    """
+    candidates = list(records.all())
+    living = set(observe()) if candidates else set()
+    cookies = {one.cookie for one in living if one.cookie}
+    inodes = {one.inode for one in living}
+    unidentified = {one.inode for one in living if not one.cookie}
+    gone = []
+    for record in candidates:
+        if not record.netns_inode and not record.netns_cookie:
+            continue
+        if record.netns_cookie:
+            alive = record.netns_cookie in cookies or record.netns_inode in unidentified
+        else:
+            alive = record.netns_inode in inodes
+        if alive:
+            continue
+        if dry_run or _remove(host, records, record, lock):
+            gone.append(record)
+    if not dry_run:
+        for name in sorted({record.bridge for record in gone if record.bridge}):
+            delete_idle_bridge(host, records, name)
+    return gone
+
+
+def _remove(host: Session, records: Records, record: Record, lock: Lock) -> bool:
+    with lock(record.key.container_id, record.key.ifname):
+        if records.read(record.key) != record:
+            return False  # a DEL or a newer ADD came meanwhile
+        for name in record.links:
+            delete_port(host, name)
+        records.remove(host, record)
+    return True
+
+
+def delete_port(host: Session, name: str) -> None:
+    """Delete the host's end of a veth pair, if it is there and is one."""
+    found = link.find(host, name)
+    if found is not None and found.kind == "veth":
+        link.delete(host, name)
+
+
+def delete_idle_bridge(host: Session, records: Records, name: str) -> bool:
+    """Delete a bridge that Netloom made, once it has no port and no attachment wants it; True where it did.
+
+    ADD writes its record before it looks for the bridge, and no record is written while we hold the records.
+    """
+    with records.hold():
+        bridge = link.find(host, name)
+        if bridge is None or bridge.alias != BRIDGE_MARK or link.all_links(host, bridge.index):
+            return False
+        if any(record.bridge == name for record in records.all()):
+            return False
+        return link.delete(host, name)
