@@ -116,7 +116,7 @@ def found(value: object, limit: int = 60) -> str:
         text = _kind(value)
     # JSON leaves DEL and everything beyond ASCII alone; a terminal would act on some of that.
     safe = "".join(char if " " <= char <= "~" else ascii(char)[1:-1] for char in text[: limit + 1])
-    return safe if len(text) <= limit else f"{safe[:limit]}…"
+    return safe if len(text) <= limit else f"{safe[:limit]}..."
 
 
 def _undecodable(what: str, reason: str) -> CniError:

@@ -66,4 +66,4 @@ def printable(text: str) -> str:
 def shown(text: str, limit: int = 80) -> str:
     """A foreign string as part of a message: quoted, in ASCII, at most `limit` characters of it."""
     quoted = '"' + ascii(text[:limit])[1:-1].replace('"', '\\"').replace("\\'", "'") + '"'
-    return quoted if len(text) <= limit else f"{quoted}… ({len(text)} characters)"
+    return quoted if len(text) <= limit else f"{quoted}... ({len(text)} characters)"
