@@ -209,14 +209,15 @@ class _Service:
         if not request.netns:
             return request
         from kernel import netns  # noqa: PLC0415 - ctypes and more, which VERSION and every refusal do without
-        from kernel.errors import KernelError  # noqa: PLC0415
+        from kernel.errors import KernelError, NotFound  # noqa: PLC0415
 
         deleting = request.command is Command.DEL
         try:
             theirs = netns.identify(request.netns)
         except (KernelError, ValueError) as error:
             if deleting:
-                return self._without_netns(request, str(error))
+                # Gone is what DEL may expect, and nothing to report.
+                return self._without_netns(request, "" if isinstance(error, NotFound) else str(error))
             raise CniError(
                 Code.INVALID_NETNS,
                 f"failed to open netns {request.netns!a}",
@@ -233,8 +234,9 @@ class _Service:
         )
 
     def _without_netns(self, request: Request, reason: str) -> Request:
-        note = f"netloom: DEL goes on without CNI_NETNS {request.netns!a}: {reason}\n"
-        self.log += note.encode("utf-8", "backslashreplace")
+        if reason:
+            note = f"netloom: DEL goes on without CNI_NETNS {request.netns!a}: {reason}\n"
+            self.log += note.encode("utf-8", "backslashreplace")
         return msgspec.structs.replace(request, netns="")
 
     def failed(self, error: BaseException) -> Outcome:

@@ -298,6 +298,8 @@ def test_known_arguments() -> None:
     got = request(env={"CNI_ARGS": "MAC=02:00:00:00:00:01;IP=10.0.0.5"})
     assert got.arguments("MAC", "IP", "GATEWAY") == {"MAC": "02:00:00:00:00:01", "IP": "10.0.0.5"}
     assert request().arguments("MAC") == {}
+    # IgnoreUnknown itself is known to all.
+    assert request(env={"CNI_ARGS": "IgnoreUnknown=0;MAC=x"}).arguments("MAC") == {"MAC": "x"}
 
 
 @pytest.mark.parametrize("flag", ["1", "true", "True", "TRUE"])
