@@ -1,0 +1,227 @@
+"""Puts the daemon together and serves until told to stop."""
+
+import asyncio
+import contextlib
+import logging
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from ipamd.ballast import BallastFile
+from ipamd.clock import BootClock, Clock
+from ipamd.config import Config
+from ipamd.engine import Engine, Transaction
+from ipamd.errors import IpamdError, StartError
+from ipamd.lease import Ledger
+from ipamd.listen import SocketPlace
+from ipamd.reclaim import Reclaimer
+from ipamd.records import ReleaseRecords
+from ipamd.service import Service
+from ipamd.store.base import Rename, Store
+from ipamd.store.memory import MemoryStore
+from ipamd.store.sqlite import SqliteStore
+from protos.ipam.v1 import ipam_pb2
+from protos.ipam.v1.ipam_pb2_grpc import add_IpamServicer_to_server
+from telemetry import log
+from telemetry.health import Health, HealthServer, parse_listen
+from telemetry.metrics import CONTENT_TYPE, IpamdMetrics, PoolSample
+
+_logger = logging.getLogger("ipamd")
+
+_SERVICE = ipam_pb2.DESCRIPTOR.services_by_name["Ipam"].full_name
+_LARGEST_MESSAGE = 64 << 20  # a GC that names 100,000 attachments has 8 MiB
+_DRAIN_S = 10.0
+_RECORDS_INTERVAL_S = 2.0
+_SAMPLES_INTERVAL_S = 5.0
+# The commit's thread waits at most this long for the interpreter after the disk answered; the default is 5 ms.
+_SWITCH_INTERVAL_S = 0.0005
+
+
+async def serve(config: Config, stop: asyncio.Event, *, version: str, clock: Clock | None = None) -> None:
+    """Serves until `stop` is set, then answers what was taken. Raises StartError before the first request only."""
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    clock = clock or BootClock()
+    metrics = IpamdMetrics(version, config.node)
+    store: Store = SqliteStore(config.store_path) if config.store_kind == "sqlite" else MemoryStore()
+    try:
+        transaction = Transaction(store)
+        ledger = Ledger(transaction, clock, config.cooldown_s)
+        ballast = BallastFile(f"{config.store_path}.ballast") if config.store_kind == "sqlite" else None
+        engine = Engine(transaction, ballast=ballast, on_commit=metrics.commit)
+        try:
+            await engine.run(lambda: _adopt_node(transaction, config.node))
+            daemon = _Daemon(config, clock, store, ledger, engine, metrics, version)
+            await daemon.run(stop)
+        finally:
+            await engine.close()
+    finally:
+        store.close()
+    log.event(_logger, "info", "ipamd stopped")
+
+
+def _adopt_node(transaction: Transaction, node: str) -> None:
+    """The store is this node's own: should the node have got another name, its allocations go with it."""
+    known = transaction.store.remembered_node()
+    if known == node:
+        return
+    changes = [Rename(known, node)] if known else []
+    transaction.apply(*changes)
+    transaction.store.remember_node(node)
+    if known:
+        log.event(_logger, "warning", "the node has another name now; its allocations follow", was=known, now=node)
+
+
+class _Daemon:
+    def __init__(
+        self,
+        config: Config,
+        clock: Clock,
+        store: Store,
+        ledger: Ledger,
+        engine: Engine,
+        metrics: IpamdMetrics,
+        version: str,
+    ) -> None:
+        self._config = config
+        self._ledger = ledger
+        self._engine = engine
+        self._metrics = metrics
+        self._reclaimer = Reclaimer(
+            engine,
+            ledger,
+            store,
+            clock,
+            node=config.node,
+            grace_s=config.reclaim_grace_s,
+            on_release=metrics.released,
+        )
+        self._records = ReleaseRecords(
+            config.release_dir, engine, ledger, node=config.node, on_release=metrics.released
+        )
+        self._service = Service(
+            engine=engine,
+            ledger=ledger,
+            store=store,
+            reclaimer=self._reclaimer,
+            clock=clock,
+            metrics=metrics,
+            node=config.node,
+            version=version,
+        )
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stubs leave it out
+        self._samples: list[PoolSample] = []
+        metrics.watch_pools(lambda: self._samples)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Listens, serves, and drains."""
+        config = self._config
+        async with contextlib.AsyncExitStack() as stack:
+            place = stack.enter_context(SocketPlace(config.socket))
+            server = self._server()
+            _bind(server, place, config.socket)
+            if config.http_listen:
+                await stack.enter_async_context(self._pages(config.http_listen))
+            self._records.prepare()
+            await self._records.replay()
+            await server.start()
+            place.publish(config.socket_mode, config.socket_owner, config.socket_group)
+            await self._serve(server, place, stop)
+
+    async def _serve(self, server: aio.Server, place: SocketPlace, stop: asyncio.Event) -> None:
+        config = self._config
+        tasks = [asyncio.create_task(work()) for work in (self._replay_records, self._reclaim, self._sample_pools)]
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        await self._health.set(_SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        log.event(_logger, "info", "ipamd serves", socket=config.socket, node=config.node, store=config.store_kind)
+        try:
+            await stop.wait()
+        finally:
+            log.event(_logger, "info", "ipamd is stopping: it answers what it took")
+            place.remove()
+            await self._health.enter_graceful_shutdown()
+            await server.stop(_DRAIN_S)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _server(self) -> aio.Server:
+        server = aio.server(
+            options=[
+                ("grpc.max_receive_message_length", _LARGEST_MESSAGE),
+                ("grpc.so_reuseport", 0),
+            ]
+        )
+        add_IpamServicer_to_server(self._service, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        return server
+
+    @contextlib.asynccontextmanager
+    async def _pages(self, listen: str) -> AsyncIterator[None]:
+        pages = HealthServer(
+            parse_listen(listen, self._config.http_allow_remote),
+            metrics=self._metrics.render,
+            health=self._state,
+            content_type=CONTENT_TYPE,
+        )
+        try:
+            await pages.start()
+        except OSError as error:
+            raise StartError(
+                f"http_listen {listen}: {error.strerror or error}; free the port or name another"
+            ) from None
+        try:
+            yield
+        finally:
+            await pages.close()
+
+    def _state(self) -> Health:
+        if self._engine.disk_full:
+            return Health(False, "the disk of the database is full: new allocations are refused")
+        return Health(True)
+
+    async def _sample_pools(self) -> None:
+        """A scrape happens beside the batches and must not use the store, so it gets what was read a moment ago."""
+        while self._config.http_listen:
+            await _guard(self._sample_pools_once, "the pools' fill cannot be read")
+            await asyncio.sleep(_SAMPLES_INTERVAL_S)
+
+    async def _sample_pools_once(self) -> None:
+        self._samples = await self._engine.run(
+            lambda: [
+                PoolSample(pool.name, usage.family, usage.size, usage.allocated, usage.reserved, usage.cooling)
+                for pool in self._ledger.pools.values()
+                for usage in self._ledger.usage(pool)
+            ]
+        )
+
+    async def _replay_records(self) -> None:
+        while True:
+            await asyncio.sleep(_RECORDS_INTERVAL_S)
+            await _guard(self._records.replay, "release records cannot be replayed")
+
+    async def _reclaim(self) -> None:
+        if not self._config.reclaim_interval_s:
+            return
+        await asyncio.sleep(self._config.reclaim_grace_s)
+        while True:
+            await _guard(self._reclaimer.earlier_boots, "allocations of earlier boots cannot be released")
+            await asyncio.sleep(self._config.reclaim_interval_s)
+
+
+def _bind(server: aio.Server, place: SocketPlace, path: str) -> None:
+    try:
+        server.add_insecure_port(f"unix:{place.address}")
+    except RuntimeError as error:
+        raise StartError(f"{path}: cannot be bound: {error}") from None
+
+
+async def _guard(work: Callable[[], Awaitable[object]], what: str) -> None:
+    """Runs one round of work that goes on for ever: a failure is logged, and the next round tries again."""
+    try:
+        await work()
+    except Exception as error:  # noqa: BLE001 (whatever it was must not end the rounds)
+        log.event(_logger, "error", what, error=str(error), exc_info=not isinstance(error, IpamdError))

@@ -1,0 +1,293 @@
+"""ipamd's API: messages in, values to `engine`, `lease` and `reclaim`, and back. Nothing is decided here.
+
+Each handler waits until what it answers is durable. Exceptions become status codes in one place, `_unary`.
+"""
+
+# ruff: noqa: N802 (the handlers bear the names of the RPCs)
+
+import functools
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+from grpc import aio
+
+from ipamd import messages
+from ipamd.clock import Clock
+from ipamd.engine import Engine
+from ipamd.errors import (
+    AlreadyExistsError,
+    CoolingError,
+    ExhaustedError,
+    InvalidArgumentError,
+    IpamdError,
+    PreconditionError,
+    UnavailableError,
+)
+from ipamd.lease import Ask, Ledger, check_pool_name
+from ipamd.pool import Pool, address_text, parse_address
+from ipamd.reclaim import Live, Reclaimer, log_release
+from ipamd.store.base import Filter, Store
+from protos.ipam.v1 import ipam_pb2 as pb
+from protos.ipam.v1.ipam_pb2_grpc import IpamServicer
+from telemetry import log
+from telemetry.metrics import AllocationResult, IpamdMetrics
+
+Req = TypeVar("Req")
+Resp = TypeVar("Resp")
+Context = aio.ServicerContext[Any, Any]
+
+_logger = logging.getLogger("ipamd")
+
+_PAGE = 500  # allocations of a list that are read at once: under 10 ms of the event loop
+_LONGEST_REQUEST_ID = 64
+_LONGEST_DETAILS = 2000  # gRPC sends the text as a header, whose whole size is limited to 8 KiB
+
+# How an Allocate that failed is counted.
+_RESULTS: tuple[tuple[type[IpamdError], AllocationResult], ...] = (
+    (CoolingError, "cooling"),
+    (ExhaustedError, "exhausted"),
+    (AlreadyExistsError, "conflict"),
+    (PreconditionError, "conflict"),
+    (UnavailableError, "error"),
+    (IpamdError, "refused"),
+)
+
+
+def _unary(
+    handler: "Callable[[Service, Req, str], Awaitable[Resp]]",
+) -> "Callable[[Service, Req, Context], Awaitable[Resp]]":
+    """Around a handler, which gets the request's id in place of the context: measures, and answers what it raises."""
+    name = handler.__name__
+
+    @functools.wraps(handler)
+    async def answer(self: "Service", request: Req, context: Context) -> Resp:
+        began = time.perf_counter()
+        request_id = _request_id(context)
+        code = "CANCELLED"
+        try:
+            response = await handler(self, request, request_id)
+            code = "OK"
+        except IpamdError as error:
+            code = error.code
+            log.event(_logger, "info" if code != "INTERNAL" else "error", "refused", method=name, code=code,
+                      error=str(error), request_id=request_id)  # fmt: skip
+            await _abort(context, error)
+        finally:
+            self.metrics.request(name, code, time.perf_counter() - began)
+        return response
+
+    return answer
+
+
+class Service(IpamServicer):
+    """The handlers. One instance serves all requests, in the event loop."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        ledger: Ledger,
+        store: Store,
+        reclaimer: Reclaimer,
+        clock: Clock,
+        metrics: IpamdMetrics,
+        node: str,
+        version: str,
+    ) -> None:
+        self.metrics = metrics
+        self._engine = engine
+        self._ledger = ledger
+        self._store = store
+        self._reclaimer = reclaimer
+        self._clock = clock
+        self._node = node
+        self._version = version
+        self._began_ns = clock.now_ns()
+
+    @_unary
+    async def Allocate(self, request: pb.AllocateRequest, request_id: str) -> pb.AllocateResponse:
+        try:
+            ask = messages.ask_of(request, self._node)
+            allocation, created = await self._engine.run(lambda: self._ledger.allocate(ask), grows=True)
+        except IpamdError as error:
+            self.metrics.allocation(next(result for kind, result in _RESULTS if isinstance(error, kind)))
+            raise
+        self.metrics.allocation("created" if created else "repeated")
+        addresses = allocation.addresses
+        key = allocation.key
+        log.event(
+            _logger,
+            "info",
+            "allocated" if created else "allocated before",
+            client=key.client,
+            network=key.network,
+            container_id=key.container_id,
+            ifname=key.ifname,
+            addresses=[address.cidr for address in addresses],
+            generation=allocation.generation,
+            request_id=request_id,
+        )
+        return pb.AllocateResponse(
+            addresses=messages.address_messages(addresses), created=created, generation=allocation.generation
+        )
+
+    @_unary
+    async def Release(self, request: pb.ReleaseRequest, request_id: str) -> pb.ReleaseResponse:
+        key = messages.key_of(request.key, self._node)
+        before = messages.instant_of(request.before) if request.HasField("before") else None
+        held = await self._engine.run(lambda: self._ledger.release(key, request.generation, before))
+        if held is None:
+            return pb.ReleaseResponse()
+        log_release(held, "request", request_id)
+        self.metrics.released("request")
+        return pb.ReleaseResponse(released=messages.address_messages(held.addresses))
+
+    @_unary
+    async def Check(self, request: pb.CheckRequest, _request_id: str) -> pb.CheckResponse:
+        key = messages.key_of(request.key, self._node)
+        held = await self._engine.run(lambda: self._ledger.check(key, tuple(request.cidrs)))
+        return pb.CheckResponse(generation=held.generation)
+
+    @_unary
+    async def GarbageCollect(self, request: pb.GarbageCollectRequest, request_id: str) -> pb.GarbageCollectResponse:
+        if not request.HasField("before"):
+            raise InvalidArgumentError("before: wanted the moment when the client's request began, found nothing")
+        with log.request(request_id):
+            found = await self._reclaimer.collect(
+                request.client,
+                request.network,
+                frozenset((attachment.container_id, attachment.ifname) for attachment in request.valid),
+                messages.instant_of(request.before),
+                node=request.node,
+                living=frozenset(request.living),
+                dry_run=request.dry_run,
+            )
+        return pb.GarbageCollectResponse(
+            released=[messages.allocation_message(a, "not among the valid attachments") for a in found.released],
+            living=[messages.allocation_message(a, "not valid, but its interface lives") for a in found.kept],
+        )
+
+    @_unary
+    async def ReportLiveness(self, request: pb.ReportLivenessRequest, request_id: str) -> pb.ReportLivenessResponse:
+        if not request.HasField("at"):
+            raise InvalidArgumentError("at: wanted the moment when the observation began, found nothing")
+        live = Live.of((netns.inode, netns.cookie) for netns in request.live)
+        with log.request(request_id):
+            found = await self._reclaimer.report(messages.instant_of(request.at), live, request.dry_run)
+        return pb.ReportLivenessResponse(
+            released=[messages.allocation_message(a, "its network namespace is gone") for a in found.released],
+            suspected=[messages.allocation_message(a, "its network namespace is missing") for a in found.kept],
+        )
+
+    @_unary
+    async def Status(self, request: pb.StatusRequest, _request_id: str) -> pb.StatusResponse:
+        ask = messages.probe_of(request, self._node)
+        return await self._engine.run(lambda: self._status(ask))
+
+    def _status(self, ask: Ask | None) -> pb.StatusResponse:
+        if ask is not None:
+            if self._engine.disk_full:
+                raise ExhaustedError(
+                    "the disk of ipamd's database is full: new allocations are refused; free some room"
+                )
+            self._ledger.probe(ask)
+        return pb.StatusResponse(
+            version=self._version,
+            node=self._node,
+            store=self._store.kind,
+            boot_id=self._clock.boot_id,
+            allocations=self._store.count(),
+            pools=len(self._ledger.pools),
+            uptime_s=(self._clock.now_ns() - self._began_ns) / 1e9,
+            schema=self._store.schema,
+        )
+
+    @_unary
+    async def CreatePool(self, request: pb.CreatePoolRequest, request_id: str) -> pb.Pool:
+        check_pool_name(request.name)
+        spec = messages.spec_of(request.spec)
+        answer = await self._engine.run(
+            lambda: self._describe(self._ledger.create_pool(request.name, spec)), grows=True
+        )
+        log.event(_logger, "info", "pool created", pool=request.name, spec=spec.encode(), request_id=request_id)
+        return answer
+
+    @_unary
+    async def GetPool(self, request: pb.GetPoolRequest, _request_id: str) -> pb.Pool:
+        return await self._engine.run(lambda: self._describe(self._ledger.pool(request.name)))
+
+    @_unary
+    async def ListPools(self, _request: pb.ListPoolsRequest, _request_id: str) -> pb.ListPoolsResponse:
+        return await self._engine.run(
+            lambda: pb.ListPoolsResponse(pools=[self._describe(pool) for _, pool in sorted(self._ledger.pools.items())])
+        )
+
+    @_unary
+    async def DeletePool(self, request: pb.DeletePoolRequest, request_id: str) -> pb.DeletePoolResponse:
+        await self._engine.run(lambda: self._ledger.delete_pool(request.name))
+        log.event(_logger, "info", "pool deleted", pool=request.name, request_id=request_id)
+        return pb.DeletePoolResponse()
+
+    async def ListAllocations(
+        self, request: pb.ListAllocationsRequest, context: Context
+    ) -> AsyncIterator[pb.Allocation]:
+        try:
+            ip = address_text(*parse_address(request.address, "address")) if request.address else ""
+        except IpamdError as error:
+            await _abort(context, error)
+        wanted = Filter(request.node, request.client, request.network, request.container_id, request.pool, ip)
+        after = 0
+        while True:
+            try:
+                page = await self._engine.run(functools.partial(self._store.allocations, wanted, after, _PAGE))
+            except IpamdError as error:
+                await _abort(context, error)
+            for allocation in page:
+                yield messages.allocation_message(allocation)
+            if len(page) < _PAGE:
+                return
+            after = page[-1].generation
+
+    @_unary
+    async def Reserve(self, request: pb.ReserveRequest, request_id: str) -> pb.Reservation:
+        messages.check_name(request.note, "note")
+        made = await self._engine.run(
+            lambda: self._ledger.reserve(request.pool, request.address, request.note), grows=True
+        )
+        log.event(_logger, "info", "reserved", pool=made.pool, address=made.ip, note=made.note, request_id=request_id)
+        return pb.Reservation(pool=made.pool, address=made.ip, note=made.note)
+
+    @_unary
+    async def Unreserve(self, request: pb.UnreserveRequest, request_id: str) -> pb.UnreserveResponse:
+        await self._engine.run(lambda: self._ledger.unreserve(request.pool, request.address))
+        log.event(_logger, "info", "unreserved", pool=request.pool, address=request.address, request_id=request_id)
+        return pb.UnreserveResponse()
+
+    @_unary
+    async def ListReservations(
+        self, request: pb.ListReservationsRequest, _request_id: str
+    ) -> pb.ListReservationsResponse:
+        rows = await self._engine.run(lambda: list(self._store.reservations(request.pool)))
+        return pb.ListReservationsResponse(
+            reservations=[pb.Reservation(pool=row.pool, address=row.ip, note=row.note) for row in rows]
+        )
+
+    def _describe(self, pool: Pool) -> pb.Pool:
+        return messages.pool_message(pool, self._ledger.usage(pool))
+
+
+async def _abort(context: Context, error: IpamdError) -> NoReturn:
+    """Ends the call. The mark tells an UNAVAILABLE of ours from one that gRPC made of a lost connection."""
+    text = str(error)[:_LONGEST_DETAILS]
+    await context.abort(grpc.StatusCode[error.code], text, (("x-answered-by", "ipamd"),))
+    raise AssertionError("abort returned")  # its stub does not say that it never does
+
+
+def _request_id(context: Context) -> str:
+    for key, value in context.invocation_metadata() or ():
+        if key == "x-request-id":
+            return str(value)[:_LONGEST_REQUEST_ID]
+    return ""

@@ -1,0 +1,1 @@
+"""Where address state lives: the contract in `base`, one file for each store."""
