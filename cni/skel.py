@@ -244,6 +244,9 @@ class _Service:
         version = _error_version(self.stdin)
         if isinstance(error, CniError):
             return _error(error, version, self.log)
+        if _is_kernel_error(error):
+            # The kernel refused: its words are the diagnosis, a traceback would hide them.
+            return _error(CniError(Code.INTERNAL, str(error)), version, self.log)
         if isinstance(error, PathError):
             return _error(CniError(Code.INVALID_ENVIRONMENT, str(error)), version, self.log)
         text = str(error) or type(error).__name__
@@ -288,6 +291,12 @@ def _undelivered(outcome: Outcome, error: BaseException) -> Outcome:
 def _pretty(document: dict[str, object]) -> bytes:
     """Four spaces, no newline at the end: as the reference prints."""
     return msgspec.json.format(msgspec.json.encode(document), indent=4)
+
+
+def _is_kernel_error(error: BaseException) -> bool:
+    from kernel.errors import KernelError  # noqa: PLC0415 - loaded already where one was raised
+
+    return isinstance(error, KernelError)
 
 
 def _traceback(error: BaseException) -> bytes:

@@ -29,7 +29,6 @@ from kernel.session import Session
 
 if TYPE_CHECKING:
     from ipamd.client import Client, IpamError
-
     from protos.ipam.v1 import ipam_pb2 as pb
 
 CLIENT = "cni"
@@ -147,21 +146,21 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
     """
     from ipamd.client import IpamError  # noqa: PLC0415 - grpc takes 60 ms to import
 
-    from protos.ipam.v1 import ipam_pb2 as pb  # noqa: PLC0415
-
     conf = parse(request)
-    asked = pb.AllocateRequest(
-        key=_key(request),
-        netns=_netns(request, host),
-        at=_instant(request),
-        pools=_named(conf),
-        network_pool=_network_pool(request, conf),
-        requested=_requested(request),
-    )
+    pool = _network_pool(request, conf)
+    requested = _requested(request)
+    where = _netns(request, host)
     result = _with_dns_and_routes(request, conf)
     try:
         with _client(request, conf) as client:
-            answer = client.allocate(asked)
+            answer = client.allocate(
+                _key(request),
+                netns=where,
+                at=_instant(request),
+                pools=_named(conf),
+                network_pool=pool,
+                requested=requested,
+            )
     except IpamError as error:
         raise _error(request, error) from error
     if answer.created:
@@ -187,13 +186,11 @@ def delete(request: Request, host: Session) -> None:
 def _release(request: Request, conf: IpamConf, generation: int) -> None:
     from ipamd.client import IpamError  # noqa: PLC0415
 
-    from protos.ipam.v1 import ipam_pb2 as pb  # noqa: PLC0415
-
     try:
         with _client(request, conf) as client:
-            client.release(pb.ReleaseRequest(key=_key(request), generation=generation))
+            client.release(_key(request), generation=generation)
     except IpamError as error:
-        if not error.transient:
+        if not _is_away(error):
             raise _error(request, error) from error
         _leave_release_record(request, generation, error)
 
@@ -242,8 +239,6 @@ def check(request: Request, host: Session) -> None:
     """Verify that ipamd knows the addresses that ADD reported."""
     from ipamd.client import IpamError  # noqa: PLC0415
 
-    from protos.ipam.v1 import ipam_pb2 as pb  # noqa: PLC0415
-
     del host
     conf = parse(request)
     result = verify.required_result(request)
@@ -251,7 +246,7 @@ def check(request: Request, host: Session) -> None:
     cidrs = [ip.address for ip in result.ips if _is_own(ip, result, request)]
     try:
         with _client(request, conf) as client:
-            client.check(pb.CheckRequest(key=_key(request), cidrs=cidrs))
+            client.check(_key(request), cidrs)
     except IpamError as error:
         raise _error(request, error) from error
 
@@ -265,7 +260,6 @@ def _is_own(ip: IPConfig, result: Result, request: Request) -> bool:
 def gc(request: Request, host: Session) -> None:
     """Let ipamd release what is not in the list, but nothing whose interface still lives in its namespace."""
     from ipamd.client import IpamError  # noqa: PLC0415
-
     from protos.ipam.v1 import ipam_pb2 as pb  # noqa: PLC0415
 
     conf = parse(request)
@@ -301,14 +295,12 @@ def status(request: Request, host: Session) -> None:
     """
     from ipamd.client import IpamError  # noqa: PLC0415
 
-    from protos.ipam.v1 import ipam_pb2 as pb  # noqa: PLC0415
-
     del host
     conf = parse(request)
-    asked = pb.StatusRequest(pools=_named(conf), network_pool=_network_pool(request, conf), network=request.network)
+    pool = _network_pool(request, conf)
     try:
         with _client(request, conf) as client:
-            client.status(asked)
+            client.status(pools=_named(conf), network=request.network, network_pool=pool)
     except IpamError as error:
         raise CniError(Code.NOT_AVAILABLE, "no address could be given now", _error(request, error).args[1]) from error
 
@@ -321,6 +313,13 @@ def _client(request: Request, conf: IpamConf) -> "Client":
 
     socket_path = conf.socket or paths.ipamd_socket(request.environment)
     return Client(socket_path, timeout_s=conf.timeout, request_id=request.request_id)
+
+
+def _is_away(error: "IpamError") -> bool:
+    """Whether ipamd did not answer, or cannot now: what was asked is to be asked again later."""
+    import grpc  # noqa: PLC0415
+
+    return error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
 def _error(request: Request, error: "IpamError") -> CniError:
