@@ -46,8 +46,8 @@ _FIXED = ("/run", "/var/lib/netloom", "/etc/netloom", "/opt/cni/bin", "/etc/cni/
 
 # Runs as `unshare`d shell. "$1" is the host's directory; its fs/ holds what is bound over the fixed paths. A mount
 # point that the machine lacks: an overlay over the nearest directory above it that exists, with its upper layer on a
-# tmpfs of this namespace, as an upper layer cannot lie on another overlay. Should there be no overlayfs, or something
-# mounted below that directory (an overlay would hide it), the mount point is really made.
+# tmpfs of this namespace, as an upper layer cannot lie on another overlay. What is mounted below that directory would
+# be hidden and is bound again. Only a kernel without overlayfs gets the mount point really made.
 _SET_UP = r"""
 set -eu
 dir=$1
@@ -56,12 +56,20 @@ covered=
 cover() {
     above=$1
     while [ ! -d "$above" ]; do above=$(dirname "$above"); done
-    if ! grep -q " $above/" /proc/self/mountinfo; then
-        if [ -z "$covered" ]; then mount -t tmpfs -o mode=755 netloom "$dir/cover"; covered=1; fi
-        layer=$dir/cover/$(echo "$above" | tr / _)
-        mkdir "$layer" "$layer/upper" "$layer/work"
+    if [ -z "$covered" ]; then mount -t tmpfs -o mode=755 netloom "$dir/cover"; covered=1; fi
+    layer=$dir/cover/$(echo "$above" | tr / _)
+    if [ ! -e "$layer" ]; then
+        mkdir "$layer" "$layer/upper" "$layer/work" "$layer/lower"
         chmod 755 "$layer/upper"
-        mount -t overlay -o "lowerdir=$above,upperdir=$layer/upper,workdir=$layer/work" netloom "$above" || true
+        below=$(cut -d " " -f 5 /proc/self/mountinfo | grep "^$above/" || true)
+        if [ -n "$below" ]; then mount --rbind "$above" "$layer/lower"; fi
+        if mount -t overlay -o "lowerdir=$above,upperdir=$layer/upper,workdir=$layer/work" netloom "$above"; then
+            echo "$below" | while read -r escaped; do
+                [ -n "$escaped" ] || continue
+                point=$(printf %b "$escaped")
+                mount --rbind "$layer/lower${point#"$above"}" "$point"
+            done
+        fi
     fi
     mkdir -p "$1"
 }
