@@ -33,6 +33,7 @@ BR_FORWARDING = 3
 
 _IFINFO = struct.Struct("=BxHiII")
 _U32 = struct.Struct("=I")
+_HEX = frozenset("0123456789abcdefABCDEF")
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +209,8 @@ def packed_mac(mac: str) -> bytes:
         ValueError: it is no MAC.
     """
     parts = mac.split(":")
-    if len(parts) != 6 or not all(1 <= len(part) <= 2 for part in parts):
+    # int() alone takes signs, blanks and the digits of every script.
+    if len(parts) != 6 or not all(1 <= len(part) <= 2 and _HEX.issuperset(part) for part in parts):
         raise ValueError(f"{mac!r} is no MAC address: want six hexadecimal bytes, such as 02:42:0a:01:00:02")
     return bytes(int(part, 16) for part in parts)
 

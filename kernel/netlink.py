@@ -5,8 +5,8 @@ imported, where a general library takes 190 and 220 milliseconds of import (docs
 
 Rules of this file
 - A Socket belongs to the network namespace in which it was made, whatever namespace the thread is in later.
-- `execute` sends all messages in one system call; the kernel works them off in order and acknowledges each. The first
-  error is raised after all acknowledgements were read, so the socket is always in step again.
+- `execute` sends all messages in one system call (many: in several); the kernel works them off in order and
+  acknowledges each. The first error is raised after all acknowledgements were read, so the socket is in step again.
 - Sequence numbers are checked; answers to an abandoned request are dropped.
 
 Sources: include/uapi/linux/netlink.h, net/netlink/af_netlink.c (netlink_rcv_skb, netlink_ack).
@@ -53,6 +53,12 @@ _I32 = struct.Struct("=i")
 _U32 = struct.Struct("=I")
 _PAD = (b"", b"\0\0\0", b"\0\0", b"\0")
 _RECEIVE = 1 << 18  # one dump part is at most 32 KiB on the kernels of today; room for more
+# What fits into a socket's buffers as they are by default (net.core.wmem_default, rmem_default: 208 KiB). In the
+# receiving one each acknowledgement takes 768 bytes and more.
+_SEND_BYTES = 1 << 16
+_SEND_MESSAGES = 64
+_ACK_BYTES = 2048
+_SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 
 
 def attr(kind: int, payload: bytes) -> bytes:
@@ -172,16 +178,24 @@ class Socket:
 
     def attempt(self, messages: Sequence[Message]) -> list[KernelError | None]:
         """Run the messages in order and return each one's failure or None."""
-        if not messages:
-            return []
+        results: list[KernelError | None] = []
+        while len(results) < len(messages):
+            results += self._attempt_some(messages, len(results))
+        return results
+
+    def _attempt_some(self, messages: Sequence[Message], first: int) -> list[KernelError | None]:
+        """As many messages from number `first` on as both buffers have room for."""
         start = self._sequence + 1
         outgoing = bytearray()
-        for message in messages:
+        end = first
+        while end < len(messages) and end - first < _SEND_MESSAGES and len(outgoing) < _SEND_BYTES:
+            message = messages[end]
             self._sequence += 1
             size = 16 + len(message.body)
             outgoing += _HEADER.pack(size, message.kind, message.flags | REQUEST | ACK, self._sequence, 0)
             outgoing += message.body
-        return self._collect(outgoing, start, messages)
+            end += 1
+        return self._collect(outgoing, start, messages[first:end])
 
     def transact(self, begin: Message, messages: Sequence[Message], end: Message) -> list[KernelError | None]:
         """Run nfnetlink messages as one batch: all take effect, or none.
@@ -197,7 +211,18 @@ class Socket:
                 16 + len(message.body), message.kind, message.flags | REQUEST | acknowledged, self._sequence, 0
             )
             outgoing += message.body
+        self._make_room(len(outgoing), len(messages))
         return self._collect(outgoing, start + 1, messages, begin_sequence=start)
+
+    def _make_room(self, size: int, acknowledgements: int) -> None:
+        """Let the buffers hold a batch that cannot be split, and all of its acknowledgements."""
+        try:
+            if size > _SEND_BYTES:
+                self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, 2 * size)
+            if acknowledgements > _SEND_MESSAGES:
+                self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _ACK_BYTES * acknowledgements)
+        except OSError as error:
+            raise from_oserror("enlarge a netlink socket's buffers", error) from error
 
     def _collect(
         self, outgoing: bytes | bytearray, start: int, messages: Sequence[Message], begin_sequence: int = -1
