@@ -1,0 +1,232 @@
+"""`netloom ip`: which attachment holds which address; give one back; keep one back."""
+
+import click
+
+from cli import documents, output
+from cli.daemon import Daemon
+from cli.documents import AllocationDocument
+from cli.failure import Failure, Status
+from cli.options import Choices, command, complete_pool, pass_choices
+from protos.ipam.v1 import ipam_pb2
+
+_COLUMNS = ("ADDRESS", "POOL", "NETWORK", "CONTAINER", "INTERFACE", "CLIENT", "NODE", "SINCE")
+
+
+@click.group("ip", short_help="Addresses: who holds which, release, reserve.")
+def addresses() -> None:
+    """Addresses: who holds which, release, reserve."""
+
+
+@command(addresses, "list")
+@click.option("--pool", metavar="NAME", default="", shell_complete=complete_pool, help="Only of this pool.")
+@click.option("--network", metavar="NAME", default="", help="Only of this network.")
+@click.option("--container", metavar="ID", default="", help="Only of this container.")
+@click.option("--client", metavar="NAME", default="", help="Only of this client: cni, docker.")
+@click.option("--node", metavar="NAME", default="", help="Only of this node.")
+@click.option("--reserved", is_flag=True, help="The reservations instead; of the filters, --pool only.")
+@pass_choices
+def list_(choices: Choices, pool: str, network: str, container: str, client: str, node: str, reserved: bool) -> None:
+    """List the addresses that are in use."""
+    with choices.daemon() as daemon:
+        if reserved:
+            if network or container or client or node:
+                raise click.UsageError("--reserved goes with --pool only: a reservation belongs to no container")
+            _print_reservations(choices, _reservations(daemon, pool))
+            return
+        request = ipam_pb2.ListAllocationsRequest(
+            pool=pool, network=network, container_id=container, client=client, node=node
+        )
+        found = [documents.allocation(entry) for entry in daemon.stream(daemon.stub.ListAllocations, request)]
+    # An attachment is found by any of its addresses; a row is one address, and only those of the pool were asked for.
+    if choices.as_json:
+        output.document({"allocations": sorted(found, key=_by_first_address)})
+    else:
+        print_allocations(found, pool)
+
+
+@command(addresses, "show")
+@click.argument("address")
+@pass_choices
+def show(choices: Choices, address: str) -> None:
+    """Show who holds an address, or for whom it is reserved."""
+    with choices.daemon() as daemon:
+        holders = _holders(daemon, address, "")
+        wanted = documents.order(address)[:2]
+        reserved = [entry for entry in _reservations(daemon, "") if documents.order(entry["address"])[:2] == wanted]
+    if not holders and not reserved:
+        raise Failure(f"nobody holds {address}, and it is not reserved; 'netloom ip list' shows what is in use")
+    if choices.as_json:
+        output.document({"allocations": holders, "reservations": reserved})
+        return
+    for holder in holders:
+        output.facts(_facts(holder))
+    for entry in reserved:
+        output.facts([("address", entry["address"]), ("reserved in", entry["pool"]), ("note", entry["note"])])
+
+
+@command(addresses, "release")
+@click.argument("address")
+@click.option("--pool", metavar="NAME", default="", shell_complete=complete_pool, help="Where several pools have it.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@pass_choices
+def release(choices: Choices, address: str, pool: str, yes: bool) -> None:
+    """Give an address back that its holder did not release.
+
+    All addresses of the attachment that holds it go back. A container that still runs keeps using them, and they will
+    be handed out again: make sure that it is gone.
+    """
+    with choices.daemon() as daemon:
+        holder = _one_holder(_holders(daemon, address, pool), address)
+        if not yes:
+            _confirm(holder)
+        request = ipam_pb2.ReleaseRequest(
+            key=ipam_pb2.AttachmentKey(
+                node=holder["node"],
+                client=holder["client"],
+                network=holder["network"],
+                container_id=holder["container_id"],
+                ifname=holder["ifname"],
+            ),
+            # What was shown and agreed to, not what another container got in the meantime.
+            generation=holder["generation"],
+        )
+        answer = daemon.call(daemon.stub.Release, request)
+    released = [documents.address(entry) for entry in answer.released]
+    if not released:
+        raise Failure(f"{address} was released by somebody else in the meantime; nothing was changed")
+    if choices.as_json:
+        output.document({"released": released, "holder": holder})
+        return
+    output.line(f"released {', '.join(entry['address'] for entry in released)}, held by {_name(holder)}")
+
+
+@command(addresses, "reserve")
+@click.argument("pool", shell_complete=complete_pool)
+@click.argument("address")
+@click.option("--note", metavar="TEXT", default="", help="What it is kept for.")
+@pass_choices
+def reserve(choices: Choices, pool: str, address: str, note: str) -> None:
+    """Keep an address of a pool back, so that nobody gets it."""
+    with choices.daemon() as daemon:
+        request = ipam_pb2.ReserveRequest(pool=pool, address=address, note=note)
+        made = documents.reservation(daemon.call(daemon.stub.Reserve, request))
+    if choices.as_json:
+        output.document(dict(made))
+    else:
+        output.line(f"reserved {made['address']} in pool {made['pool']}")
+
+
+@command(addresses, "unreserve")
+@click.argument("pool", shell_complete=complete_pool)
+@click.argument("address")
+@pass_choices
+def unreserve(choices: Choices, pool: str, address: str) -> None:
+    """Let a reserved address be handed out again."""
+    with choices.daemon() as daemon:
+        daemon.call(daemon.stub.Unreserve, ipam_pb2.UnreserveRequest(pool=pool, address=address))
+    if choices.as_json:
+        output.document({"pool": pool, "address": address})
+    else:
+        output.line(f"{address} in pool {pool} is no longer reserved")
+
+
+def print_allocations(found: list[AllocationDocument], pool: str = "", reasons: bool = False) -> None:
+    """A table with a row for each address, sorted by address. `pool` leaves out those of other pools."""
+    rows = [
+        (address, entry) for entry in found for address in entry["addresses"] if not pool or address["pool"] == pool
+    ]
+    rows.sort(key=lambda row: (*documents.order(row[0]["address"]), row[0]["pool"]))
+    cells = [
+        (
+            address["address"],
+            address["pool"],
+            entry["network"],
+            entry["container_id"],
+            entry["ifname"],
+            entry["client"],
+            entry["node"],
+            entry["created"],
+            *([entry["reason"]] if reasons else []),
+        )
+        for address, entry in rows
+    ]
+    output.table((*_COLUMNS, "REASON") if reasons else _COLUMNS, cells)
+
+
+def _print_reservations(choices: Choices, found: list[documents.ReservationDocument]) -> None:
+    if choices.as_json:
+        output.document({"reservations": found})
+    else:
+        output.table(("ADDRESS", "POOL", "NOTE"), [(entry["address"], entry["pool"], entry["note"]) for entry in found])
+
+
+def _reservations(daemon: Daemon, pool: str) -> list[documents.ReservationDocument]:
+    answer = daemon.call(daemon.stub.ListReservations, ipam_pb2.ListReservationsRequest(pool=pool))
+    found = [documents.reservation(entry) for entry in answer.reservations]
+    return sorted(found, key=lambda entry: (*documents.order(entry["address"]), entry["pool"]))
+
+
+def _holders(daemon: Daemon, address: str, pool: str) -> list[AllocationDocument]:
+    request = ipam_pb2.ListAllocationsRequest(address=address, pool=pool)
+    found = [documents.allocation(entry) for entry in daemon.stream(daemon.stub.ListAllocations, request)]
+    return sorted(found, key=_by_first_address)
+
+
+def _one_holder(holders: list[AllocationDocument], address: str) -> AllocationDocument:
+    if not holders:
+        raise Failure(f"nobody holds {address}; 'netloom ip list' shows what is in use")
+    if len(holders) > 1:
+        whose = "; ".join(f"{_name(holder)} in pool {_pools(holder)}" for holder in holders)
+        raise Failure(f"several hold {address}: {whose}; choose one with --pool", Status.USAGE)
+    return holders[0]
+
+
+def _confirm(holder: AllocationDocument) -> None:
+    held = ", ".join(address["address"] for address in holder["addresses"])
+    question = output.visible(
+        f"Release {held}, held by {_name(holder)} since {holder['created'] or 'an unknown time'}?"
+    )
+    try:
+        agreed = click.confirm(question, err=True)
+    except click.Abort:
+        click.echo(err=True)
+        raise Failure("nobody answered, so nothing was released; say --yes to go without the question") from None
+    if not agreed:
+        raise Failure("nothing was released, as you did not agree")
+
+
+def _name(holder: AllocationDocument) -> str:
+    return (
+        f"container {holder['container_id']}, interface {holder['ifname']}, of network {holder['network']} "
+        f"({holder['client']}, node {holder['node']})"
+    )
+
+
+def _pools(holder: AllocationDocument) -> str:
+    return ", ".join(sorted({address["pool"] for address in holder["addresses"]}))
+
+
+def _facts(holder: AllocationDocument) -> list[tuple[str, str]]:
+    facts = [
+        ("container", holder["container_id"]),
+        ("interface", holder["ifname"]),
+        ("network", holder["network"]),
+        ("client", holder["client"]),
+        ("node", holder["node"]),
+    ]
+    for address in holder["addresses"]:
+        gateway = f", gateway {address['gateway']}" if address["gateway"] else ""
+        facts.append(("address", f"{address['cidr']} of pool {address['pool']}{gateway}"))
+    netns = holder["netns"]
+    known = f" (inode {netns['inode']})" if netns["inode"] else ""
+    return [
+        *facts,
+        ("namespace", (netns["path"] or "unknown") + known),
+        ("since", holder["created"] or "unknown"),
+        ("generation", str(holder["generation"])),
+    ]
+
+
+def _by_first_address(entry: AllocationDocument) -> tuple[int, int, str, int]:
+    first = entry["addresses"][0]["address"] if entry["addresses"] else ""
+    return (*documents.order(first), entry["generation"])

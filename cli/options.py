@@ -1,0 +1,79 @@
+"""The options that every subcommand has, before or behind its name, and what completes names of pools."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from cli.daemon import Daemon, socket_path
+from cli.failure import EPILOG, Failure
+from protos.ipam.v1 import ipam_pb2
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_COMPLETION_TIMEOUT_S = 1.0
+
+
+@dataclass
+class Choices:
+    """What was chosen so far on the command line; options behind the subcommand are read last and win."""
+
+    socket: str | None = None
+    as_json: bool = False
+
+    def daemon(self) -> Daemon:
+        """The way to ipamd, to be entered with `with`."""
+        return Daemon(self.socket_path())
+
+    def socket_path(self) -> str:
+        """Where ipamd is expected."""
+        return socket_path(self.socket, os.environ)
+
+
+pass_choices = click.make_pass_decorator(Choices, ensure=True)
+
+
+def common(function: F) -> F:
+    """Adds --socket and --json, which land in Choices."""
+    function = click.option(
+        "--json", is_flag=True, expose_value=False, callback=_choose("as_json"), help="Print one JSON document."
+    )(function)
+    return click.option(
+        "--socket",
+        metavar="PATH",
+        type=click.Path(),
+        expose_value=False,
+        callback=_choose("socket"),
+        help="ipamd's socket.  [default: from the configuration]",
+    )(function)
+
+
+def command(group: click.Group, name: str) -> Callable[[F], click.Command]:
+    """A subcommand with the common options, and with the exit statuses in its help."""
+
+    def decorate(function: F) -> click.Command:
+        return group.command(name, epilog=EPILOG)(common(function))
+
+    return decorate
+
+
+def complete_pool(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+    """The names of the pools that begin so; none where ipamd does not answer at once."""
+    choices = ctx.find_object(Choices) or Choices()
+    try:
+        with Daemon(choices.socket_path(), _COMPLETION_TIMEOUT_S) as daemon:
+            answer = daemon.call(daemon.stub.ListPools, ipam_pb2.ListPoolsRequest())
+    except Failure:
+        return []
+    return [CompletionItem(pool.name) for pool in answer.pools if pool.name.startswith(incomplete)]
+
+
+def _choose(field: str) -> Callable[[click.Context, click.Parameter, object], None]:
+    def callback(ctx: click.Context, _param: click.Parameter, value: object) -> None:
+        if value:
+            setattr(ctx.ensure_object(Choices), field, value)
+
+    return callback

@@ -1,0 +1,170 @@
+"""`netloom status`: is this host able to give containers their addresses?"""
+
+import os
+from collections.abc import Sequence
+from typing import TypedDict
+
+import click
+
+from cli import documents, output
+from cli.daemon import Daemon
+from cli.documents import PoolDocument
+from cli.failure import Failure, Status
+from cli.options import Choices, common, pass_choices
+from cli.pools import NUMBERS, USAGE_COLUMNS, usage_rows
+from kernel import paths
+from kernel.record import Records
+from protos.ipam.v1 import ipam_pb2
+
+
+class IpamdDocument(TypedDict):
+    version: str
+    node: str
+    store: str
+    schema: str
+    boot_id: str
+    uptime_s: float
+    allocations: int
+    pools: int
+
+
+class KernelDocument(TypedDict):
+    attachments: int | None  # None: only root may look
+    releases_waiting: int | None
+    releases_bad: int | None
+
+
+class StatusDocument(TypedDict):
+    state: str  # healthy, degraded, unreachable
+    problems: list[str]
+    socket: str
+    ipamd: IpamdDocument | None
+    pools: list[PoolDocument]
+    kernel: KernelDocument
+
+
+_EPILOG = (
+    "Exit status: 0 healthy, 1 degraded (the problems are listed), 2 wrong usage, 3 ipamd cannot be reached. "
+    "What only root may see is left out for others."
+)
+
+
+@click.command("status", epilog=_EPILOG, short_help="Is this host healthy?")
+@common
+@pass_choices
+def status(choices: Choices) -> None:
+    """Show whether ipamd runs, how full the pools are, and what the host's kernel side knows."""
+    kernel = _kernel(paths.run_dir(os.environ))
+    socket = choices.socket_path()
+    try:
+        with choices.daemon() as daemon:
+            found = _ask(daemon, kernel)
+    except Failure as failure:
+        if choices.as_json:
+            output.document(
+                StatusDocument(
+                    state="unreachable", problems=[failure.message], socket=socket, ipamd=None, pools=[], kernel=kernel
+                )
+            )
+        raise
+    if choices.as_json:
+        output.document(dict(found))
+    else:
+        _print(found)
+    if found["problems"]:
+        raise click.exceptions.Exit(Status.FAILED)
+
+
+def _ask(daemon: Daemon, kernel: KernelDocument) -> StatusDocument:
+    answer = daemon.call(daemon.stub.Status, ipam_pb2.StatusRequest())
+    listed = daemon.call(daemon.stub.ListPools, ipam_pb2.ListPoolsRequest())
+    pools = sorted((documents.pool(entry) for entry in listed.pools), key=lambda entry: entry["name"])
+    problems = [*_refusals(daemon, pools), *_bad_records(kernel)]
+    return StatusDocument(
+        state="degraded" if problems else "healthy",
+        problems=problems,
+        socket=daemon.path,
+        ipamd=IpamdDocument(
+            version=answer.version,
+            node=answer.node,
+            store=answer.store,
+            schema=answer.schema,
+            boot_id=answer.boot_id,
+            uptime_s=answer.uptime_s,
+            allocations=answer.allocations,
+            pools=answer.pools,
+        ),
+        pools=pools,
+        kernel=kernel,
+    )
+
+
+def _refusals(daemon: Daemon, pools: Sequence[PoolDocument]) -> list[str]:
+    """Why the next container would get no address, in ipamd's words; each reason once (a full disk concerns all)."""
+    reasons: dict[str, None] = {}
+    for pool in pools:
+        try:
+            daemon.call(daemon.stub.Status, ipam_pb2.StatusRequest(pools=[pool["name"]]))
+        except Failure as failure:
+            reasons.setdefault(failure.message)
+    return list(reasons)
+
+
+def _bad_records(kernel: KernelDocument) -> list[str]:
+    if not kernel["releases_bad"]:
+        return []
+    return [
+        f"{kernel['releases_bad']} release records cannot be read: see *.bad in the releases directory, and ipamd's log"
+    ]
+
+
+def _kernel(run_dir: str) -> KernelDocument:
+    try:
+        attachments: int | None = sum(1 for _ in Records(run_dir).all())
+    except PermissionError:
+        attachments = None
+    try:
+        names: list[str] | None = os.listdir(f"{run_dir}/releases")
+    except (FileNotFoundError, NotADirectoryError):
+        names = []
+    except PermissionError:
+        names = None
+    return KernelDocument(
+        attachments=attachments,
+        releases_waiting=None if names is None else sum(name.endswith(".json") for name in names),
+        releases_bad=None if names is None else sum(name.endswith(".bad") for name in names),
+    )
+
+
+def _print(found: StatusDocument) -> None:
+    ipamd, kernel = found["ipamd"], found["kernel"]
+    facts = [("state", found["state"]), ("socket", found["socket"])]
+    if ipamd is not None:
+        facts += [
+            ("ipamd", f"version {ipamd['version']}, up {_duration(ipamd['uptime_s'])}"),
+            ("node", ipamd["node"]),
+            ("store", f"{ipamd['store']}, schema {ipamd['schema']}" if ipamd["schema"] else ipamd["store"]),
+            ("allocations", f"{ipamd['allocations']} in {ipamd['pools']} pools"),
+        ]
+    facts += [
+        ("attachments", _count(kernel["attachments"], "with state in this host's kernel")),
+        ("releases", _count(kernel["releases_waiting"], "waiting for ipamd")),
+        *(("problem", problem) for problem in found["problems"]),
+    ]
+    output.facts(facts)
+    if found["pools"]:
+        output.line("")
+        output.table(USAGE_COLUMNS, usage_rows(found["pools"]), NUMBERS)
+
+
+def _count(number: int | None, what: str) -> str:
+    return "unknown (only root may look)" if number is None else f"{number} {what}"
+
+
+def _duration(seconds: float) -> str:
+    """Days and hours, hours and minutes, or minutes and seconds."""
+    whole = int(seconds)
+    for unit, name, smaller, smaller_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= unit:
+            return f"{whole // unit} {name} {whole % unit // smaller} {smaller_name}"
+    return f"{whole} s"

@@ -1,0 +1,104 @@
+"""`netloom status`: healthy, degraded, unreachable."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from cli.status import _duration
+from kernel.record import Key, Record, Records
+from tests.cli.conftest import Ipamd, Netloom
+
+
+def test_healthy(ipamd: Ipamd, netloom: Netloom, scratch: Path) -> None:
+    assert netloom("pool", "create", "blue", "--subnet", "10.1.0.0/24").status == 0
+    ipamd.allocate("one", "blue")
+    Records(str(scratch)).write(Record(Key("net", "one", "eth0", "bridge")))
+    ran = netloom("status", "--json")
+    assert (ran.status, ran.err) == (0, "")
+    document = json.loads(ran.out)
+    daemon = document.pop("ipamd")
+    assert daemon.pop("uptime_s") > 0
+    assert daemon.pop("version")
+    assert isinstance(daemon.pop("schema"), str)
+    assert daemon == {
+        "node": "n1",
+        "store": "memory",
+        "boot_id": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        "allocations": 1,
+        "pools": 1,
+    }
+    assert [pool["name"] for pool in document.pop("pools")] == ["blue"]
+    assert document == {
+        "state": "healthy",
+        "problems": [],
+        "socket": f"{scratch}/ipamd.sock",
+        "kernel": {"attachments": 1, "releases_waiting": 0, "releases_bad": 0},
+    }
+    people = netloom("status")
+    assert people.status == 0
+    assert "state        healthy\n" in people.out
+    assert "blue  named  IPv4" in people.out
+
+
+def test_a_full_pool_is_degraded_and_says_so(ipamd: Ipamd, netloom: Netloom) -> None:
+    assert netloom("pool", "create", "tiny", "--subnet", "10.1.0.0/31", "--gateway", "none").status == 0
+    assert netloom("pool", "create", "roomy", "--subnet", "10.2.0.0/24").status == 0
+    ipamd.allocate("one", "tiny")
+    assert netloom("status").status == 0
+    ipamd.allocate("two", "tiny")
+    ran = netloom("status")
+    assert (ran.status, ran.err) == (1, "")
+    (problem,) = [line for line in ran.out.splitlines() if line.startswith("problem")]
+    assert "tiny" in problem
+    document = json.loads(netloom("status", "--json").out)
+    assert document["state"] == "degraded"
+    assert len(document["problems"]) == 1
+
+
+def test_release_records_that_cannot_be_read(ipamd: Ipamd, netloom: Netloom, scratch: Path) -> None:
+    (scratch / "releases").mkdir(exist_ok=True)
+    (scratch / "releases" / "x.bad").touch()
+    ran = netloom("status")
+    assert ran.status == 1
+    assert "1 release records cannot be read" in ran.out
+
+
+def test_unreachable_for_people_and_programs(netloom: Netloom, scratch: Path) -> None:
+    ran = netloom("status")
+    assert (ran.status, ran.out) == (3, "")
+    assert "ipamd is not running" in ran.err
+    ran = netloom("status", "--json")
+    assert ran.status == 3
+    document = json.loads(ran.out)
+    assert document["state"] == "unreachable"
+    assert document["ipamd"] is None
+    assert document["problems"] == [ran.err.removeprefix("netloom: ").rstrip("\n")]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to stop being root")
+def test_what_only_root_may_see_is_left_out_for_others(ipamd: Ipamd, netloom: Netloom, scratch: Path) -> None:
+    Records(str(scratch)).write(Record(Key("net", "one", "eth0", "bridge")))
+    for directory in (scratch, *scratch.parents):
+        if directory.stat().st_mode & 0o005 != 0o005 and str(directory).startswith("/tmp/"):
+            directory.chmod(0o755)
+    os.chmod(scratch / "attachments", 0o700)
+    os.chmod(scratch / "ipamd.sock", 0o666)
+    os.seteuid(65534)
+    try:
+        ran = netloom("status", "--json")
+        people = netloom("status")
+    finally:
+        os.seteuid(0)
+    assert ran.status == 0
+    assert json.loads(ran.out)["kernel"]["attachments"] is None
+    assert "only root may look" in people.out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.9, "0 s"), (59, "59 s"), (60, "1 min 0 s"), (3725, "1 h 2 min"), (90061, "1 d 1 h")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert _duration(seconds) == text
