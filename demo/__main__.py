@@ -125,6 +125,10 @@ def main() -> int:
             terminal.say(f"left by a dead run: {what}")
         with Host("demo") as host:
             _show(terminal, host)
+    except BrokenPipeError:
+        # Whoever read this has gone; what Python flushes at its end must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (HostError, OSError) as error:
         terminal.say()
         sys.stderr.write(f"demo: this did not hold: {error}\n")

@@ -77,7 +77,7 @@ for path; do
     [ -d "$path" ] || cover "$path"
     mount --bind "$dir/fs$path" "$path"
 done
-[ /var/run -ef /run ] || mount --bind /run /var/run
+[ "$(readlink -f /var/run)" = /run ] || mount --bind /run /var/run
 ip link set lo up
 echo ready
 read -r _ || true
