@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
@@ -16,7 +17,7 @@ from kernel.netlink import Message, attr, attributes, nested, u32
 from kernel.session import Door
 
 _NEWROUTE, _DELROUTE, _GETROUTE = 24, 25, 26
-_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_METRICS, _RTA_TABLE = 1, 4, 5, 6, 8, 15
+_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_METRICS, _RTA_MULTIPATH, _RTA_TABLE = 1, 4, 5, 6, 8, 9, 15
 _RTAX_MTU, _RTAX_ADVMSS = 2, 8
 _RTN_UNICAST = 1
 _RTPROT_BOOT = 3
@@ -25,6 +26,7 @@ MAIN = 254
 SCOPE_UNIVERSE, SCOPE_LINK = 0, 253
 
 _RTMSG = struct.Struct("=BBBBBBBBI")
+_NEXTHOP = struct.Struct("=HBBi")  # struct rtnexthop
 
 AnyNetwork = IPv4Network | IPv6Network
 AnyAddress = IPv4Address | IPv6Address
@@ -66,14 +68,14 @@ def delete(door: Door, route: Route) -> bool:
 
 
 def all_routes(door: Door, family: int) -> list[Route]:
-    """Every unicast route of one family (4 or 6), all tables, without cached ones."""
+    """Every unicast route of one family (4 or 6), all tables, without cached ones; one for each next hop."""
     number = socket.AF_INET if family == 4 else socket.AF_INET6
     request = Message(_GETROUTE, 0, _RTMSG.pack(number, 0, 0, 0, 0, 0, 0, 0, 0), "list routes")
-    found = []
+    found: list[Route] = []
     for body in door.rtnl.dump(request):
         header = _RTMSG.unpack_from(body)
         if header[7] == _RTN_UNICAST and not header[8] & _FLAG_CLONED:
-            found.append(_parse(body))
+            found += _parse(body)
     return found
 
 
@@ -98,22 +100,38 @@ def _pack(route: Route) -> bytes:
     return body
 
 
-def _parse(body: bytes) -> Route:
+def _parse(body: bytes) -> Iterator[Route]:
     family, length, _source, _tos, table, _protocol, scope, _kind, _flags = _RTMSG.unpack_from(body)
     found = attributes(body, _RTMSG.size)
     any_address = "0.0.0.0" if family == socket.AF_INET else "::"  # noqa: S104 - a destination, not a listener
     dst = ip_address(found[_RTA_DST]) if _RTA_DST in found else any_address
     metrics = attributes(found.get(_RTA_METRICS, b""))
-    return Route(
-        dst=ip_network(f"{dst}/{length}"),
-        index=_number(found.get(_RTA_OIF)),
-        gateway=ip_address(found[_RTA_GATEWAY]) if _RTA_GATEWAY in found else None,
-        priority=_number(found.get(_RTA_PRIORITY)),
-        table=_number(found[_RTA_TABLE]) if _RTA_TABLE in found else table,
-        scope=scope,
-        mtu=_number(metrics.get(_RTAX_MTU)),
-        advmss=_number(metrics.get(_RTAX_ADVMSS)),
-    )
+    for index, gateway in _next_hops(found):
+        yield Route(
+            dst=ip_network(f"{dst}/{length}"),
+            index=index,
+            gateway=ip_address(gateway) if gateway else None,
+            priority=_number(found.get(_RTA_PRIORITY)),
+            table=_number(found[_RTA_TABLE]) if _RTA_TABLE in found else table,
+            scope=scope,
+            mtu=_number(metrics.get(_RTAX_MTU)),
+            advmss=_number(metrics.get(_RTAX_ADVMSS)),
+        )
+
+
+def _next_hops(found: dict[int, bytes]) -> Iterator[tuple[int, bytes]]:
+    """(link, gateway or b"") of each. IPv6 reports all routes to one destination as one with several next hops."""
+    if _RTA_MULTIPATH not in found:
+        yield _number(found.get(_RTA_OIF)), found.get(_RTA_GATEWAY, b"")
+        return
+    data = found[_RTA_MULTIPATH]
+    offset = 0
+    while offset + _NEXTHOP.size <= len(data):
+        size, _flags, _hops, index = _NEXTHOP.unpack_from(data, offset)
+        if size < _NEXTHOP.size:
+            return
+        yield index, attributes(data[offset : offset + size], _NEXTHOP.size).get(_RTA_GATEWAY, b"")
+        offset += (size + 3) & ~3
 
 
 def _number(data: bytes | None) -> int:
