@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
+from ipaddress import ip_interface
 
 import pytest
 from hypothesis import given
@@ -51,7 +52,7 @@ def test_texts_end_with_a_nul() -> None:
 def test_an_error_in_a_batch_leaves_the_socket_in_step(session: Session) -> None:
     link.add_bridge(session, "br0", "02:00:00:00:00:01")
     index = link.get(session, "br0").index
-    good = [addr.add_message(index, addr.ip_interface(f"10.0.0.{n}/24")) for n in range(1, 6)]
+    good = [addr.add_message(index, ip_interface(f"10.0.0.{n}/24")) for n in range(1, 6)]
     bad = Message(16, 0, struct.pack("=BxHiII", 0, 0, 99999, 1, 1), "bring link 99999 up")
     results = session.rtnl.attempt([good[0], bad, good[1], good[0], good[2]])
     assert [type(result) for result in results] == [type(None), NotFound, type(None), Exists, type(None)]
@@ -85,7 +86,7 @@ def test_an_empty_batch_asks_nothing(session: Session) -> None:
 def test_a_large_batch_is_acknowledged_to_its_end(session: Session) -> None:
     link.add_bridge(session, "br0", "02:00:00:00:00:01")
     index = link.get(session, "br0").index
-    wanted = [addr.ip_interface(f"10.{n >> 8}.{n & 255}.1/32") for n in range(2000)]
+    wanted = [ip_interface(f"10.{n >> 8}.{n & 255}.1/32") for n in range(2000)]
     session.rtnl.execute([addr.add_message(index, one) for one in wanted])
     assert {address.interface for address in addr.all_addresses(session, index, 4)} == set(wanted)
 
