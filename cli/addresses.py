@@ -3,10 +3,10 @@
 import click
 
 from cli import documents, output
-from cli.daemon import Daemon
 from cli.documents import AllocationDocument
 from cli.failure import Failure, Status
 from cli.options import Choices, command, complete_pool, pass_choices
+from ipamd.client import Client
 from protos.ipam.v1 import ipam_pb2
 
 _COLUMNS = ("ADDRESS", "POOL", "NETWORK", "CONTAINER", "INTERFACE", "CLIENT", "NODE", "SINCE")
@@ -27,16 +27,16 @@ def addresses() -> None:
 @pass_choices
 def list_(choices: Choices, pool: str, network: str, container: str, client: str, node: str, reserved: bool) -> None:
     """List the addresses that are in use."""
-    with choices.daemon() as daemon:
+    with choices.ipamd() as ipamd:
         if reserved:
             if network or container or client or node:
                 raise click.UsageError("--reserved goes with --pool only: a reservation belongs to no container")
-            _print_reservations(choices, _reservations(daemon, pool))
+            _print_reservations(choices, _reservations(ipamd, pool))
             return
         request = ipam_pb2.ListAllocationsRequest(
             pool=pool, network=network, container_id=container, client=client, node=node
         )
-        found = [documents.allocation(entry) for entry in daemon.stream(daemon.stub.ListAllocations, request)]
+        found = [documents.allocation(entry) for entry in ipamd.list_allocations(request)]
     # An attachment is found by any of its addresses; a row is one address, and only those of the pool were asked for.
     if choices.as_json:
         output.document({"allocations": sorted(found, key=_by_first_address)})
@@ -49,10 +49,10 @@ def list_(choices: Choices, pool: str, network: str, container: str, client: str
 @pass_choices
 def show(choices: Choices, address: str) -> None:
     """Show who holds an address, or for whom it is reserved."""
-    with choices.daemon() as daemon:
-        holders = _holders(daemon, address, "")
+    with choices.ipamd() as ipamd:
+        holders = _holders(ipamd, address, "")
         wanted = documents.order(address)[:2]
-        reserved = [entry for entry in _reservations(daemon, "") if documents.order(entry["address"])[:2] == wanted]
+        reserved = [entry for entry in _reservations(ipamd, "") if documents.order(entry["address"])[:2] == wanted]
     if not holders and not reserved:
         raise Failure(f"nobody holds {address}, and it is not reserved; 'netloom ip list' shows what is in use")
     if choices.as_json:
@@ -75,22 +75,19 @@ def release(choices: Choices, address: str, pool: str, yes: bool) -> None:
     All addresses of the attachment that holds it go back. A container that still runs keeps using them, and they will
     be handed out again: make sure that it is gone.
     """
-    with choices.daemon() as daemon:
-        holder = _one_holder(_holders(daemon, address, pool), address)
+    with choices.ipamd() as ipamd:
+        holder = _one_holder(_holders(ipamd, address, pool), address)
         if not yes:
             _confirm(holder)
-        request = ipam_pb2.ReleaseRequest(
-            key=ipam_pb2.AttachmentKey(
-                node=holder["node"],
-                client=holder["client"],
-                network=holder["network"],
-                container_id=holder["container_id"],
-                ifname=holder["ifname"],
-            ),
-            # What was shown and agreed to, not what another container got in the meantime.
-            generation=holder["generation"],
+        key = ipam_pb2.AttachmentKey(
+            node=holder["node"],
+            client=holder["client"],
+            network=holder["network"],
+            container_id=holder["container_id"],
+            ifname=holder["ifname"],
         )
-        answer = daemon.call(daemon.stub.Release, request)
+        # The generation: what was shown and agreed to, not what another container got in the meantime.
+        answer = ipamd.release(key, generation=holder["generation"])
     released = [documents.address(entry) for entry in answer.released]
     if not released:
         raise Failure(f"{address} was released by somebody else in the meantime; nothing was changed")
@@ -107,9 +104,8 @@ def release(choices: Choices, address: str, pool: str, yes: bool) -> None:
 @pass_choices
 def reserve(choices: Choices, pool: str, address: str, note: str) -> None:
     """Keep an address of a pool back, so that nobody gets it."""
-    with choices.daemon() as daemon:
-        request = ipam_pb2.ReserveRequest(pool=pool, address=address, note=note)
-        made = documents.reservation(daemon.call(daemon.stub.Reserve, request))
+    with choices.ipamd() as ipamd:
+        made = documents.reservation(ipamd.reserve(pool, address, note))
     if choices.as_json:
         output.document(dict(made))
     else:
@@ -122,8 +118,8 @@ def reserve(choices: Choices, pool: str, address: str, note: str) -> None:
 @pass_choices
 def unreserve(choices: Choices, pool: str, address: str) -> None:
     """Let a reserved address be handed out again."""
-    with choices.daemon() as daemon:
-        daemon.call(daemon.stub.Unreserve, ipam_pb2.UnreserveRequest(pool=pool, address=address))
+    with choices.ipamd() as ipamd:
+        ipamd.unreserve(pool, address)
     if choices.as_json:
         output.document({"pool": pool, "address": address})
     else:
@@ -160,15 +156,14 @@ def _print_reservations(choices: Choices, found: list[documents.ReservationDocum
         output.table(("ADDRESS", "POOL", "NOTE"), [(entry["address"], entry["pool"], entry["note"]) for entry in found])
 
 
-def _reservations(daemon: Daemon, pool: str) -> list[documents.ReservationDocument]:
-    answer = daemon.call(daemon.stub.ListReservations, ipam_pb2.ListReservationsRequest(pool=pool))
-    found = [documents.reservation(entry) for entry in answer.reservations]
+def _reservations(ipamd: Client, pool: str) -> list[documents.ReservationDocument]:
+    found = [documents.reservation(entry) for entry in ipamd.list_reservations(pool)]
     return sorted(found, key=lambda entry: (*documents.order(entry["address"]), entry["pool"]))
 
 
-def _holders(daemon: Daemon, address: str, pool: str) -> list[AllocationDocument]:
+def _holders(ipamd: Client, address: str, pool: str) -> list[AllocationDocument]:
     request = ipam_pb2.ListAllocationsRequest(address=address, pool=pool)
-    found = [documents.allocation(entry) for entry in daemon.stream(daemon.stub.ListAllocations, request)]
+    found = [documents.allocation(entry) for entry in ipamd.list_allocations(request)]
     return sorted(found, key=_by_first_address)
 
 

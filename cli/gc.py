@@ -14,12 +14,12 @@ from typing import TypedDict
 import click
 
 from cli import addresses, documents, output
-from cli.daemon import Daemon
 from cli.documents import AllocationDocument
 from cli.failure import EPILOG, Failure, Status
 from cli.options import Choices, common, pass_choices
 from cni.errors import CniError
 from cni.lock import AttachmentLock, attachment_lock
+from ipamd.client import Client
 from kernel import leftovers, liveness, paths
 from kernel.errors import KernelError
 from kernel.liveness import LiveNetns
@@ -91,8 +91,8 @@ def gc(choices: Choices, dry_run: bool, rebuild: bool) -> None:
         live = observation()
     # Failing to reach ipamd must not keep the kernel from being put right, and what was done is told all the same.
     try:
-        with choices.daemon() as daemon:
-            _report(daemon, found, observation.boottime_ns, live)
+        with choices.ipamd() as ipamd:
+            _report(ipamd, found, observation.boottime_ns, live)
     except Failure:
         _print(choices, found)
         raise
@@ -123,15 +123,12 @@ def _sweep_kernel(observation: _Observation, dry_run: bool, rebuild: bool) -> Gc
     )
 
 
-def _report(daemon: Daemon, found: GcDocument, boottime_ns: int, live: tuple[LiveNetns, ...]) -> None:
+def _report(ipamd: Client, found: GcDocument, boottime_ns: int, live: tuple[LiveNetns, ...]) -> None:
     with open(_BOOT_ID, encoding="ascii") as stream:
         boot_id = stream.read().strip()
-    request = ipam_pb2.ReportLivenessRequest(
-        at=ipam_pb2.Instant(boot_id=boot_id, boottime_ns=boottime_ns),
-        live=[ipam_pb2.LiveNetns(inode=netns.inode, cookie=netns.cookie) for netns in live],
-        dry_run=found["dry_run"],
-    )
-    answer = daemon.call(daemon.stub.ReportLiveness, request)
+    at = ipam_pb2.Instant(boot_id=boot_id, boottime_ns=boottime_ns)
+    namespaces = [ipam_pb2.LiveNetns(inode=netns.inode, cookie=netns.cookie) for netns in live]
+    answer = ipamd.report_liveness(at, namespaces, found["dry_run"])
     found["released"] = [documents.allocation(entry) for entry in answer.released]
     found["suspected"] = [documents.allocation(entry) for entry in answer.suspected]
 

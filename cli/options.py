@@ -2,15 +2,16 @@
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
-from cli.daemon import Daemon, socket_path
+from cli.daemon import connected, socket_path
 from cli.failure import EPILOG, Failure
-from protos.ipam.v1 import ipam_pb2
+from ipamd.client import Client
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -24,9 +25,9 @@ class Choices:
     socket: str | None = None
     as_json: bool = False
 
-    def daemon(self) -> Daemon:
-        """The way to ipamd, to be entered with `with`."""
-        return Daemon(self.socket_path())
+    def ipamd(self) -> AbstractContextManager[Client]:
+        """A client of ipamd, to be entered with `with`."""
+        return connected(self.socket_path())
 
     def socket_path(self) -> str:
         """Where ipamd is expected."""
@@ -64,11 +65,11 @@ def complete_pool(ctx: click.Context, _param: click.Parameter, incomplete: str) 
     """The names of the pools that begin so; none where ipamd does not answer at once."""
     choices = ctx.find_object(Choices) or Choices()
     try:
-        with Daemon(choices.socket_path(), _COMPLETION_TIMEOUT_S) as daemon:
-            answer = daemon.call(daemon.stub.ListPools, ipam_pb2.ListPoolsRequest())
+        with connected(choices.socket_path(), _COMPLETION_TIMEOUT_S) as ipamd:
+            pools = ipamd.list_pools()
     except Failure:
         return []
-    return [CompletionItem(pool.name) for pool in answer.pools if pool.name.startswith(incomplete)]
+    return [CompletionItem(pool.name) for pool in pools if pool.name.startswith(incomplete)]
 
 
 def _choose(field: str) -> Callable[[click.Context, click.Parameter, object], None]:

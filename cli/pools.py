@@ -28,9 +28,8 @@ def pools() -> None:
 @pass_choices
 def list_(choices: Choices) -> None:
     """List the pools and how full they are."""
-    with choices.daemon() as daemon:
-        answer = daemon.call(daemon.stub.ListPools, ipam_pb2.ListPoolsRequest())
-    found = sorted((documents.pool(entry) for entry in answer.pools), key=lambda entry: entry["name"])
+    with choices.ipamd() as ipamd:
+        found = sorted((documents.pool(entry) for entry in ipamd.list_pools()), key=lambda entry: entry["name"])
     if choices.as_json:
         output.document({"pools": found})
     else:
@@ -42,11 +41,11 @@ def list_(choices: Choices) -> None:
 @pass_choices
 def show(choices: Choices, name: str) -> None:
     """Show a pool: its ranges, how full it is, what is reserved."""
-    with choices.daemon() as daemon:
-        pool = documents.pool(daemon.call(daemon.stub.GetPool, ipam_pb2.GetPoolRequest(name=name)))
-        answer = daemon.call(daemon.stub.ListReservations, ipam_pb2.ListReservationsRequest(pool=name))
+    with choices.ipamd() as ipamd:
+        pool = documents.pool(ipamd.get_pool(name))
+        reserved = ipamd.list_reservations(name)
     reservations = sorted(
-        (documents.reservation(entry) for entry in answer.reservations),
+        (documents.reservation(entry) for entry in reserved),
         key=lambda entry: documents.order(entry["address"]),
     )
     if choices.as_json:
@@ -91,8 +90,8 @@ def create(
     netloom pool create lab --subnet 192.0.2.0/24 --range 192.0.2.100-192.0.2.199 --gateway 192.0.2.254
     """
     spec = pool_spec(subnets, ranges, gateways, excludes, cooldown_s)
-    with choices.daemon() as daemon:
-        made = documents.pool(daemon.call(daemon.stub.CreatePool, ipam_pb2.CreatePoolRequest(name=name, spec=spec)))
+    with choices.ipamd() as ipamd:
+        made = documents.pool(ipamd.create_pool(name, spec))
     if choices.as_json:
         output.document(dict(made))
     else:
@@ -105,8 +104,8 @@ def create(
 @pass_choices
 def delete(choices: Choices, name: str) -> None:
     """Delete a pool that nobody holds an address of."""
-    with choices.daemon() as daemon:
-        daemon.call(daemon.stub.DeletePool, ipam_pb2.DeletePoolRequest(name=name))
+    with choices.ipamd() as ipamd:
+        ipamd.delete_pool(name)
     if choices.as_json:
         output.document({"name": name})
     else:

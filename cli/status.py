@@ -7,14 +7,13 @@ from typing import TypedDict
 import click
 
 from cli import documents, output
-from cli.daemon import Daemon
 from cli.documents import PoolDocument
 from cli.failure import Failure, Status
 from cli.options import Choices, common, pass_choices
 from cli.pools import NUMBERS, USAGE_COLUMNS, usage_rows
+from ipamd.client import Client, IpamError
 from kernel import paths
 from kernel.record import Records
-from protos.ipam.v1 import ipam_pb2
 
 
 class IpamdDocument(TypedDict):
@@ -57,8 +56,8 @@ def status(choices: Choices) -> None:
     kernel = _kernel(paths.run_dir(os.environ))
     socket = choices.socket_path()
     try:
-        with choices.daemon() as daemon:
-            found = _ask(daemon, kernel)
+        with choices.ipamd() as ipamd:
+            found = _ask(ipamd, socket, kernel)
     except Failure as failure:
         if choices.as_json:
             output.document(
@@ -75,15 +74,14 @@ def status(choices: Choices) -> None:
         raise click.exceptions.Exit(Status.FAILED)
 
 
-def _ask(daemon: Daemon, kernel: KernelDocument) -> StatusDocument:
-    answer = daemon.call(daemon.stub.Status, ipam_pb2.StatusRequest())
-    listed = daemon.call(daemon.stub.ListPools, ipam_pb2.ListPoolsRequest())
-    pools = sorted((documents.pool(entry) for entry in listed.pools), key=lambda entry: entry["name"])
-    problems = [*_refusals(daemon, pools), *_bad_records(kernel)]
+def _ask(ipamd: Client, socket: str, kernel: KernelDocument) -> StatusDocument:
+    answer = ipamd.status()
+    pools = sorted((documents.pool(entry) for entry in ipamd.list_pools()), key=lambda entry: entry["name"])
+    problems = [*_refusals(ipamd, pools), *_bad_records(kernel)]
     return StatusDocument(
         state="degraded" if problems else "healthy",
         problems=problems,
-        socket=daemon.path,
+        socket=socket,
         ipamd=IpamdDocument(
             version=answer.version,
             node=answer.node,
@@ -99,14 +97,14 @@ def _ask(daemon: Daemon, kernel: KernelDocument) -> StatusDocument:
     )
 
 
-def _refusals(daemon: Daemon, pools: Sequence[PoolDocument]) -> list[str]:
+def _refusals(ipamd: Client, pools: Sequence[PoolDocument]) -> list[str]:
     """Why the next container would get no address, in ipamd's words; each reason once (a full disk concerns all)."""
     reasons: dict[str, None] = {}
     for pool in pools:
         try:
-            daemon.call(daemon.stub.Status, ipam_pb2.StatusRequest(pools=[pool["name"]]))
-        except Failure as failure:
-            reasons.setdefault(failure.message)
+            ipamd.status(pools=[pool["name"]])
+        except IpamError as error:
+            reasons.setdefault(error.message)
     return list(reasons)
 
 

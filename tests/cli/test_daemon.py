@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cli.daemon import Daemon, socket_path
+from cli.daemon import connected, socket_path
 from cli.failure import Failure, Status
-from protos.ipam.v1 import ipam_pb2
 from tests.cli.conftest import Ipamd, Netloom
 
 
@@ -30,7 +29,7 @@ def test_which_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _refusal(path: str) -> str:
-    with pytest.raises(Failure) as caught, Daemon(path, 1.0):
+    with pytest.raises(Failure) as caught, connected(path, 1.0):
         pass
     assert caught.value.status == Status.UNREACHABLE
     return caught.value.message
@@ -65,8 +64,8 @@ def test_a_socket_that_may_not_be_opened() -> None:
 def test_a_daemon_that_does_not_answer(ipamd: Ipamd, scratch: Path) -> None:
     ipamd.process.send_signal(signal.SIGSTOP)
     try:
-        with Daemon(f"{scratch}/ipamd.sock", 0.5) as stopped, pytest.raises(Failure) as caught:
-            stopped.call(stopped.stub.Status, ipam_pb2.StatusRequest())
+        with pytest.raises(Failure) as caught, connected(f"{scratch}/ipamd.sock", 0.5) as stopped:
+            stopped.status()
         assert caught.value.status == Status.UNREACHABLE
         assert "did not answer within 0.5 s" in caught.value.message
     finally:
