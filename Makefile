@@ -71,3 +71,19 @@ update-pins: ## write build/constraints.txt anew: the newest versions that pypro
 clean: ## remove what the other targets made: .venv, out/ and caches
 	@rm -rf .venv out .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The launcher. Static: it starts in half the time, and needs nothing of the host. CC alone builds it.
+LAUNCHER := out/launcher
+LAUNCHER_FLAGS := -std=c11 -O2 -Wall -Wextra -Werror -static
+SANITIZERS := -std=c11 -O1 -g -Wall -Wextra -Werror -fsanitize=address,undefined -fno-sanitize-recover=all
+FUZZ_INPUTS := 1000000
+
+.PHONY: launcher fuzz-launcher
+launcher: ## the executable of every plugin, out/launcher; needs a C compiler and nothing else
+	@mkdir -p "$(dir $(LAUNCHER))"
+	@$(CC) $(LAUNCHER_FLAGS) -o "$(LAUNCHER)" warm/launcher.c
+
+fuzz-launcher: ## a million hostile answers to the launcher's parser, under address and undefined sanitizers
+	@mkdir -p out
+	@$(CC) $(SANITIZERS) -o out/fuzz-launcher tests/warm/fuzz_launcher.c
+	@out/fuzz-launcher $(FUZZ_INPUTS)
