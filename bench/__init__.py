@@ -1,0 +1,1 @@
+"""The benchmark: Netloom beside Debian's reference plugins in one run, and ipamd on a real disk."""

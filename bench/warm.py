@@ -1,0 +1,78 @@
+"""The warm way on a host of the benchmark: launchers in /opt/cni/bin, a master with its workers behind them.
+
+The launchers are compiled so that their cold way leads nowhere: a call that no worker took fails, and with it the
+measurement. So every time that is reported was made by a worker.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from bench.host import BenchError
+from cni.registry import PLUGINS
+from tests.hosts import CNI_BIN, ROOT, Host, wait_until
+
+_SOURCE = ROOT / "warm" / "launcher.c"
+_MASTER = ROOT / "warm" / "host.py"
+_SOCKET = "/run/netloom/cni.sock"
+_NO_COLD_WAY = "/nonexistent/cold-is-not-measured-here"
+
+
+def exists() -> bool:
+    """Whether this tree has a warm way at all."""
+    return _SOURCE.exists() and _MASTER.exists()
+
+
+def start(host: Host, place: Path) -> None:
+    """Installs the launchers and returns once the master's socket takes connections. Raises BenchError, HostError."""
+    if not exists():
+        raise BenchError(f"there is no warm way yet ({_SOURCE.relative_to(ROOT)}, {_MASTER.relative_to(ROOT)})")
+    launcher = _compiled(place)
+    for plugin in PLUGINS:
+        shutil.copy2(launcher, host.path(CNI_BIN) / plugin)
+    log = host.directory / "master.log"
+    with log.open("w", encoding="utf-8") as file:
+        master = host.popen([sys.executable, "-m", "warm.host"], stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+
+    def said() -> str:
+        return log.read_text(encoding="utf-8", errors="replace")[-2000:]
+
+    def serving() -> bool:
+        if master.poll() is not None:
+            raise BenchError(f"the warm master ended with status {master.returncode}: {said()}")
+        return answers(host.path(_SOCKET))
+
+    wait_until(serving, "the warm master", said)
+
+
+def answers(path: Path) -> bool:
+    """Whether somebody listens on a unix socket, however long its path is (unix(7): 107 bytes)."""
+    try:
+        directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.connect(f"/proc/self/fd/{directory}/{path.name}")
+            return True
+    except OSError:
+        return False
+    finally:
+        os.close(directory)
+
+
+def _compiled(place: Path) -> Path:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        raise BenchError("no C compiler for the launcher: apt-get install -y gcc libc6-dev")
+    program = place / "launcher"
+    argv = [compiler, "-O2", f'-DNETLOOM_COLD="{_NO_COLD_WAY}"', "-o", str(program), str(_SOURCE)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise BenchError(f"{' '.join(argv)} exited {done.returncode}: {done.stderr[-2000:]}")
+    return program
