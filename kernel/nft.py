@@ -16,6 +16,7 @@ Sources: include/uapi/linux/netfilter/nf_tables.h, net/netfilter/nf_tables_api.c
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 
 from kernel import netlink
-from kernel.errors import KernelError, NotFound, from_errno
+from kernel.errors import Exists, KernelError, NotFound, from_errno
 from kernel.link import packed_mac
 from kernel.netlink import Message, attr, attribute_list, attributes, nested, string, text
 from kernel.session import Session
@@ -34,7 +35,8 @@ TABLE = "netloom"
 SCHEMA = "schema1"  # raise the number with every change of _TABLES
 
 # masq4, masq6: containers whose traffic leaves under the host's address.
-# nomasq4, nomasq6: (source network . destination network) where it does not.
+# nomasq4, nomasq6: (source network . destination network) where it does not. No element may lie within another: the
+#   kernel refuses that, as the set has intervals.
 # guarded: bridge ports whose source MAC is checked; allowed: (port . MAC) that may pass there.
 # A port without an entry in `guarded` costs one hash look-up.
 _TABLES = {
@@ -110,6 +112,7 @@ _UDATA_COMMENT = 0
 _HEADER = struct.Struct(">BBH")
 # In one message: an attribute's length has 16 bits, and the largest element with its comment takes under 240 bytes.
 _BATCH_ELEMENTS = 256
+_TRIES = 3
 _BATCH_BODY = struct.pack(">BBH", 0, 0, 10)
 
 
@@ -117,7 +120,7 @@ _BATCH_BODY = struct.pack(">BBH", 0, 0, 10)
 class Element:
     """An element of one of our sets. `key` is as people write it: ("10.1.0.2",) or ("veth12", "02:42:0a:01:00:02").
 
-    `comment` names the owner, for the reader of `nft list table inet netloom`.
+    `comment` names the owner, in `nft list table inet netloom` and for us; "" where several attachments share it.
     """
 
     set: str
@@ -146,38 +149,58 @@ def spoof_check(port: str, mac: str, owner: str) -> list[Element]:
 
 
 def add(session: Session, elements: Sequence[Element]) -> None:
-    """Add elements; those that are there already are left as they are. Makes the tables where they are missing."""
+    """Add elements; makes the tables where they are missing.
+
+    One with a comment has one owner: where it is there under another's, it becomes this one's, so that what a dead
+    container left and what a living one wants are told apart.
+    """
     if not elements:
         return
-    try:
-        _change(session, _NEWSETELEM, elements, netlink.CREATE)
-    except NotFound:
-        ensure_tables(session, {element.family for element in elements})
-        _change(session, _NEWSETELEM, elements, netlink.CREATE)
+    there: list[Element] = []
+    for _ in range(_TRIES):
+        try:
+            _change(session, there, elements)
+        except NotFound:
+            ensure_tables(session, {element.family for element in elements})
+        except Exists:
+            pass
+        else:
+            return
+        there = [element for element in elements if element.comment and present(session, element)]
+    _change(session, there, elements)
 
 
 def delete(session: Session, elements: Iterable[Element]) -> None:
-    """Remove elements; those that are not there are no failure."""
+    """Remove elements; those that are not there, or by now are somebody else's, are left alone.
+
+    They are looked up first: a batch that names a missing one fails as a whole, and waits for RCU (15 ms).
+    """
     wanted = list(elements)
-    if not wanted:
-        return
-    try:
-        _change(session, _DELSETELEM, wanted, 0)
-    except NotFound:
-        # One missing element fails the whole batch, and each failed batch waits for RCU (15 ms): look, then remove.
-        there = [element for element in wanted if present(session, element)]
-        if there:
-            _change(session, _DELSETELEM, there, 0)
+    for _ in range(_TRIES):
+        there = [element for element in wanted if _is_owned(session, element)]
+        with contextlib.suppress(NotFound):  # somebody else removed one meanwhile
+            if there:
+                _change(session, there, [])
+            return
 
 
 def present(session: Session, element: Element) -> bool:
-    """Whether the set holds exactly this element."""
+    """Whether the set holds exactly this element, whoever owns it."""
+    return _find(session, element) is not None
+
+
+def _is_owned(session: Session, element: Element) -> bool:
+    found = _find(session, element)
+    return found is not None and (not element.comment or found.comment == text(_comment(element)))
+
+
+def _find(session: Session, element: Element) -> Element | None:
     message = Message(_GETSETELEM, 0, _body([element]), f"look up {element.key} in set {element.set}")
     try:
         body = session.netfilter.get(message)
     except NotFound:
-        return False
-    return any(_same_key(element, found) for found in _parse(element.set, body))
+        return None
+    return next((found for found in _parse(element.set, body) if _same_key(element, found)), None)
 
 
 def all_elements(session: Session, set_name: str) -> list[Element]:
@@ -194,6 +217,11 @@ def all_elements(session: Session, set_name: str) -> list[Element]:
 def element_sets() -> list[str]:
     """The sets that hold what attachments want."""
     return list(_SETS)
+
+
+def network_sets() -> list[str]:
+    """Those of them whose elements are networks."""
+    return [name for name, (_, kinds) in _SETS.items() if "network" in kinds]
 
 
 def ensure_tables(session: Session, families: Collection[str]) -> None:
@@ -270,24 +298,39 @@ def _library() -> ctypes.CDLL:
     return _loaded
 
 
-def _change(session: Session, kind: int, elements: Sequence[Element], flags: int) -> None:
-    verb = "add" if kind == _NEWSETELEM else "remove"
+def _change(session: Session, removed: Sequence[Element], added: Sequence[Element]) -> None:
+    """Remove elements, then add others, in one transaction.
+
+    Raises:
+        NotFound: a table, or an element to be removed, is missing.
+        Exists: an element with an owner is there.
+    """
     messages = [
         Message(_NEWSETELEM, netlink.CREATE, _elements(family, SCHEMA, [_MARKER]), f"check the table {family} {TABLE}")
-        for family in sorted({element.family for element in elements})
+        for family in sorted({element.family for element in (*removed, *added)})
     ]
-    for start in range(0, len(elements), _BATCH_ELEMENTS):
-        by_set: dict[str, list[Element]] = {}
-        for element in elements[start : start + _BATCH_ELEMENTS]:
-            by_set.setdefault(element.set, []).append(element)
-        for name, members in by_set.items():
-            first = " . ".join(members[0].key) + (f" and {len(members) - 1} more" if len(members) > 1 else "")
-            messages.append(Message(kind, flags, _body(members), f"{verb} {first} in nftables set {name}"))
+    messages += _messages(_DELSETELEM, removed, "remove")
+    messages += _messages(_NEWSETELEM, added, "add")
     begin = Message(_BATCH_BEGIN, 0, _BATCH_BODY, "begin an nftables batch")
     end = Message(_BATCH_END, 0, _BATCH_BODY, "end an nftables batch")
     for error in session.netfilter.transact(begin, messages, end):
         if error is not None:
             raise error
+
+
+def _messages(kind: int, elements: Sequence[Element], verb: str) -> list[Message]:
+    messages = []
+    for start in range(0, len(elements), _BATCH_ELEMENTS):
+        groups: dict[tuple[str, int], list[Element]] = {}
+        for element in elements[start : start + _BATCH_ELEMENTS]:
+            flags = 0
+            if kind == _NEWSETELEM:
+                flags = netlink.CREATE | (netlink.EXCL if element.comment else 0)
+            groups.setdefault((element.set, flags), []).append(element)
+        for (name, flags), members in groups.items():
+            first = " . ".join(members[0].key) + (f" and {len(members) - 1} more" if len(members) > 1 else "")
+            messages.append(Message(kind, flags, _body(members), f"{verb} {first} in nftables set {name}"))
+    return messages
 
 
 def _body(elements: Sequence[Element]) -> bytes:
@@ -311,9 +354,13 @@ def _item(kinds: tuple[str, ...], element: Element) -> list[bytes]:
     if end is not None:
         parts.append(nested(_ELEM_KEY_END, attr(_DATA_VALUE, end)))
     if element.comment:
-        comment = element.comment.encode()[:127] + b"\0"
+        comment = _comment(element)
         parts.append(attr(_ELEM_USERDATA, bytes([_UDATA_COMMENT, len(comment)]) + comment))
     return parts
+
+
+def _comment(element: Element) -> bytes:
+    return element.comment.encode()[:127] + b"\0"
 
 
 def _key(kinds: tuple[str, ...], values: tuple[str, ...]) -> tuple[bytes, bytes | None]:
