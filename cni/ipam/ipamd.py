@@ -7,9 +7,11 @@ those of others.
 A DEL while ipamd is away leaves a release record, which ipamd replays when it is back, and succeeds.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from ipaddress import ip_interface
 from typing import TYPE_CHECKING
 
@@ -308,11 +310,39 @@ def status(request: Request, host: Session) -> None:
 # Towards ipamd
 
 
-def _client(request: Request, conf: IpamConf) -> "Client":
+_MOST_CONNECTIONS = 8
+_connections: "dict[tuple[str, float], Client] | None" = None
+
+
+def keep_connections(socket_path: str) -> None:
+    """From now on a connection is kept for the requests to come, and the one to this socket is made at once.
+
+    For a process that serves many requests. Call it in the namespace of the host, as gRPC's threads stay where they
+    were started, and after every fork. An ipamd that is away now is found when it is asked.
+    """
+    global _connections  # noqa: PLW0603 - one set of connections a process
+    from ipamd.client import Client, IpamError  # noqa: PLC0415
+
+    _connections = {}
+    client = _connections[socket_path, DEADLINE_S] = Client(socket_path, timeout_s=DEADLINE_S)
+    with contextlib.suppress(IpamError):
+        client.status()
+
+
+def _client(request: Request, conf: IpamConf) -> "AbstractContextManager[Client]":
+    """A client for one request; closed after it unless connections are kept."""
     from ipamd.client import Client  # noqa: PLC0415
 
     socket_path = conf.socket or paths.ipamd_socket(request.environment)
-    return Client(socket_path, timeout_s=conf.timeout, request_id=request.request_id)
+    if _connections is None:
+        return Client(socket_path, timeout_s=conf.timeout, request_id=request.request_id)
+    client = _connections.get((socket_path, conf.timeout))
+    if client is None:
+        if len(_connections) >= _MOST_CONNECTIONS:
+            _connections.pop(next(iter(_connections))).close()
+        client = _connections[socket_path, conf.timeout] = Client(socket_path, timeout_s=conf.timeout)
+    client.set_request_id(request.request_id)
+    return contextlib.nullcontext(client)
 
 
 def _is_away(error: "IpamError") -> bool:
