@@ -30,6 +30,7 @@ from types import FrameType
 
 from cni import registry, skel
 from cni.errors import CniError, Code
+from cni.ipam import ipamd
 from cni.undo import Undo
 from kernel import netns
 from kernel.session import Session
@@ -77,6 +78,8 @@ class Worker:
         self._stopping = False
         self._overdue = False
         self._session = _open_session()
+        if settings.ipamd_socket:
+            ipamd.keep_connections(settings.ipamd_socket)
 
     def stop(self) -> None:
         """Finish the request in hand, if there is one, and end. May be called by a signal handler."""
