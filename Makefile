@@ -22,10 +22,7 @@ venv:
 	@$(RUN) plain true
 
 lint: ## ruff (rules and format), mypy --strict, and whether the generated protobuf code is up to date
-	@$(RUN) plain $(PYTHON) -m ruff check .
-	@$(RUN) plain $(PYTHON) -m ruff format --check .
-	@$(RUN) plain $(PYTHON) -m mypy .
-	@$(RUN) plain sh build/protos check
+	@$(RUN) plain sh build/lint
 
 format: ## let ruff format the code and repair what it can
 	@$(RUN) plain $(PYTHON) -m ruff format .
