@@ -217,7 +217,7 @@ def log_release(held: Allocation, reason: str, request_id: str = "") -> None:
         network=key.network,
         container_id=key.container_id,
         ifname=key.ifname,
-        addresses=[address.cidr for address in held.addresses],
+        addresses=",".join([address.cidr for address in held.addresses]),
         generation=held.generation,
         request_id=request_id,
     )

@@ -114,8 +114,13 @@ class ReleaseRecords:
             pass
         except OSError as error:
             self._stuck.add(name)
-            log.event(_logger, "error", "a replayed release record cannot be removed; give its directory to ipamd's user",
-                      record=name, error=str(error))  # fmt: skip
+            log.event(
+                _logger,
+                "error",
+                "a replayed release record cannot be removed; give its directory to ipamd's user",
+                record=name,
+                error=str(error),
+            )
 
     def _set_aside(self, name: str, why: str) -> None:
         path = os.path.join(self._directory, name)

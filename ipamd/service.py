@@ -126,7 +126,7 @@ class Service(IpamServicer):
             network=key.network,
             container_id=key.container_id,
             ifname=key.ifname,
-            addresses=[address.cidr for address in addresses],
+            addresses=",".join([address.cidr for address in addresses]),
             generation=allocation.generation,
             request_id=request_id,
         )
