@@ -92,7 +92,7 @@ def _matches(wanted: route.Route, found: route.Route) -> bool:
 def elements(host: Session, wanted: Iterable[nft.Element]) -> None:
     """Every nftables element that the attachment wants is in its set."""
     for element in wanted:
-        if not nft.present(host, element):
+        if not nft.holds(host, element):
             raise broken(
                 f"nftables set {element.set} of table {element.family} {nft.TABLE} lacks {' . '.join(element.key)}",
                 "run `netloom gc --rebuild`",

@@ -153,6 +153,9 @@ def add(session: Session, elements: Sequence[Element]) -> None:
 
     One with a comment has one owner: where it is there under another's, it becomes this one's, so that what a dead
     container left and what a living one wants are told apart.
+
+    Raises:
+        Exists: a network lies within another one of its set, or around it.
     """
     if not elements:
         return
@@ -191,7 +194,12 @@ def present(session: Session, element: Element) -> bool:
 
 def _is_owned(session: Session, element: Element) -> bool:
     found = _find(session, element)
-    return found is not None and (not element.comment or found.comment == text(_comment(element)))
+    return found is not None and (not element.comment or found.comment == _owner(element))
+
+
+def _owner(element: Element) -> str:
+    """The comment as it comes back from the kernel."""
+    return text(_comment(element)) if element.comment else ""
 
 
 def _find(session: Session, element: Element) -> Element | None:
@@ -201,6 +209,50 @@ def _find(session: Session, element: Element) -> Element | None:
     except NotFound:
         return None
     return next((found for found in _parse(element.set, body) if _same_key(element, found)), None)
+
+
+def holds(session: Session, element: Element) -> bool:
+    """Whether the set holds this element, or one that contains it (a network around this one), whoever owns it."""
+    message = Message(_GETSETELEM, 0, _body([element]), f"look up {element.key} in set {element.set}")
+    try:
+        body = session.netfilter.get(message)
+    except NotFound:
+        return False
+    return any(contains(found, element) for found in _parse(element.set, body))
+
+
+def contains(outer: Element, inner: Element) -> bool:
+    """Whether every packet that matches `inner` matches `outer`."""
+    if outer.set != inner.set:
+        return False
+    kinds = _SETS[outer.set][1]
+    for kind, wide, narrow in zip(kinds, outer.key, inner.key, strict=True):
+        (low, high), (first, last) = _part(kind, wide), _part(kind, narrow)
+        if not low <= first <= last <= high:
+            return False
+    return True
+
+
+def converge(session: Session, sets: Iterable[str], elements: Iterable[Element]) -> tuple[int, int]:
+    """Make the sets hold exactly these elements, in one transaction: no packet sees them in between.
+
+    The tables of the elements' families must be there.
+
+    Returns:
+        How many elements were missing (or somebody else's), and how many too many.
+    """
+    wanted = {(element.set, element.key): element for element in elements}
+    present = {(element.set, element.key): element for name in sets for element in all_elements(session, name)}
+    missing = [e for key, e in wanted.items() if key not in present or _owner(e) != present[key].comment]
+    stale = [element for key, element in present.items() if key not in wanted]
+    foreign = [present[key] for key in wanted.keys() & present.keys() if _owner(wanted[key]) != present[key].comment]
+    try:
+        if missing or stale:
+            _change(session, [*stale, *foreign], missing)
+    except (NotFound, Exists):  # somebody adds and removes at the same time
+        delete(session, stale)
+        add(session, missing)
+    return len(missing), len(stale)
 
 
 def all_elements(session: Session, set_name: str) -> list[Element]:

@@ -6,7 +6,7 @@ live in the run directory and are not synced: no container survives a power cut.
 
 Elements that several attachments of a network want together ("shared", such as the network's exemption from
 masquerade) are counted by markers, `<run dir>/shared/<hash>/<network>`, so that the last DEL of the last network that
-wants one removes it, in constant time.
+wants one removes it, in constant time. Of elements that lie within one another the kernel has the widest only.
 
 One lock for the host, `<run dir>/attachments.lock`:
 - shared, while a record is written, and while elements and their record are removed together;
@@ -17,11 +17,12 @@ So an element never outlives its record, nor is one removed that a newer record 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -74,17 +75,7 @@ class Records:
         path = self._path(record.key)
         data = msgspec.json.encode(record)
         with self._locked(fcntl.LOCK_SH):
-            temporary = f"{path}.{os.getpid()}.tmp"
-            try:
-                fd = self._create(temporary)
-            except FileNotFoundError:
-                os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-                fd = self._create(temporary)
-            try:
-                os.write(fd, data)
-            finally:
-                os.close(fd)
-            os.rename(temporary, path)
+            _write(self._root, path, data)
             for element in record.shared:
                 self._mark(element, record.key.network)
 
@@ -92,14 +83,22 @@ class Records:
         """The record, or None. An unreadable one counts as none: it was never finished."""
         return _load(self._path(key))
 
+    def apply(self, session: Session, record: Record) -> None:
+        """Put the elements of a written record into the kernel."""
+        if not all(nft.holds(session, element) for element in record.shared):
+            # The first of its network. Adding it plainly would do wrong where other networks lie within this one: the
+            # kernel takes it beside theirs, and confuses them when one is removed (nft_set_pipapo.c, pipapo_get).
+            with self._locked(fcntl.LOCK_EX):
+                self._settle(session)
+        nft.add(session, record.elements)
+
     def all(self) -> Iterator[Record]:
         """Every record of the host, in no order; what cannot be read is passed over."""
         for directory in _entries(self._root):
             for path in _entries(directory):
-                if not path.endswith(".tmp"):
-                    record = _load(path)
-                    if record is not None:
-                        yield record
+                record = _load(path)
+                if record is not None:
+                    yield record
 
     def of_network(self, network: str, plugin: str) -> Iterator[Record]:
         """The records of one network and plugin."""
@@ -123,7 +122,10 @@ class Records:
                 os.rmdir(directory)
             except OSError:
                 return  # somebody was faster, or a new attachment came
-            nft.delete(session, self._unmark(record.key.network))
+            if self._unmark(record.key.network):
+                self._settle(session)
+            for top in (self._root, self._shared):
+                _remove_files(top)
 
     def rebuild(self, session: Session) -> tuple[int, int]:
         """Make our nftables tables hold exactly what the records want.
@@ -132,14 +134,11 @@ class Records:
             How many elements were missing, and how many had no record.
         """
         with self._locked(fcntl.LOCK_EX):
-            wanted = {(e.set, e.key): e for record in self.all() for e in (*record.elements, *record.shared)}
-            nft.ensure_tables(session, {element.family for element in wanted.values()})
-            present = {(e.set, e.key): e for name in nft.element_sets() for e in nft.all_elements(session, name)}
-            missing = [element for key, element in wanted.items() if key not in present]
-            stale = [element for key, element in present.items() if key not in wanted]
-            nft.add(session, missing)
-            nft.delete(session, stale)
-            return len(missing), len(stale)
+            records = list(self.all())
+            wanted = [element for record in records for element in record.elements]
+            wanted += _widest(element for record in records for element in record.shared)
+            nft.ensure_tables(session, {element.family for element in wanted})
+            return nft.converge(session, nft.element_sets(), wanted)
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -150,10 +149,6 @@ class Records:
     def _path(self, key: Key) -> str:
         name = f"{_name(key.container_id)}@{_name(key.ifname)}.{key.plugin}"
         return os.path.join(self._root, _name(key.network), name)
-
-    @staticmethod
-    def _create(path: str) -> int:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
 
     @contextmanager
     def _locked(self, how: int) -> Iterator[None]:
@@ -171,29 +166,69 @@ class Records:
     def _mark(self, element: Element, network: str) -> None:
         directory = os.path.join(self._shared, _digest(element))
         marker = os.path.join(directory, _name(network))
-        if os.path.exists(marker):
-            return
-        os.makedirs(directory, 0o700, exist_ok=True)
-        fd = self._create(marker)
+        if not os.path.exists(marker):
+            _write(self._shared, marker, msgspec.json.encode(element))
+
+    def _unmark(self, network: str) -> bool:
+        """Drop the network's markers; whether there is an element now that no network wants."""
+        unwanted = False
+        for directory in _entries(self._shared):
+            with contextlib.suppress(OSError):  # not this network's
+                os.unlink(os.path.join(directory, _name(network)))
+            try:
+                os.rmdir(directory)
+            except OSError:
+                continue  # another network wants it
+            unwanted = True
+        return unwanted
+
+    def _settle(self, session: Session) -> None:
+        """Make the sets of shared elements hold what is marked. Exclusive."""
+        wanted = []
+        for directory in _entries(self._shared):
+            for marker in _entries(directory)[:1]:
+                with contextlib.suppress(OSError, msgspec.MsgspecError), open(marker, "rb") as file:
+                    wanted.append(msgspec.json.decode(file.read(), type=Element))
+        nft.converge(session, nft.network_sets(), _widest(wanted))
+
+
+def _widest(elements: Iterable[Element]) -> list[Element]:
+    """Those that lie within no other. A network inside another network, or a network that grew while containers of its
+    smaller days live, wants an element that the larger one's already covers, and that the kernel would refuse."""
+    distinct = {(element.set, element.key): element for element in elements}.values()
+    return [
+        inner for inner in distinct if not any(outer is not inner and nft.contains(outer, inner) for outer in distinct)
+    ]
+
+
+def _write(top: str, path: str, data: bytes) -> None:
+    """Make the file `path`, in a directory of `top`, whole or not at all. A killed writer leaves its temporary file in
+    `top`, where it is in nobody's way."""
+    temporary = os.path.join(top, f".{os.urandom(8).hex()}")
+    for directory in (top, os.path.dirname(path)):
+        # One by one: os.makedirs leaves the mode of those between to the umask.
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(directory, 0o700)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
         try:
-            os.write(fd, msgspec.json.encode(element))
+            if os.write(fd, data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
         finally:
             os.close(fd)
+        os.rename(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
 
-    def _unmark(self, network: str) -> list[Element]:
-        """Drop the network's markers; the elements that now no network wants."""
-        unwanted = []
-        for directory in _entries(self._shared):
-            marker = os.path.join(directory, _name(network))
-            try:
-                with open(marker, "rb") as file:
-                    element = msgspec.json.decode(file.read(), type=Element)
-                os.unlink(marker)
-                os.rmdir(directory)
-            except (OSError, msgspec.MsgspecError):
-                continue  # not this network's, or another network wants it too
-            unwanted.append(element)
-        return unwanted
+
+def _remove_files(top: str) -> None:
+    """Remove what killed writers left. Exclusive: nobody is writing."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(top) as entries:
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.path)
 
 
 def _name(text: str) -> str:

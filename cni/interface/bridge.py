@@ -159,7 +159,7 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
             _ensure_gateways(host, bridge, conf, [_gateway_interface(ip) for ip in ips])
         _add_veth(host, conf, VethSpec(port_name, request.ifname, container.fd, conf.mtu, mac), bridge)
         undo.push(f"delete link {port_name}", lambda: link.delete(host, port_name))
-        nft.add(host, [*record.elements, *record.shared])
+        records.apply(host, record)
         eth = link.get(inside, request.ifname)
         result = Result((), tuple(ips), tuple(routes), conf.dns or lease.dns)
         if conf.disable_container_interface:
