@@ -73,14 +73,22 @@ clean: ## remove what the other targets made: .venv, out/ and caches
 LAUNCHER := out/launcher
 LAUNCHER_FLAGS := -std=c11 -O2 -Wall -Wextra -Werror -static
 SANITIZERS := -std=c11 -O1 -g -Wall -Wextra -Werror -fsanitize=address,undefined -fno-sanitize-recover=all
+FUZZER := out/fuzz-launcher
 FUZZ_INPUTS := 1000000
 
-.PHONY: launcher fuzz-launcher
+.PHONY: launcher launcher-sanitized fuzz-launcher test-sanitizers
 launcher: ## the executable of every plugin, out/launcher; needs a C compiler and nothing else
-	@mkdir -p "$(dir $(LAUNCHER))"
+	@mkdir -p "$$(dirname "$(LAUNCHER)")"
 	@$(CC) $(LAUNCHER_FLAGS) -o "$(LAUNCHER)" warm/launcher.c
 
+launcher-sanitized:
+	@mkdir -p "$$(dirname "$(LAUNCHER)")"
+	@$(CC) $(SANITIZERS) -o "$(LAUNCHER)" warm/launcher.c
+
 fuzz-launcher: ## a million hostile answers to the launcher's parser, under address and undefined sanitizers
-	@mkdir -p out
-	@$(CC) $(SANITIZERS) -o out/fuzz-launcher tests/warm/fuzz_launcher.c
-	@out/fuzz-launcher $(FUZZ_INPUTS)
+	@mkdir -p "$$(dirname "$(FUZZER)")"
+	@$(CC) $(SANITIZERS) -o "$(FUZZER)" tests/warm/fuzz_launcher.c
+	@"$(FUZZER)" $(FUZZ_INPUTS)
+
+test-sanitizers: ## the launcher's tests once more, with the launcher under address and undefined sanitizers
+	@NETLOOM_SANITIZE=1 $(RUN) plain $(PYTEST) tests/warm/test_launcher.py $(ARGS)

@@ -653,9 +653,11 @@ int main(int argc, char **argv, char **environment)
             return fail(&input, CNI_DECODING_FAILURE,
                         "error unmarshall network config: more than 1048576 bytes; make it smaller", "");
     }
+    if (!request_make(&request, environment, &input, has_input, descriptors, &count))
+        return cold(argv, environment, &input, has_input);
     until_ms = now_ms() + accept_wait_ms();
     fd = connect_to_workers();
-    if (fd < 0 || !request_make(&request, environment, &input, has_input, descriptors, &count))
+    if (fd < 0)
         return cold(argv, environment, &input, has_input);
     /* A worker that refuses early, or is killed, makes sending fail; what it said last counts all the same. */
     (void)send_request(fd, &request, descriptors, count, until_ms);
