@@ -633,7 +633,7 @@ static int accept_wait_ms(void)
 
 int main(int argc, char **argv, char **environment)
 {
-    struct bytes input = {0}, request = {0}, received = {0};
+    static struct bytes input, request, received; /* until the end of the process */
     struct frame frame = {0};
     int descriptors[2], error, fd;
     size_t count;
