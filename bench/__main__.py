@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     finally:
         remove_scratch()
-    print("\n".join(report.table(rows, report.style(os.environ, sys.stdout.isatty()))))
+    print("\n".join(report.table(rows, report.style(os.environ, sys.stdout.isatty()))), flush=True)
     return verdict(rows, file) if given.check else 0
 
 

@@ -245,7 +245,7 @@ def _compare(
     for work in works:
         if not (wanted(work.add) or wanted(work.delete)):
             continue
-        say(f"{work.add.name} and DEL")
+        say(work.add.name.replace("ADD", "ADD and DEL"))
         yield from _compare_work(plan, ours, peer, work, wanted)
     if wanted(version):
         say(version.name)
