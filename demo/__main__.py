@@ -118,8 +118,11 @@ class Runtime:
 
 def main() -> int:
     terminal = Terminal()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupted)
+    # A shell without job control starts what it puts in the background with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _interrupted)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, _interrupted)
     try:
         for what in sweep():
             terminal.say(f"left by a dead run: {what}")
