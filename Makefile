@@ -92,3 +92,25 @@ fuzz-launcher: ## a million hostile answers to the launcher's parser, under addr
 
 test-sanitizers: ## the launcher's tests once more, with the launcher under address and undefined sanitizers
 	@NETLOOM_SANITIZE=1 $(RUN) plain $(PYTEST) tests/warm/test_launcher.py $(ARGS)
+
+# Bundles and installation. DESTDIR may have spaces; PREFIX may not, as systemd and the launcher have it compiled in.
+DESTDIR ?=
+PREFIX ?= /usr
+install uninstall: export DESTDIR := $(DESTDIR)
+install uninstall: export PREFIX := $(PREFIX)
+install: export CC := $(CC)
+install: export LAUNCHER_FLAGS := $(LAUNCHER_FLAGS)
+
+.PHONY: binaries install uninstall deb
+binaries: ## every program as a bundle that needs nothing but glibc: out/bundle, and out/launcher
+	@$(RUN) binaries $(PYTHON) -I build/bundle.py
+	@$(MAKE) --no-print-directory launcher
+
+install: binaries ## launchers, bundle, units and configuration onto this system: DESTDIR= PREFIX=/usr (root)
+	@sh build/install
+
+uninstall: ## take away what install put there, and put back what was there before: DESTDIR= PREFIX=/usr (root)
+	@sh build/uninstall
+
+deb: binaries ## the same as a package for Debian: out/netloom_VERSION_ARCHITECTURE.deb
+	@sh build/deb
