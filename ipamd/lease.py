@@ -347,7 +347,7 @@ class Ledger:
             if now.boottime_ns < cooldown_ns:
                 cooling = pool.freed[index]  # what an earlier boot freed cools down from this boot's start
             else:
-                since = Instant(now.boot_id, now.boottime_ns - cooldown_ns)
+                since = Instant(now.boot_id, now.boottime_ns - cooldown_ns + 1)
                 cooling = self._store.count_freed(pool.name, index, since) if pool.freed[index] else 0
             free = size - allocated - reserved - cooling
             found.append(Usage(ranges[0].family, size, allocated, reserved, cooling, free))

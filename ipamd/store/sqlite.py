@@ -353,8 +353,8 @@ def _version(db: sqlite3.Connection, path: str) -> int:
 def _statements(script: str) -> Iterator[str]:
     """The statements of a script one by one: executescript would commit before the first."""
     text = ""
-    for line in script.splitlines(keepends=True):
-        text += line
+    for piece in script.split(";")[:-1]:
+        text += f"{piece};"  # one in a comment or a text completes nothing
         if sqlite3.complete_statement(text):
             yield text
             text = ""
