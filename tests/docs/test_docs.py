@@ -134,7 +134,8 @@ def test_make_targets_exist() -> None:
         f"test-{group}" for group in re.findall(r"^GROUPS := (.*)$", _text("Makefile"), re.MULTILINE)[0].split()
     }
     for name in NAMES:
-        for used in re.findall(r"(?:^|`)make ([a-z][a-z-]*)", _text(name), re.MULTILINE):
+        code = [*_CODE.findall(_prose(name)), *(body for _, body in _FENCE.findall(_text(name)))]
+        for used in re.findall(r"^make ([a-z][a-z-]*)", "\n".join(code), re.MULTILINE):
             assert used in targets, f"{name} names make {used}"
 
 
