@@ -1,7 +1,7 @@
 """Makes out/bundle: every program of Netloom, with all that they need but glibc. `make binaries` calls it.
 
 Does nothing, quickly, when out/bundle was made from what is here now. out/bundle/BUILD tells which build it is (a
-name that no other sources, libraries or interpreter get) and which glibc it needs. A bundle runs on systems as old as
+name that no other sources, libraries or interpreter get), which glibc it needs, and the CNI types in it. A bundle runs on systems as old as
 the one that it was made on, and no older: Debian 12 (glibc 2.36) is the oldest that is supported, so releases are made
 there.
 """
@@ -91,6 +91,14 @@ def glibc_floor(directory: str) -> tuple[int, ...]:
     return max(tuple(map(int, version.split("."))) for version in re.findall(r"\bGLIBC_(\d+(?:\.\d+)+)", printed))
 
 
+def types() -> list[str]:
+    """The names that the launcher gets in /opt/cni/bin."""
+    sys.path.insert(0, ROOT)
+    from cni.registry import PLUGINS  # noqa: PLC0415 - found by the path that was just set
+
+    return sorted(PLUGINS)
+
+
 def strip_python(directory: str) -> None:
     """Debug information of a libpython that was built by hand is half of the bundle. Nothing else is touched: the
     libraries in wheels were patched, and strip(1) breaks some of those."""
@@ -124,7 +132,7 @@ def make(name: str, library: str) -> None:
     strip_python(fresh)
     floor = ".".join(map(str, glibc_floor(fresh)))
     with open(os.path.join(fresh, "BUILD"), "w", encoding="utf-8") as file:
-        file.write(f"build={name}\nglibc={floor}\n")
+        file.write(f"build={name}\nglibc={floor}\ntypes={' '.join(types())}\n")
     shutil.rmtree(BUNDLE, ignore_errors=True)
     os.rename(fresh, BUNDLE)
     shutil.rmtree(work)
