@@ -38,7 +38,8 @@ from kernel.record import Key, Record, Records
 from kernel.session import Session, Visit
 
 TYPE = "bridge"
-_NAME = re.compile(r"[^\s/:]{1,15}")
+# As for CNI_IFNAME. The kernel takes more, but makes br0 of br%d, which is then not the bridge that was named.
+_NAME = re.compile(r"[A-Za-z0-9_.+@=,~^][A-Za-z0-9_.+@=,~^\-]{0,14}", re.ASCII)
 _TRIES = 10
 _PORT_TIMEOUT_S = 5.0
 
@@ -87,7 +88,9 @@ def parse(request: Request) -> BridgeConf:
     """
     conf = config.convert(request.config, BridgeConf)
     if not _NAME.fullmatch(conf.bridge) or conf.bridge in (".", ".."):
-        raise _invalid("bridge", conf.bridge, "want an interface name: 1 to 15 characters without / : or spaces")
+        raise _invalid(
+            "bridge", conf.bridge, "want an interface name: 1 to 15 ASCII letters, digits and _ . - + @ = , ~ ^"
+        )
     if conf.ip_masq_backend not in ("", "iptables", "nftables"):
         raise _invalid("ipMasqBackend", conf.ip_masq_backend, 'want "nftables" or leave it out')
     if conf.hairpin_mode and conf.promisc_mode:
@@ -157,8 +160,8 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
         bridge = _ensure_bridge(host, conf)
         if conf.gateway:
             _ensure_gateways(host, bridge, conf, [_gateway_interface(ip) for ip in ips])
+        undo.push(f"delete link {port_name}", lambda: leftovers.delete_port(host, port_name))
         _add_veth(host, conf, VethSpec(port_name, request.ifname, container.fd, conf.mtu, mac), bridge)
-        undo.push(f"delete link {port_name}", lambda: link.delete(host, port_name))
         records.apply(host, record)
         eth = link.get(inside, request.ifname)
         result = Result((), tuple(ips), tuple(routes), conf.dns or lease.dns)
@@ -171,7 +174,8 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
     return msgspec.structs.replace(
         result,
         interfaces=(
-            Interface(conf.bridge, bridge.mac),
+            # Once more: somebody else's bridge may take the MAC of a port.
+            Interface(conf.bridge, link.get(host, conf.bridge).mac),
             Interface(port.name, port.mac),
             Interface(request.ifname, eth.mac, request.netns),
         ),
@@ -219,7 +223,8 @@ def _with_gateways(conf: BridgeConf, lease: Result) -> tuple[list[IPConfig], lis
             )
         ips.append(IPConfig(ip.address, gateway, interface=2))
         default = "0.0.0.0/0" if interface.version == 4 else "::/0"
-        if conf.is_default_gateway and not any(route.dst == default and route.gw for route in routes):
+        # The reference looks for one with a gateway, and then fails, since one without gets the same gateway.
+        if conf.is_default_gateway and not any(route.dst == default for route in routes):
             routes.append(Route(default, gateway))
     return ips, routes
 
@@ -303,7 +308,10 @@ def _ensure_gateways(host: Session, bridge: Link, conf: BridgeConf, gateways: li
         for other in sorted(present, key=str):
             if other in gateways or not _conflict(other, gateway):
                 continue
-            if not conf.force_address:
+            # A network whose range changed keeps its gateway under another prefix. On our own bridge that is a change,
+            # not a conflict; the containers of its earlier days go by the same gateway.
+            regrown = other.ip == gateway.ip and bridge.alias == leftovers.BRIDGE_MARK
+            if not (conf.force_address or regrown):
                 raise CniError(
                     Code.INVALID_CONFIG,
                     f"bridge {bridge.name} has the address {other}, and {gateway} is wanted",
@@ -434,7 +442,9 @@ def _check_bridge(conf: BridgeConf, host: Session, result: Result) -> Link:
     if not bridge.up:
         raise verify.broken(f"bridge {conf.bridge} is down", f"ip link set {conf.bridge} up")
     known = next((i for i in result.interfaces if i.name == conf.bridge and not i.sandbox), None)
-    if known is not None and known.mac and known.mac != bridge.mac:
+    # Somebody else's bridge may have the lowest MAC of its ports, which come and go.
+    ours = bridge.alias == leftovers.BRIDGE_MARK
+    if ours and known is not None and known.mac and known.mac.lower() != bridge.mac:
         raise verify.broken(f"bridge {conf.bridge} has the MAC {bridge.mac}; ADD reported {known.mac}")
     if conf.promisc_mode and not bridge.promiscuous:
         raise verify.broken(f"bridge {conf.bridge} is not in promiscuous mode", f"ip link set {conf.bridge} promisc on")

@@ -49,9 +49,11 @@ def configure(inside: Visit, ifname: str, index: int, result: Result, *, dad: bo
 
 def wanted_route(index: int, wish: ResultRoute, ips: tuple[IPConfig, ...]) -> route.Route:
     """A route of the result as the kernel is to have it: without a gateway of its own it goes by the first one of its
-    family."""
+    family, unless its scope says that the destination is on the link."""
     dst = ip_network(wish.dst, strict=False)
-    gateway = ip_address(wish.gw) if wish.gw else first_gateway(ips, dst.version)
+    gateway = ip_address(wish.gw) if wish.gw else None
+    if gateway is None and (wish.scope is None or wish.scope < route.SCOPE_LINK):
+        gateway = first_gateway(ips, dst.version)
     return route.Route(
         dst=dst,
         index=index,
