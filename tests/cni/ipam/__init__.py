@@ -1,0 +1,1 @@
+"""Plugins as a runtime executes them, in real namespaces."""
