@@ -360,6 +360,7 @@ class Master:
     def _be_worker(self, slot: int) -> NoReturn:
         status = 1
         try:
+            _call_this_process("netloom-worker")
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for number in (signal.SIGHUP, signal.SIGINT):
@@ -417,6 +418,12 @@ def _end_with_master() -> None:
 
     if ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl PR_SET_PDEATHSIG")
+
+
+def _call_this_process(name: str) -> None:
+    """For ps and top."""
+    with contextlib.suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as file:
+        file.write(name)
 
 
 def _signal_all(pids: set[int], number: signal.Signals) -> None:

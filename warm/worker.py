@@ -150,7 +150,8 @@ class Worker:
         def deliver(outcome: skel.Outcome) -> None:
             nonlocal delivered
             signal.setitimer(signal.ITIMER_REAL, 0)
-            _deliver(launcher, outcome, _written(log))
+            _respond(launcher, outcome, _written(log))
+            _wait_for_done(launcher)
             delivered = True
 
         signal.setitimer(signal.ITIMER_REAL, self._settings.deadline_s, _AGAIN_S)
@@ -298,11 +299,11 @@ def _send(launcher: socket.socket, data: bytes) -> bool:
         return False
 
 
-def _deliver(launcher: socket.socket, outcome: skel.Outcome, log: bytes) -> None:
-    """Send the answer and wait until the launcher has printed it.
+def _respond(launcher: socket.socket, outcome: skel.Outcome, log: bytes) -> None:
+    """Send the answer.
 
     Raises:
-        OSError: it was not, and never will be.
+        OSError: the launcher left.
     """
     stderr = log + outcome.stderr
     if len(stderr) > _STDERR_LIMIT:
@@ -317,6 +318,14 @@ def _deliver(launcher: socket.socket, outcome: skel.Outcome, log: bytes) -> None
     )
     launcher.settimeout(DONE_TIMEOUT_S)
     launcher.sendall(response, socket.MSG_NOSIGNAL)
+
+
+def _wait_for_done(launcher: socket.socket) -> None:
+    """Returns when the launcher has printed the answer.
+
+    Raises:
+        OSError: it has not, and whoever waits for its DONE learns that it failed.
+    """
     try:
         done = launcher.recv(wire.HEADER_SIZE)
     except TimeoutError:
