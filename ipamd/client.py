@@ -1,7 +1,7 @@
 """How plugins and the command line ask ipamd. Synchronous; importing it costs grpc and the messages, nothing else.
 
-- Every call has a deadline. A call that ended in UNAVAILABLE because the connection was lost is repeated once over a
-  fresh channel: an ipamd that was restarted is found at once, where gRPC's own reconnecting waits for a second. Every
+- Every call has a deadline. A call that ended because the connection was lost is repeated once over a fresh channel:
+  an ipamd that was restarted is found at once, where gRPC's own reconnecting waits for a second. Every
   call of the API may be repeated: asking again gives the same answer.
 - Each client has a connection of its own (a local subchannel pool): a global one remembers an earlier failure.
 - A socket path of more than 107 bytes (unix(7)) is reached through /proc/self/fd.
@@ -214,6 +214,7 @@ class Client:
     def _failure(self, error: grpc.RpcError) -> IpamError:
         code, details = _status_of(error)
         if _is_lost(error):
+            code = grpc.StatusCode.UNAVAILABLE
             details = f"ipamd is not reachable at {self._socket_path} ({details}); is it running?"
         elif code is grpc.StatusCode.DEADLINE_EXCEEDED:
             details = f"ipamd at {self._socket_path} did not answer within {self._timeout_s:g} s"
@@ -226,9 +227,12 @@ def _serialize(message: Any) -> bytes:
 
 
 def _is_lost(error: grpc.RpcError) -> bool:
-    """Whether the connection failed: ipamd marks an UNAVAILABLE of its own (addresses cooling down, store away)."""
+    """Whether the connection failed: ipamd marks an UNAVAILABLE of its own (addresses cooling down, store away).
+
+    A call that reaches a server between its last accept and its end comes back CANCELLED, and was not run.
+    """
     call = cast(grpc.Call, error)
-    if call.code() is not grpc.StatusCode.UNAVAILABLE:
+    if call.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return False
     return all(key != "x-answered-by" for key, _ in call.trailing_metadata() or ())
 

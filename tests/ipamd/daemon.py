@@ -1,5 +1,6 @@
 """A real ipamd in a process of its own, in a directory of its own, and what tests ask it."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ipamd.client import Client
+from ipamd.client import Client, IpamError
 from protos.ipam.v1 import ipam_pb2 as pb
 
 ROOT = str(Path(__file__).parents[2])
@@ -70,12 +71,13 @@ class Daemon:
 
         def ready() -> bool:
             assert process.poll() is None, self.log.read_text()
-            return os.path.exists(self.socket)
+            # A killed daemon's socket may still be there, and refuses.
+            with contextlib.suppress(IpamError), self.client() as client:
+                return bool(client.status().version)
+            return False
 
         try:
-            wait_for("ipamd's socket", ready)
-            with self.client() as client:
-                wait_for("ipamd's answer", client.status)
+            wait_for("ipamd's answer", ready)
         except BaseException:
             self.kill()
             raise

@@ -98,10 +98,11 @@ def test_next_fit(case: tuple[int, int, list[tuple[int, int]]], data: st.DataObj
     first, last, holes = case
     block = Block(without(first, last, holes))
     free = sorted(a for a in range(first, last + 1) if a in block)
-    touched = set[int]()
+    touched: set[int] = set()
     cursor = first
-    for _ in range(data.draw(st.integers(0, 60))):
-        if touched and data.draw(st.booleans()):
+    steps = data.draw(st.lists(st.booleans(), max_size=60))
+    for give_back in steps:
+        if touched and give_back:
             back = data.draw(st.sampled_from(sorted(touched)))
             block.untouch(back)
             touched.discard(back)
@@ -121,8 +122,8 @@ def test_touched_is_never_taken(touched: list[int]) -> None:
     for address in touched:
         block.touch(address)
     taken = []
-    while (address := block.take_cold()) is not None:
-        taken.append(address)
+    while (got := block.take_cold()) is not None:
+        taken.append(got)
     assert set(taken) == set(range(401)) - set(touched)
 
 
