@@ -17,7 +17,7 @@ from kernel.session import Door
 
 _NEWADDR, _DELADDR, _GETADDR = 20, 21, 22
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_BROADCAST, _IFA_FLAGS = 1, 2, 4, 8
-NODAD, DADFAILED, TENTATIVE = 0x02, 0x08, 0x40
+NODAD, DADFAILED, TENTATIVE, NOPREFIXROUTE = 0x02, 0x08, 0x40, 0x200
 
 _IFADDR = struct.Struct("=BBBBI")
 
@@ -43,12 +43,14 @@ class Address:
         return bool(self.flags & DADFAILED)
 
 
-def add_message(index: int, interface: AnyInterface, *, dad: bool = False) -> Message:
+def add_message(index: int, interface: AnyInterface, *, dad: bool = False, prefix_route: bool = True) -> Message:
     """The request that adds an address to a link.
 
     IPv4 gets a broadcast address, as `ip addr add … brd +` and the reference plugins do. IPv6 is usable at once unless
-    `dad` asks the kernel to look for a duplicate first (a second and more).
+    `dad` asks the kernel to look for a duplicate first (a second and more). Without `prefix_route` the kernel makes no
+    route to the address's network, now or when the link comes up again.
     """
+    flags = 0 if prefix_route else NOPREFIXROUTE
     packed = interface.ip.packed
     length = interface.network.prefixlen
     if interface.version == 4:
@@ -59,7 +61,9 @@ def add_message(index: int, interface: AnyInterface, *, dad: bool = False) -> Me
         body = _IFADDR.pack(socket.AF_INET6, length, 0, 0, index) + attr(_IFA_LOCAL, packed)
         body += attr(_IFA_ADDRESS, packed)
         if not dad:
-            body += u32(_IFA_FLAGS, NODAD)
+            flags |= NODAD
+    if flags:
+        body += u32(_IFA_FLAGS, flags)
     return Message(_NEWADDR, netlink.CREATE | netlink.EXCL, body, f"add address {interface} to link {index}")
 
 

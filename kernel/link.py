@@ -1,8 +1,9 @@
-"""Links: veth pairs, bridges and their ports.
+"""Links: veth pairs, macvlans, bridges and their ports.
 
 Functions take the Door to the namespace in which the link is. A Link is what the kernel said at one moment.
 
-Sources: include/uapi/linux/if_link.h, net/core/rtnetlink.c, net/bridge/br_netlink.c, drivers/net/veth.c.
+Sources: include/uapi/linux/if_link.h, net/core/rtnetlink.c, net/bridge/br_netlink.c, drivers/net/veth.c,
+drivers/net/macvlan.c.
 """
 
 from __future__ import annotations
@@ -24,12 +25,17 @@ _IFLA_OPERSTATE, _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_NET_NS_FD = 16, 18, 20, 28
 _IFLA_EXT_MASK, _IFLA_PROMISCUITY, _IFLA_LINK_NETNSID, _IFLA_ALLMULTI = 29, 30, 37, 61
 _INFO_KIND, _INFO_DATA, _INFO_SLAVE_KIND, _INFO_SLAVE_DATA = 1, 2, 4, 5
 _VETH_INFO_PEER = 1
+_MACVLAN_MODE, _MACVLAN_BC_QUEUE_LEN = 1, 7
 _BRPORT_STATE, _BRPORT_HAIRPIN, _BRPORT_ISOLATED = 1, 4, 33
 _SKIP_STATISTICS = 1 << 3  # RTEXT_FILTER_SKIP_STATS: an answer half as long
 
 _IFF_UP, _IFF_PROMISC = 0x1, 0x100
+_ARPHRD_ETHER = 1
+_IFF_LOOPBACK = 0x8
 OPER_UP = 6
 BR_FORWARDING = 3
+MACVLAN_MODES = {"private": 1, "vepa": 2, "bridge": 4, "passthru": 8}
+_MACVLAN_NAMES = {number: name for name, number in MACVLAN_MODES.items()}
 
 _IFINFO = struct.Struct("=BxHiII")
 _U32 = struct.Struct("=I")
@@ -48,12 +54,33 @@ class Link:
     up: bool  # administratively
     operstate: int
     master: int  # index, 0: none
-    peer: int  # IFLA_LINK: the other end's index, 0: none
+    peer: int  # IFLA_LINK: the index of a veth's other end, of a macvlan's master; 0: none
+    peer_netnsid: int  # the namespace that index belongs to, by this one's number for it; -1: this one itself
     promiscuous: bool
     alias: str
     port_state: int  # of a bridge port, -1: it is none
     hairpin: bool
     isolated: bool
+    ethernet: bool  # and no loopback
+    macvlan_mode: str  # a key of MACVLAN_MODES, "" where it is none of them
+    macvlan_queue: int  # how many broadcasts may wait, as asked for; -1: this kernel does not say
+
+
+@dataclass(frozen=True, slots=True)
+class MacvlanSpec:
+    """A macvlan: the master in the Door's namespace, itself where `netns_fd` leads, or beside its master for -1.
+
+    `master` is an index, `mode` a key of MACVLAN_MODES. `mtu` 0 is the master's, `mac` "" lets the kernel choose,
+    `queue` 0 is the kernel's length of the queue of broadcasts.
+    """
+
+    name: str
+    master: int
+    mode: str
+    netns_fd: int = -1
+    mtu: int = 0
+    mac: str = ""
+    queue: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +178,42 @@ def add_veth(door: Door, spec: VethSpec, master: int = 0) -> None:
     door.rtnl.execute([Message(_NEWLINK, netlink.CREATE | netlink.EXCL, own, what)])
 
 
+def add_macvlan(door: Door, spec: MacvlanSpec) -> None:
+    """Make a macvlan, born in its namespace under its name, down.
+
+    Kernels before 6.15 look the name up in the Door's namespace and not in the one that it is for
+    (net/core/rtnetlink.c, rtnl_newlink): there a link of that name in either is in the way.
+
+    Raises:
+        Exists: the name is taken.
+        Busy: the master is a port of a bridge, or another driver takes its packets.
+        KernelError: EINVAL, the master is passed through to another macvlan already, or is to be and has others.
+    """
+    body = _IFINFO.pack(0, 0, 0, 0, 0) + string(_IFLA_IFNAME, spec.name) + u32(_IFLA_LINK, spec.master)
+    if spec.netns_fd >= 0:
+        body += u32(_IFLA_NET_NS_FD, spec.netns_fd)
+    if spec.mtu:
+        body += u32(_IFLA_MTU, spec.mtu)
+    if spec.mac:
+        body += attr(_IFLA_ADDRESS, packed_mac(spec.mac))
+    data = u32(_MACVLAN_MODE, MACVLAN_MODES[spec.mode])
+    if spec.queue:
+        data += u32(_MACVLAN_BC_QUEUE_LEN, spec.queue)
+    body += nested(_IFLA_LINKINFO, string(_INFO_KIND, "macvlan"), nested(_INFO_DATA, data))
+    what = f"add macvlan {spec.name} on link {spec.master}"
+    door.rtnl.execute([Message(_NEWLINK, netlink.CREATE | netlink.EXCL, body, what)])
+
+
+def rename(door: Door, index: int, name: str) -> None:
+    """Give a link that is down another name.
+
+    Raises:
+        Exists: the name is taken.
+    """
+    body = _IFINFO.pack(0, 0, index, 0, 0) + string(_IFLA_IFNAME, name)
+    door.rtnl.execute([Message(_SETLINK, 0, body, f"rename link {index} to {name}")])
+
+
 def delete(door: Door, name: str) -> bool:
     """Delete a link by name; False where there was none. A veth's other end goes with it."""
     body = _IFINFO.pack(0, 0, 0, 0, 0) + string(_IFLA_IFNAME, name)
@@ -221,25 +284,31 @@ def mac_text(data: bytes) -> str:
 
 
 def _parse(body: bytes) -> Link:
-    _family, _hardware, index, flags, _change = _IFINFO.unpack_from(body)
+    _family, hardware, index, flags, _change = _IFINFO.unpack_from(body)
     found = attributes(body, _IFINFO.size)
     info = attributes(found.get(_IFLA_LINKINFO, b""))
     port = attributes(info.get(_INFO_SLAVE_DATA, b"")) if text(info.get(_INFO_SLAVE_KIND)) == "bridge" else {}
+    kind = text(info.get(_INFO_KIND))
+    macvlan = attributes(info.get(_INFO_DATA, b"")) if kind == "macvlan" else {}
     return Link(
         index=index,
         name=text(found.get(_IFLA_IFNAME)),
-        kind=text(info.get(_INFO_KIND)),
+        kind=kind,
         mac=mac_text(found.get(_IFLA_ADDRESS, b"")),
         mtu=_number(found, _IFLA_MTU),
         up=bool(flags & _IFF_UP),
         operstate=found.get(_IFLA_OPERSTATE, b"\0")[0],
         master=_number(found, _IFLA_MASTER),
         peer=_number(found, _IFLA_LINK),
+        peer_netnsid=_number(found, _IFLA_LINK_NETNSID) if _IFLA_LINK_NETNSID in found else -1,
         promiscuous=bool(flags & _IFF_PROMISC) or _number(found, _IFLA_PROMISCUITY) > 0,
         alias=text(found.get(_IFLA_IFALIAS)),
         port_state=port[_BRPORT_STATE][0] if _BRPORT_STATE in port else -1,
         hairpin=port.get(_BRPORT_HAIRPIN, b"\0") != b"\0",
         isolated=port.get(_BRPORT_ISOLATED, b"\0") != b"\0",
+        ethernet=hardware == _ARPHRD_ETHER and not flags & _IFF_LOOPBACK,
+        macvlan_mode=_MACVLAN_NAMES.get(_number(macvlan, _MACVLAN_MODE), ""),
+        macvlan_queue=_number(macvlan, _MACVLAN_BC_QUEUE_LEN) if _MACVLAN_BC_QUEUE_LEN in macvlan else -1,
     )
 
 

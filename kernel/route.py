@@ -17,7 +17,8 @@ from kernel.netlink import Message, attr, attributes, nested, u32
 from kernel.session import Door
 
 _NEWROUTE, _DELROUTE, _GETROUTE = 24, 25, 26
-_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_METRICS, _RTA_MULTIPATH, _RTA_TABLE = 1, 4, 5, 6, 8, 9, 15
+_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_METRICS = 1, 4, 5, 6, 7, 8
+_RTA_MULTIPATH, _RTA_TABLE = 9, 15
 _RTAX_MTU, _RTAX_ADVMSS = 2, 8
 _RTN_UNICAST = 1
 _RTPROT_BOOT = 3
@@ -35,7 +36,8 @@ AnyAddress = IPv4Address | IPv6Address
 @dataclass(frozen=True, slots=True)
 class Route:
     """A unicast route. `table` None is the main table; `scope` None lets the kernel's rule decide: link without a
-    gateway, universe with one; `priority`, `mtu` and `advmss` 0 are unset."""
+    gateway, universe with one; `priority`, `mtu` and `advmss` 0 are unset; `source` is the address that the host itself
+    then speaks from, None lets the kernel choose."""
 
     dst: AnyNetwork
     index: int
@@ -45,6 +47,7 @@ class Route:
     scope: int | None = None
     mtu: int = 0
     advmss: int = 0
+    source: AnyAddress | None = None
 
 
 def add_message(route: Route) -> Message:
@@ -67,16 +70,19 @@ def delete(door: Door, route: Route) -> bool:
     return True
 
 
-def all_routes(door: Door, family: int) -> list[Route]:
-    """Every unicast route of one family (4 or 6), all tables, without cached ones; one for each next hop."""
+def all_routes(door: Door, family: int, index: int = 0) -> list[Route]:
+    """Every unicast route of one family (4 or 6), all tables, without cached ones, or only those over one link; one for
+    each next hop."""
     number = socket.AF_INET if family == 4 else socket.AF_INET6
-    request = Message(_GETROUTE, 0, _RTMSG.pack(number, 0, 0, 0, 0, 0, 0, 0, 0), "list routes")
+    body = _RTMSG.pack(number, 0, 0, 0, 0, 0, 0, 0, 0) + (u32(_RTA_OIF, index) if index else b"")
+    request = Message(_GETROUTE, 0, body, "list routes")
     found: list[Route] = []
-    for body in door.rtnl.dump(request):
-        header = _RTMSG.unpack_from(body)
+    for answer in door.rtnl.dump(request):
+        header = _RTMSG.unpack_from(answer)
         if header[7] == _RTN_UNICAST and not header[8] & _FLAG_CLONED:
-            found += _parse(body)
-    return found
+            found += _parse(answer)
+    # A kernel without strict checking ignores the filter, and a route may have next hops over other links too.
+    return [route for route in found if not index or route.index == index]
 
 
 def _pack(route: Route) -> bytes:
@@ -92,6 +98,8 @@ def _pack(route: Route) -> bytes:
     body += attr(_RTA_DST, route.dst.network_address.packed) + u32(_RTA_OIF, route.index) + u32(_RTA_TABLE, table)
     if route.gateway is not None:
         body += attr(_RTA_GATEWAY, route.gateway.packed)
+    if route.source is not None:
+        body += attr(_RTA_PREFSRC, route.source.packed)
     if route.priority:
         body += u32(_RTA_PRIORITY, route.priority)
     metrics = [u32(kind, value) for kind, value in ((_RTAX_MTU, route.mtu), (_RTAX_ADVMSS, route.advmss)) if value]
@@ -116,6 +124,7 @@ def _parse(body: bytes) -> Iterator[Route]:
             scope=scope,
             mtu=_number(metrics.get(_RTAX_MTU)),
             advmss=_number(metrics.get(_RTAX_ADVMSS)),
+            source=ip_address(found[_RTA_PREFSRC]) if _RTA_PREFSRC in found else None,
         )
 
 

@@ -6,6 +6,7 @@ detection takes a second and more.
 """
 
 import time
+from collections.abc import Sequence
 from ipaddress import ip_address, ip_interface, ip_network
 
 from cni.errors import CniError, Code
@@ -13,13 +14,20 @@ from cni.result import IPConfig, Result
 from cni.result import Route as ResultRoute
 from kernel import addr, link, route, sysctl
 from kernel.errors import NotFound
-from kernel.netlink import Message
 from kernel.session import Visit
 
 DAD_TIMEOUT_S = 5.0
 
 
-def configure(inside: Visit, ifname: str, index: int, result: Result, *, dad: bool = False) -> None:
+def configure(
+    inside: Visit,
+    ifname: str,
+    index: int,
+    result: Result,
+    *,
+    dad: bool = False,
+    instead: Sequence[route.Route] | None = None,
+) -> None:
     """Add the result's addresses and routes to the interface and bring it up.
 
     Args:
@@ -28,6 +36,8 @@ def configure(inside: Visit, ifname: str, index: int, result: Result, *, dad: bo
         index: and its index.
         result: all its addresses are taken for this interface.
         dad: let the kernel look for duplicates of IPv6 addresses, and wait for it.
+        instead: routes to make before the result's, in place of the kernel's own ones to the addresses' networks;
+            None leaves the kernel's.
 
     Raises:
         CniError: an IPv6 address is in use on the segment.
@@ -36,9 +46,10 @@ def configure(inside: Visit, ifname: str, index: int, result: Result, *, dad: bo
     interfaces = [ip_interface(ip.address) for ip in result.ips]
     has_v6 = any(interface.version == 6 for interface in interfaces)
     _set_sysctls(inside, ifname, has_v6=has_v6, dad=dad)
-    messages = [addr.add_message(index, interface, dad=dad) for interface in interfaces]
+    messages = [addr.add_message(index, one, dad=dad, prefix_route=instead is None) for one in interfaces]
     messages.append(link.up_message(index))
-    routes = _route_messages(index, result)
+    routes = [route.add_message(one) for one in instead or ()]
+    routes += [route.add_message(wanted_route(index, wish, result.ips)) for wish in result.routes]
     if not (dad and has_v6):
         inside.rtnl.execute(messages + routes)
         return
@@ -70,10 +81,6 @@ def first_gateway(ips: tuple[IPConfig, ...], version: int) -> route.AnyAddress |
     """The first gateway of a family among addresses, or None."""
     gateways = (ip_address(ip.gateway) for ip in ips if ip.gateway)
     return next((gateway for gateway in gateways if gateway.version == version), None)
-
-
-def _route_messages(index: int, result: Result) -> list[Message]:
-    return [route.add_message(wanted_route(index, wish, result.ips)) for wish in result.routes]
 
 
 def _set_sysctls(inside: Visit, ifname: str, *, has_v6: bool, dad: bool) -> None:
