@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+import msgspec
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -20,7 +21,7 @@ from ipamd.listen import SocketPlace
 from ipamd.reclaim import Reclaimer
 from ipamd.records import ReleaseRecords
 from ipamd.service import Service
-from ipamd.store.base import Rename, Store
+from ipamd.store.base import Rename, Store, StoreError
 from ipamd.store.memory import MemoryStore
 from ipamd.store.sqlite import SqliteStore
 from protos.ipam.v1 import ipam_pb2
@@ -48,11 +49,14 @@ async def serve(config: Config, stop: asyncio.Event, *, version: str, clock: Clo
     store: Store = SqliteStore(config.store_path) if config.store_kind == "sqlite" else MemoryStore()
     try:
         transaction = Transaction(store)
-        ledger = Ledger(transaction, clock, config.cooldown_s)
+        ledger = _load(transaction, clock, config)
         ballast = BallastFile(f"{config.store_path}.ballast") if config.store_kind == "sqlite" else None
         engine = Engine(transaction, ballast=ballast, on_commit=metrics.commit)
         try:
-            await engine.run(lambda: _adopt_node(transaction, config.node))
+            try:
+                await engine.run(lambda: _adopt_node(transaction, config.node))
+            except IpamdError as error:
+                raise StartError(f"{config.store_path}: the node's name cannot be kept there: {error}") from None
             daemon = _Daemon(config, clock, store, ledger, engine, metrics, version)
             await daemon.run(stop)
         finally:
@@ -60,6 +64,17 @@ async def serve(config: Config, stop: asyncio.Event, *, version: str, clock: Clo
     finally:
         store.close()
     log.event(_logger, "info", "ipamd stopped")
+
+
+def _load(transaction: Transaction, clock: Clock, config: Config) -> Ledger:
+    try:
+        return Ledger(transaction, clock, config.cooldown_s)
+    except (StoreError, IpamdError, msgspec.DecodeError, ValueError, OSError) as error:
+        # ValueError, OSError: an address in a row that is none (socket.inet_pton).
+        raise StartError(
+            f"{config.store_path}: its rows cannot be read ({error}); restore a copy of the file, or move it away to "
+            "begin anew"
+        ) from None
 
 
 def _adopt_node(transaction: Transaction, node: str) -> None:

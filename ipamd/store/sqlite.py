@@ -312,7 +312,9 @@ def _prepare(db: sqlite3.Connection, path: str) -> None:
     ((objects,),) = db.execute("SELECT count(*) FROM sqlite_master")
     if application not in (0, APPLICATION_ID) or (objects and not application):
         raise StartError(f"{path}: this is another program's database; name another file for the store")
-    db.execute("PRAGMA journal_mode = WAL")
+    ((mode,),) = db.execute("PRAGMA journal_mode = WAL")
+    if mode != "wal":
+        raise StartError(f"{path}: this file system cannot keep SQLite's log (journal mode {mode}); use a local disk")
     db.execute("PRAGMA synchronous = FULL")
     db.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
     db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")

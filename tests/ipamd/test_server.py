@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -215,6 +216,28 @@ def test_the_nodes_name_may_change(tmp_path: Path) -> None:
         with daemon.client() as client:
             assert [a.key.node for a in client.list_allocations()] == ["renamed"]
             assert client.release(key("a")).released
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE taken SET ip = 'nonsense'",
+        "UPDATE pool SET spec = '{'",
+        """UPDATE pool SET spec = '{"range_sets": []}'""",
+        "DROP TABLE freed",
+    ],
+)
+def test_rows_that_cannot_be_read_stop_the_start(tmp_path: Path, damage: str) -> None:
+    with Daemon(tmp_path) as daemon:
+        with daemon.client() as client:
+            client.allocate(key("a"), network_pool=own("10.1.0.0/24"))
+        assert daemon.stop() == 0
+        with sqlite3.connect(daemon.database) as db:
+            db.execute(damage)
+        db.close()
+        assert daemon.spawn().wait(WAIT_S) == 1
+        assert "restore a copy" in daemon.log.read_text()
+        assert "Traceback" not in daemon.log.read_text()
 
 
 def test_memory_store(tmp_path: Path) -> None:
