@@ -109,23 +109,28 @@ class Records:
                     yield record
 
     def remove(self, session: Session, record: Record) -> None:
-        """Take the attachment's elements out of the kernel, then its record; the network's with the last one."""
+        """Take the attachment's elements out of the kernel, then its record; the network's with the last one.
+
+        A failure leaves the record, so that a second attempt knows what to do.
+        """
+        path, network = self._path(record.key), record.key.network
         with self._locked(fcntl.LOCK_SH):
             nft.delete(session, record.elements)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._path(record.key))
-        directory = os.path.join(self._root, _name(record.key.network))
-        if not _is_empty(directory):
+            others = _has_others(path)
+            if others:
+                _unlink(path)
+        if others and not _is_empty(os.path.dirname(path)):
             return
         with self._locked(fcntl.LOCK_EX):
-            try:
-                os.rmdir(directory)
-            except OSError:
-                return  # somebody was faster, or a new attachment came
-            if self._unmark(record.key.network):
-                self._settle(session)
-            for top in (self._root, self._shared):
-                _remove_files(top)
+            if not _has_others(path):
+                if self._is_marked(network):
+                    self._settle(session, without=network)
+                    self._unmark(network)
+                for top in (self._root, self._shared):
+                    _remove_files(top)
+            _unlink(path)
+            with contextlib.suppress(OSError):  # a new attachment came
+                os.rmdir(os.path.dirname(path))
 
     def rebuild(self, session: Session) -> tuple[int, int]:
         """Make our nftables tables hold exactly what the records want.
@@ -169,26 +174,24 @@ class Records:
         if not os.path.exists(marker):
             _write(self._shared, marker, msgspec.json.encode(element))
 
-    def _unmark(self, network: str) -> bool:
-        """Drop the network's markers; whether there is an element now that no network wants."""
-        unwanted = False
-        for directory in _entries(self._shared):
-            with contextlib.suppress(OSError):  # not this network's
-                os.unlink(os.path.join(directory, _name(network)))
-            try:
-                os.rmdir(directory)
-            except OSError:
-                continue  # another network wants it
-            unwanted = True
-        return unwanted
+    def _is_marked(self, network: str) -> bool:
+        return any(os.path.exists(os.path.join(directory, _name(network))) for directory in _entries(self._shared))
 
-    def _settle(self, session: Session) -> None:
-        """Make the sets of shared elements hold what is marked. Exclusive."""
+    def _unmark(self, network: str) -> None:
+        """Drop the network's markers."""
+        for directory in _entries(self._shared):
+            _unlink(os.path.join(directory, _name(network)))
+            with contextlib.suppress(OSError):  # another network wants it
+                os.rmdir(directory)
+
+    def _settle(self, session: Session, without: str = "") -> None:
+        """Make the sets of shared elements hold what is marked, but for one network's wishes. Exclusive."""
         wanted = []
         for directory in _entries(self._shared):
-            for marker in _entries(directory)[:1]:
-                with contextlib.suppress(OSError, msgspec.MsgspecError), open(marker, "rb") as file:
-                    wanted.append(msgspec.json.decode(file.read(), type=Element))
+            for marker in _entries(directory):
+                if os.path.basename(marker) != _name(without):
+                    with contextlib.suppress(OSError, msgspec.MsgspecError), open(marker, "rb") as file:
+                        wanted.append(msgspec.json.decode(file.read(), type=Element))
         nft.converge(session, nft.network_sets(), _widest(wanted))
 
 
@@ -249,10 +252,21 @@ def _entries(directory: str) -> list[str]:
         return []
 
 
+def _unlink(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.unlink(path)
+
+
 def _is_empty(directory: str) -> bool:
+    return not _has_others(os.path.join(directory, ""))
+
+
+def _has_others(path: str) -> bool:
+    """Whether the directory of a file holds anything else."""
+    directory, name = os.path.split(path)
     try:
         with os.scandir(directory) as entries:
-            return next(entries, None) is None
+            return any(entry.name != name for entry in entries)
     except FileNotFoundError:
         return False
 
