@@ -128,6 +128,15 @@ class Lab:
         finally:
             netns.delete()
 
+    @contextlib.contextmanager
+    def space(self) -> Iterator[Netns]:
+        """A container's namespace for the duration of the block."""
+        netns = self.host.netns()
+        try:
+            yield netns
+        finally:
+            netns.delete()
+
     def scripted(self) -> Scripted:
         """The IPAM plugin "scripted", forgetting what earlier tests taught it."""
         return Scripted(self.host)
@@ -341,7 +350,10 @@ def unreachable(netns: Netns, target: str) -> bool:
 
 def elements(host: Host, name: str) -> list[Any]:
     """What a set of ours holds, without the comments."""
-    found = next((e["set"].get("elem", []) for e in host.nft() if e.get("set", {}).get("name") == name), [])
+    found: list[Any] = []
+    for entry in host.nft():
+        if entry.get("set", {}).get("name") == name:
+            found += entry["set"].get("elem", [])
     return [one["elem"]["val"] if isinstance(one, dict) and "elem" in one else one for one in found]
 
 

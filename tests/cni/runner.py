@@ -53,12 +53,11 @@ class Faults:
             raise self.error(fault, label)
         self.busy = True
         try:
-            result = real()
+            return real()
         finally:
             self.busy = False
-        if fault is not None:
-            raise self.error(fault, label)
-        return result
+            if fault is not None:
+                raise self.error(fault, label)
 
     @staticmethod
     def error(fault: dict[str, Any], label: str) -> BaseException:

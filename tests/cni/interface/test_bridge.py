@@ -14,7 +14,6 @@ from tests.cni.lab import (
     FOUR,
     SIX,
     WITH_CHECK,
-    Attached,
     Capture,
     Lab,
     both,
@@ -169,7 +168,7 @@ def test_shapes_of_a_result_in_every_version(lab: Lab, version: str, kind: str) 
     }[kind]
     if not IPV6 and kind not in ("layer 2", "ipv4"):
         pytest.skip("no IPv6 on this machine")
-    conf = net(version, isGateway=bool(subnets), ipMasq=True, **({"ipam": pool(*subnets)} if subnets else {}))
+    conf = {**net(version, isGateway=bool(subnets), ipMasq=True), **({"ipam": pool(*subnets)} if subnets else {})}
     nested = version in ("0.1.0", "0.2.0")
     if nested and not subnets:
         # A result of that version needs an address; nothing of the attempt is left.
@@ -269,21 +268,20 @@ def test_a_hairpin_sends_back(lab: Lab) -> None:
 
 
 def test_neighbours_hear_of_a_new_container(lab: Lab) -> None:
-    with lab.attached(net(ipam=both())) as listener, Capture(listener.netns) as seen:
-        with lab.attached(net(ipam=both())) as one:
-            packed = ip_interface(one.ip()).ip.packed
-            # RFC 5227, announcement: sender and target address are the same; sent to all.
-            arp = [b"\xff" * 6 + mac_bytes(one.mac) + b"\x08\x06", mac_bytes(one.mac) + packed, packed]
-            wait_until(lambda: seen.has(*arp), "gratuitous ARP", lambda: str(seen.frames()))
-            if IPV6:
-                # RFC 4861, 7.2.6: type 136 to all nodes, the address as target, the MAC as target link-layer option.
-                target = ip_interface(one.ip(6)).ip.packed
-                option = b"\x02\x01" + mac_bytes(one.mac)
-                wait_until(
-                    lambda: seen.has(b"\x33\x33\x00\x00\x00\x01" + mac_bytes(one.mac) + b"\x86\xdd", target, option),
-                    "an unsolicited neighbour advertisement",
-                    lambda: str(seen.frames()),
-                )
+    with (
+        lab.attached(net(ipam=both())) as listener,
+        Capture(listener.netns) as seen,
+        lab.attached(net(ipam=both())) as one,
+    ):
+        mac, packed = mac_bytes(one.mac), ip_interface(one.ip()).ip.packed
+        # RFC 5227, announcement: sender and target address are the same; sent to all.
+        arp = (b"\xff" * 6 + mac + b"\x08\x06", mac + packed + b"\xff" * 6 + packed)
+        wait_until(lambda: seen.has(*arp), "gratuitous ARP", lambda: str(seen.frames()))
+        if IPV6:
+            # RFC 4861, 7.2.6: type 136 to all nodes, the address as target, the MAC as target link-layer option.
+            head = b"\x33\x33\x00\x00\x00\x01" + mac + b"\x86\xdd"
+            told = ip_interface(one.ip(6)).ip.packed + b"\x02\x01" + mac
+            wait_until(lambda: seen.has(head, told), "an unsolicited advertisement", lambda: str(seen.frames()))
 
 
 # Masquerade
@@ -446,20 +444,22 @@ def test_names_that_no_bridge_has(lab: Lab, name: str) -> None:
 
 
 def test_two_keys_that_exclude_each_other(lab: Lab) -> None:
-    for keys, word in (
+    invalid: tuple[tuple[dict[str, Any], str], ...] = (
         ({"hairpinMode": True, "promiscMode": True, "ipam": pool()}, "promiscMode"),
         ({"disableContainerInterface": True, "ipam": pool()}, "disableContainerInterface"),
         ({"ipMasqBackend": "pf", "ipam": pool()}, "ipMasqBackend"),
         ({"mtu": -1}, "mtu"),
         ({"mtu": 2**31}, "mtu"),
-    ):
+    )
+    for keys, word in invalid:
         error = refused(lab, net(**keys))
         assert error["code"] == 7
         assert word in error["msg"]
-    for keys, word in (
+    unsupported: tuple[tuple[dict[str, Any], str], ...] = (
         ({"vlan": 100}, "vlan: 100"),
         ({"vlanTrunk": [{"id": 101}]}, "vlanTrunk"),
-    ):
+    )
+    for keys, word in unsupported:
         error = refused(lab, net(**keys))
         assert error["code"] == 2
         assert word in error["msg"]
@@ -642,7 +642,7 @@ def test_an_address_of_its_own(lab: Lab, address: str) -> None:
     with lab.attached(net(ipam={"type": "scripted"})) as one:
         assert one.netns.addresses()["eth0"] == [address]
         one.check()
-    # Its gateway, the reference's next address, cannot be reached without a route: the kernel refuses the default route.
+    # Its gateway, the next address as in the reference, is out of reach: the kernel refuses the default route.
     refused(lab, net(isDefaultGateway=True, ipam={"type": "scripted"}))
 
 
