@@ -1,12 +1,13 @@
 """Makes out/bundle: every program of Netloom, with all that they need but glibc. `make binaries` calls it.
 
-Does nothing, quickly, when out/bundle was made from what is here now. out/bundle/BUILD tells which build it is (a
-name that no other sources, libraries or interpreter get), which glibc it needs, and the CNI types in it. A bundle runs on systems as old as
-the one that it was made on, and no older: Debian 12 (glibc 2.36) is the oldest that is supported, so releases are made
-there.
+Does nothing, quickly, when out/bundle was made from what is here now. out/bundle/BUILD tells which build it is (a name
+that no other sources, libraries or interpreter get), which glibc it needs, and the CNI types in it. A bundle runs on
+systems as old as the one that it was made on, and no older: Debian 12 (glibc 2.36) is the oldest that is supported, so
+releases are made there.
 """
 
 import ctypes.util
+import fcntl
 import hashlib
 import os
 import re
@@ -142,6 +143,9 @@ def make(name: str, library: str) -> None:
 def main() -> None:
     library = libnftables()
     name = build_name(library)
+    os.makedirs(OUT, exist_ok=True)
+    lock = os.open(OUT, os.O_RDONLY)  # two at once make one bundle
+    fcntl.flock(lock, fcntl.LOCK_EX)
     if made() == name:
         return
     for tool, package in (("objcopy", "binutils"), ("readelf", "binutils"), ("ldd", "libc-bin")):

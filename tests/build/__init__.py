@@ -1,0 +1,1 @@
+"""Tests of the bundle, the installation, the units and the package."""
