@@ -30,6 +30,7 @@ from tests.hosts import ROOT, HostError, remove_scratch, sweep
 
 OUT = ROOT / "out"
 _FULL_S, _QUICK_S = 600.0, 80.0
+_BUSY = 15.0  # percent of the processors; ratios bear it, rates do not
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -76,6 +77,9 @@ def verdict(rows: Sequence[Row], file: Path) -> int:
     found = complaints(rows)
     for text in found:
         sys.stderr.write(f"over its limit: {text}\n")
+    load = next((row.ours for row in rows if row.name == addresses.OTHER_LOAD and row.ours is not None), 0.0)
+    if found and load > _BUSY:
+        sys.stderr.write(f"bench: others took {load:.0f} % of the processors meanwhile: ours would be better alone\n")
     limits = sum(row.limit is not None for row in rows)
     sys.stderr.write(f"bench: {limits - len(found)} of {limits} limits hold ({file})\n")
     return 1 if found else 0

@@ -25,6 +25,7 @@ from bench.warm import answers
 from tests.hosts import Host, HostError
 
 CLIENTS = (1, 8, 32)
+OTHER_LOAD = "other load on the processors"
 _POOL = "bench"
 _SUBNET = "10.0.0.0/8"
 _WINDOW_S = 0.8
@@ -68,11 +69,11 @@ class Catalogue:
         )
         self.cpu = Spec("ipamd CPU per allocation, 8 clients", "us", note=many)
         self.client_cpu = Spec(
-            "client CPU per allocation, 8 clients", "us", note="the other half of the processors' work"
+            "client CPU per allocation, 8 clients", "us", note="the plugins' side of it, in Python too"
         )
         self.append = Spec("disk: append 4 KiB, fdatasync", "ms")
         self.overwrite = Spec("disk: overwrite 16 KiB, fdatasync", "ms", note="as a small commit into SQLite's log")
-        self.others = Spec("other load on the processors", "%", note="while this benchmark sleeps; 100: all of them")
+        self.others = Spec(OTHER_LOAD, "%", note="while this benchmark sleeps; 100: all of them")
         self.memory = Spec(f"ipamd resident memory, {many}", "MB", "lower", 110, 80, "after all of the load above")
         self.memory_started = Spec(f"ipamd resident memory, {many}, restarted", "MB", "lower", 110, 80)
         self.start = Spec(f"ipamd start, {many}", "ms", note="exec to the first connection; peer: empty pool")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as main
-from bench.addresses import Catalogue, counters
+from bench.addresses import OTHER_LOAD, Catalogue, counters
 from bench.attach import specs
 from bench.host import BenchError
 from bench.stats import Row, Spec
@@ -53,6 +53,16 @@ def test_check_reads_the_last_run_and_names_what_is_over(
     assert "a [1]" in seen.out
     main.write(tmp_path / "bench.json", ROWS[:1])
     assert main.main(["--check"]) == 0
+
+
+def test_a_busy_machine_is_said_beside_what_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(main, "OUT", tmp_path)
+    for load, said in ((3.0, False), (60.0, True)):
+        main.write(tmp_path / "bench.json", [*ROWS, Row(OTHER_LOAD, "%", load)])
+        assert main.main(["--check"]) == 1
+        assert ("60 % of the processors" in capsys.readouterr().err) is said
 
 
 def test_check_runs_first_where_there_is_nothing_to_read_or_it_is_told_to(
