@@ -26,22 +26,37 @@ def scratch(parent: Path) -> Iterator[Path]:
 
     Raises BenchError while another run is there: two at once would measure each other. The lock ends with the process.
     """
-    parent.mkdir(parents=True, exist_ok=True)
-    lock = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     place = parent / "bench-state"
+    place.mkdir(parents=True, exist_ok=True)
+    lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BenchError(f"another benchmark runs in {parent}: wait for its end") from None
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
+        _lock(lock, place)
+        for left in place.iterdir():  # by a run that was killed
+            _remove(left)
         try:
             yield place
         finally:
             shutil.rmtree(place, ignore_errors=True)
     finally:
         os.close(lock)
+
+
+def _lock(descriptor: int, place: Path) -> None:
+    other = BenchError(f"another benchmark runs in {place}: wait for its end")
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The other one's end may have taken the directory away between the two calls.
+        if not os.path.samestat(os.fstat(descriptor), os.stat(place)):
+            raise other
+    except (BlockingIOError, FileNotFoundError):
+        raise other from None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def file_system(path: Path, mounts: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import selectors
 import subprocess
@@ -14,6 +15,8 @@ from typing import Any, Self
 
 from bench.stats import Row, Spec, row
 from tests.hosts import Host
+
+_END_S = 5.0
 
 
 class BenchError(Exception):
@@ -61,8 +64,15 @@ class Helper:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
+        """The end of its input ends it, and it its children; one that is busy is killed."""
+        with contextlib.suppress(OSError):
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+        try:
+            self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     def ask(self, request: Mapping[str, Any], limit_s: float = 180.0) -> dict[str, Any]:
         """Raises BenchError where no answer comes, or the answer is {"error": text}."""

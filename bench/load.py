@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import http.client
 import json
@@ -169,7 +170,9 @@ class Master:
 def _serve(pipe: Connection, others: list[Connection]) -> None:
     for other in others:
         other.close()  # else a client would live on for as long as its siblings do
-    Worker(pipe).serve()
+    # SIGTERM or SIGKILL of the master: nobody is left to tell anything.
+    with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
+        Worker(pipe).serve()
 
 
 def _all(clients: list[Connection], orders: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 from pathlib import Path
 
 import pytest
@@ -44,7 +43,7 @@ def test_memory_is_refused() -> None:
 
 
 def test_scratch_is_empty_and_goes_away(tmp_path: Path) -> None:
-    (tmp_path / "bench-state").mkdir()
+    (tmp_path / "bench-state" / "cold").mkdir(parents=True)
     (tmp_path / "bench-state" / "of-a-dead-run").touch()
     with disk.scratch(tmp_path) as place:
         assert not list(place.iterdir())
@@ -53,13 +52,24 @@ def test_scratch_is_empty_and_goes_away(tmp_path: Path) -> None:
 
 
 def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
-    other = os.open(tmp_path, os.O_RDONLY)
-    try:
-        fcntl.flock(other, fcntl.LOCK_EX)
+    with disk.scratch(tmp_path) as place:
+        (place / "kept").touch()
         with pytest.raises(BenchError, match="another benchmark"), disk.scratch(tmp_path):
             pass
-    finally:
-        os.close(other)
+        assert (place / "kept").exists()
+
+
+def test_a_lock_on_a_directory_that_is_gone_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other run ends after this one opened the directory and before it locks it."""
+    lock = fcntl.flock
+
+    def late(descriptor: int, operation: int) -> None:
+        (tmp_path / "bench-state").rmdir()
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(BenchError, match="another benchmark"), disk.scratch(tmp_path):
+        pass
 
 
 def test_syncs_are_timed_one_by_one_and_the_log_does_not_grow(tmp_path: Path) -> None:
