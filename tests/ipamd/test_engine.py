@@ -271,3 +271,62 @@ def test_too_many_waiting_requests_are_refused(monkeypatch: pytest.MonkeyPatch) 
         assert [await task for task in tasks] == ["a", "b", "c"]
 
     run(test)
+
+
+def test_a_client_alone_never_waits_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ipamd.engine._GATHER_S", 3600.0)
+
+    async def test(bench: Bench) -> None:
+        for number in range(20):
+            await bench.engine.run(bench.put(str(number)))
+        assert bench.batches == [1] * 20
+
+    run(test)
+
+
+def test_those_who_were_just_answered_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each comes back after a few rounds of the loop; without the wait the first would get a commit of its own."""
+    monkeypatch.setattr("ipamd.engine._GATHER_S", 3600.0)
+
+    async def test(bench: Bench) -> None:
+        async def client(name: str, rounds: int) -> None:
+            for number in range(rounds):
+                await bench.engine.run(bench.put(f"{name}-{number}"))
+                for _ in range(ord(name) % 8):
+                    await asyncio.sleep(0)
+
+        clients = [asyncio.create_task(client(name, 20)) for name in "abcdefgh"]
+        while not all(task.done() for task in clients):
+            await asyncio.sleep(0.001)
+            if sum(bench.batches) > 100:  # the last ones have nobody to wait for
+                monkeypatch.setattr("ipamd.engine._GATHER_S", 0.0)
+                bench.engine._more.set()
+        assert sum(bench.batches) == 160
+        assert sum(size >= 6 for size in bench.batches[1:12]) >= 10
+
+    run(test)
+
+
+def test_waits_in_vain_become_rare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A burst of clients that ask once each: after it, a request waits in vain at most now and then."""
+    monkeypatch.setattr("ipamd.engine._GATHER_S", 0.02)
+
+    async def test(bench: Bench) -> None:
+        waits: list[float] = []
+        call_later = bench.engine._loop.call_later
+
+        def counting(delay: float, *rest: Any) -> asyncio.TimerHandle:
+            waits.append(delay)
+            return call_later(delay, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(bench.engine._loop, "call_later", counting)
+            for number in range(60):
+                # Two at once, then nobody comes back before the next two.
+                await asyncio.gather(
+                    bench.engine.run(bench.put(f"a{number}")), bench.engine.run(bench.put(f"b{number}"))
+                )
+                await bench.engine.run(bench.put(f"c{number}"))
+        assert len(waits) <= 20
+
+    run(test)
