@@ -29,8 +29,9 @@ from typing import NoReturn
 
 from cni import registry
 from kernel import paths
+from warm import worker as workers
 from warm.board import Board
-from warm.worker import DEADLINE_S, NotAtHome, Settings, Worker
+from warm.worker import DEADLINE_S, NotAtHome, Settings
 
 WORKERS = 4
 MAX_WORKERS = 32
@@ -40,7 +41,6 @@ _OLD_WORKERS = "NETLOOM_OLD_WORKERS"  # from the program before an upgrade: its 
 _OLD_LISTENER = "NETLOOM_OLD_LISTENER"  # and its listening socket's descriptor
 _CROWDED_S = 0.02  # all busy and somebody waiting for so long: one more worker
 _IDLE_S = 30.0  # more than WORKERS and not all needed for so long: one less
-_REPEAT_S = 0.05  # between two signals to a worker that is to stop
 _UNDO_GRACE_S = 60.0  # after a request's deadline, before its worker is killed
 _LONGEST_BACKOFF_S = 10.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
@@ -75,7 +75,6 @@ class _Child:
     slot: int
     began: float
     stopping: bool = False
-    signalled: float = 0.0
 
 
 @dataclass(slots=True)
@@ -238,8 +237,6 @@ class Master:
         """Sleep until a signal comes, a worker says that all are busy, or something is due."""
         state = self._state
         due = [10.0]
-        if self._draining or state.old or any(child.stopping for child in state.children.values()):
-            due.append(_REPEAT_S)
         if state.crowded_since:
             due.append(_CROWDED_S)
         if state.spare_since:
@@ -268,12 +265,11 @@ class Master:
                 self._fork()
         self._grow_or_shrink(now)
         self._kill_the_stuck(now)
-        self._stop_marked(now)
         if not state.announced and any(self._board.is_ready(child.slot) for child in state.children.values()):
             state.announced = True
             notify(f"READY=1\nMAINPID={os.getpid()}")
         if state.old and all(self._board.is_ready(child.slot) for child in state.children.values()):
-            _signal_all(state.old, signal.SIGTERM)
+            _signal_all(state.old)
 
     def _grow_or_shrink(self, now: float) -> None:
         state = self._state
@@ -290,8 +286,8 @@ class Master:
             state.spare_since = state.spare_since or now
             if now - state.spare_since >= _IDLE_S:
                 state.spare_since = now
-                idle = [child for child in active if not self._board.busy_since_ns(child.slot)]
-                idle[-1].stopping = True
+                idle = [pid for pid, child in state.children.items() if not self._board.busy_since_ns(child.slot)]
+                self._stop(idle[-1], state.children[idle[-1]])
         else:
             state.spare_since = 0.0
 
@@ -309,17 +305,15 @@ class Master:
                 os.kill(pid, signal.SIGKILL)
 
     def _stop_all(self) -> None:
-        for child in self._state.children.values():
-            child.stopping = True
-        self._stop_marked(time.monotonic())
-        _signal_all(self._state.old, signal.SIGTERM)
-
-    def _stop_marked(self, now: float) -> None:
-        """A signal that came just before a worker's accept(2) is lost on it, hence the repetition."""
         for pid, child in self._state.children.items():
-            if child.stopping and now - child.signalled >= _REPEAT_S:
-                child.signalled = now
-                _signal_all({pid}, signal.SIGTERM)
+            self._stop(pid, child)
+        _signal_all(self._state.old)
+
+    def _stop(self, pid: int, child: _Child) -> None:
+        """Let a worker finish what it has in hand, and end."""
+        if not child.stopping:
+            child.stopping = True
+            _signal_all({pid})
 
     def _reap(self) -> None:
         state = self._state
@@ -367,7 +361,7 @@ class Master:
                 signal.signal(number, signal.SIG_IGN)  # the master decides what they mean
             self._wake_read.close()
             settings = Settings(self._options.deadline_s, self._options.ipamd_socket)
-            worker = Worker(self._listener.fileno(), self._board, slot, settings, self._crowd_check(slot))
+            worker = workers.Worker(self._listener.fileno(), self._board, slot, settings, self._crowd_check(slot))
             signal.signal(signal.SIGTERM, lambda *_: worker.stop())
             _end_with_master()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -426,10 +420,10 @@ def _call_this_process(name: str) -> None:
         file.write(name)
 
 
-def _signal_all(pids: set[int], number: signal.Signals) -> None:
+def _signal_all(pids: set[int]) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
+            os.kill(pid, signal.SIGTERM)
 
 
 def _how(status: int) -> str:

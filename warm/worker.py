@@ -9,8 +9,8 @@ Rules of this file
   that was sent before is found, and one that is sent later fails over there.
 - What the worker keeps open (rtnetlink, nfnetlink, ipamd) was opened at home before the first request. After a request
   that failed the netlink sockets are opened anew.
-- SIGTERM lets the request in hand finish. It only sets a flag: the accept(2) below returns on a signal, and the master
-  repeats the signal for the case that it came just before.
+- SIGTERM lets the request in hand finish. It only sets a flag and a timer: the accept(2) below returns on a signal, and
+  the one that came just before it was entered is followed by another.
 """
 
 import array
@@ -40,6 +40,7 @@ from warm.board import Board
 READ_TIMEOUT_S = 1.0  # for the whole request: a launcher sends it at once, and has given up after that time
 DONE_TIMEOUT_S = 10.0  # a runtime that does not read its pipe for so long has lost interest
 DEADLINE_S = 60.0
+_REPEAT_S = 0.05
 _AGAIN_S = 5.0  # a step that went on after the deadline is interrupted again
 _STDERR_LIMIT = 256 * 1024
 _NOT_AT_HOME = 70
@@ -75,6 +76,8 @@ class Worker:
         self._home = _places()
         self._home_fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._served = 0
+        self._busy = False
+        self._interruptible = False
         self._stopping = False
         self._overdue = False
         self._session = _open_session()
@@ -84,6 +87,12 @@ class Worker:
     def stop(self) -> None:
         """Finish the request in hand, if there is one, and end. May be called by a signal handler."""
         self._stopping = True
+        if not self._busy:
+            signal.setitimer(signal.ITIMER_REAL, _REPEAT_S, _REPEAT_S)
+
+    def _goes_on(self) -> bool:
+        # A function of its own: Python runs the handler of a signal that ended accept(2) when a call begins.
+        return not self._stopping
 
     def run(self) -> None:
         """Serve until stopped.
@@ -93,16 +102,18 @@ class Worker:
         """
         signal.signal(signal.SIGALRM, self._late)
         self._board.ready(self._slot)
-        while not self._stopping:
+        while self._goes_on():
             fd = _accept(self._listener_fd)
             if fd < 0:
                 continue
+            self._busy = True
             self._board.begin(self._slot)
             self._on_busy()
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd) as launcher:
                 self._serve(launcher)
             self._served += 1
             self._board.end(self._slot, self._served)
+            self._busy = False
 
     def _serve(self, launcher: socket.socket) -> None:
         descriptors: list[int] = []
@@ -149,11 +160,13 @@ class Worker:
 
         def deliver(outcome: skel.Outcome) -> None:
             nonlocal delivered
+            self._interruptible = False
             signal.setitimer(signal.ITIMER_REAL, 0)
             _respond(launcher, outcome, _written(log))
             _wait_for_done(launcher)
             delivered = True
 
+        self._interruptible = True
         signal.setitimer(signal.ITIMER_REAL, self._settings.deadline_s, _AGAIN_S)
         try:
             outcome = skel.run(
@@ -164,6 +177,7 @@ class Worker:
                 deliver=deliver,
             )
         finally:
+            self._interruptible = False
             signal.setitimer(signal.ITIMER_REAL, 0)
             sys.stderr = own_stderr
         if not delivered:
@@ -177,6 +191,8 @@ class Worker:
     def _late(self, _number: int, frame: FrameType | None) -> None:
         """SIGALRM: the request has had its time. Not while a step is being undone, nor inside a container's namespace,
         where what runs next must be the way home."""
+        if not self._interruptible:
+            return
         self._overdue = True
         if _is_undoing(frame):
             return

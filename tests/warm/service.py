@@ -77,7 +77,10 @@ class Service:
 
     def workers(self) -> list[int]:
         """The process ids of the workers there are now."""
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text(encoding="ascii")
+        try:
+            children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text(encoding="ascii")
+        except FileNotFoundError:
+            return []
         return [int(pid) for pid in children.split() if "worker" in _title(int(pid))]
 
     def call(self, verb: str, conf: Mapping[str, Any] | bytes, plugin: str = "bridge", **options: Any) -> CniCall:

@@ -1,0 +1,26 @@
+"""A master whose workers die as soon as they begin; it tells how long it means to pause each time."""
+
+import sys
+import time
+from typing import NoReturn
+
+from warm import host, worker
+
+_reap = host.Master._reap
+
+
+def reap(self: host.Master) -> None:
+    before = self._state.not_before
+    _reap(self)
+    if self._state.not_before > before:
+        print("pause", self._state.not_before - time.monotonic(), file=sys.stderr)
+
+
+def begin(*_: object) -> NoReturn:
+    raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    host.Master._reap = reap  # type: ignore[method-assign]
+    worker.Worker = begin  # type: ignore[assignment, misc]
+    sys.exit(host.main())
