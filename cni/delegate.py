@@ -8,7 +8,9 @@ and called again with the newest one that it knows; its result is read in that v
 A plugin that does not know GC or STATUS has nothing to say to them, which is no failure.
 """
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -47,6 +49,8 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
 
 def delete(request: Request, host: Session) -> None:
     """Give the addresses back."""
+    if _is_no_ipam(request.ipam_type):
+        return  # ADD was refused for it
     if _is_ours(request.ipam_type):
         registry.load(request.ipam_type).delete(request, host)
     else:
@@ -80,6 +84,11 @@ def status(request: Request, host: Session) -> None:
 def _is_ours(kind: str) -> bool:
     entry = registry.PLUGINS.get(kind)
     return entry is not None and entry.kind == "ipam"
+
+
+def _is_no_ipam(kind: str) -> bool:
+    entry = registry.PLUGINS.get(kind)
+    return entry is not None and entry.kind != "ipam"
 
 
 def _optional(request: Request, verb: Command) -> None:
@@ -132,6 +141,13 @@ def _result(request: Request, stdout: bytes) -> Result:
 
 def _find(request: Request) -> str:
     """The executable, in the first directory of CNI_PATH that has it."""
+    if _is_no_ipam(request.ipam_type):
+        # bridge under bridge would wait for its own caller's lock.
+        raise CniError(
+            Code.INVALID_CONFIG,
+            f"invalid network config: $.ipam.type: {shown(request.ipam_type)} is no IPAM plugin",
+            "want one that gives addresses, such as ipamd or host-local",
+        )
     for directory in request.path:
         path = os.path.join(directory, request.ipam_type)
         if os.path.isfile(path) and os.access(path, os.X_OK):
@@ -147,9 +163,7 @@ def _run(executable: str, request: Request, verb: Command, stdin: bytes) -> byte
     environment = {**request.environment, "CNI_COMMAND": verb.value}
     deadline_s = _deadline_s(request.environment)
     try:
-        done = subprocess.run(
-            [executable], input=stdin, capture_output=True, env=environment, timeout=deadline_s, check=False
-        )
+        done = _communicate(executable, stdin, environment, deadline_s)
     except subprocess.TimeoutExpired as error:
         raise CniError(
             Code.TRY_AGAIN_LATER,
@@ -163,6 +177,28 @@ def _run(executable: str, request: Request, verb: Command, stdin: bytes) -> byte
     if done.returncode != 0:
         raise _error(executable, verb, done.returncode, done.stdout)
     return done.stdout
+
+
+def _communicate(
+    executable: str, stdin: bytes, environment: Mapping[str, str], deadline_s: float
+) -> subprocess.CompletedProcess[bytes]:
+    """As subprocess.run, but what the plugin started ends with it when it is killed, for whatever reason."""
+    process = subprocess.Popen(
+        [executable],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        process_group=0,
+    )
+    with process:
+        try:
+            stdout, stderr = process.communicate(stdin, deadline_s)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess([executable], process.returncode, stdout, stderr)
 
 
 def _deadline_s(environment: Mapping[str, str]) -> float:

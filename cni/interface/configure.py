@@ -17,6 +17,7 @@ from kernel.errors import NotFound
 from kernel.session import Visit
 
 DAD_TIMEOUT_S = 5.0
+_U32_MAX = 2**32 - 1
 
 
 def configure(
@@ -60,9 +61,14 @@ def configure(
 
 def wanted_route(index: int, wish: ResultRoute, ips: tuple[IPConfig, ...]) -> route.Route:
     """A route of the result as the kernel is to have it: without a gateway of its own it goes by the first one of its
-    family, unless its scope says that the destination is on the link."""
+    family, unless its scope says that the destination is on the link.
+
+    Raises:
+        CniError: 7, a value that no route can have.
+    """
     dst = ip_network(wish.dst, strict=False)
     gateway = ip_address(wish.gw) if wish.gw else None
+    _check_route(wish, dst, gateway)
     if gateway is None and (wish.scope is None or wish.scope < route.SCOPE_LINK):
         gateway = first_gateway(ips, dst.version)
     return route.Route(
@@ -75,6 +81,16 @@ def wanted_route(index: int, wish: ResultRoute, ips: tuple[IPConfig, ...]) -> ro
         mtu=wish.mtu,
         advmss=wish.advmss,
     )
+
+
+def _check_route(wish: ResultRoute, dst: route.AnyNetwork, gateway: route.AnyAddress | None) -> None:
+    limits = {"mtu": _U32_MAX, "advmss": _U32_MAX, "priority": _U32_MAX, "table": _U32_MAX, "scope": 255}
+    for key, limit in limits.items():
+        value = getattr(wish, key)
+        if value is not None and not 0 <= value <= limit:
+            raise CniError(Code.INVALID_CONFIG, f"route to {dst}: {key}: wanted 0 to {limit}, found {value}")
+    if gateway is not None and gateway.version != dst.version:
+        raise CniError(Code.INVALID_CONFIG, f"route to {dst}: gateway {gateway} is of the other address family")
 
 
 def first_gateway(ips: tuple[IPConfig, ...], version: int) -> route.AnyAddress | None:

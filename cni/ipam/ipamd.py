@@ -192,9 +192,14 @@ def _release(request: Request, conf: IpamConf, generation: int) -> None:
         with _client(request, conf) as client:
             client.release(_key(request), generation=generation)
     except IpamError as error:
-        if not _is_away(error):
+        if _is_away(error):
+            _leave_release_record(request, generation, error)
+        elif _is_refused(error):
+            # No ADD of such a key was ever served. The runtime sends this DEL after the ADD that failed, and would
+            # repeat it for ever.
+            note(f"DEL: ipamd: {error.message}")
+        else:
             raise _error(request, error) from error
-        _leave_release_record(request, generation, error)
 
 
 def _leave_release_record(request: Request, generation: int, why: "IpamError") -> None:
@@ -219,7 +224,7 @@ def _leave_release_record(request: Request, generation: int, why: "IpamError") -
     }
     name = os.path.join(directory, os.urandom(8).hex())
     try:
-        os.makedirs(directory, 0o770, exist_ok=True)
+        _ensure_releases(directory)
         owner = os.stat(directory)
         fd = os.open(f"{name}.tmp", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
@@ -235,6 +240,18 @@ def _leave_release_record(request: Request, generation: int, why: "IpamError") -
             f"{error}; start ipamd or free space in {directory}",
         ) from error
     note(f"DEL: ipamd cannot be reached ({why.message}); it will release the addresses when it is back")
+
+
+def _ensure_releases(directory: str) -> None:
+    """Make the directory of release records where it is missing, for the owner of the run directory: ipamd, which is
+    not root, must be able to remove them."""
+    run_dir = os.path.dirname(directory)
+    os.makedirs(run_dir, 0o755, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(directory, 0o700)
+        owner = os.stat(run_dir)
+        os.chown(directory, owner.st_uid, owner.st_gid)
+        os.chmod(directory, 0o770)  # noqa: S103 - for ipamd and its group, whatever the umask is
 
 
 def check(request: Request, host: Session) -> None:
@@ -350,6 +367,13 @@ def _is_away(error: "IpamError") -> bool:
     import grpc  # noqa: PLC0415
 
     return error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+def _is_refused(error: "IpamError") -> bool:
+    """Whether ipamd says that what was asked can never work."""
+    import grpc  # noqa: PLC0415
+
+    return bool(error.code is grpc.StatusCode.INVALID_ARGUMENT)
 
 
 def _error(request: Request, error: "IpamError") -> CniError:
