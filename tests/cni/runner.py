@@ -16,12 +16,11 @@ import errno
 import functools
 import io
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from cni import skel, undo, versions
+from cni import delegate, skel, undo, versions
 from cni.skel import Outcome
 from ipamd.client import Client
 from kernel import netlink, netns, nft, record, sysctl
@@ -94,7 +93,7 @@ def watch_everything() -> None:
     watch(record.Records, "read", lambda _self, _key: "read the record")
     watch(Client, "allocate", lambda *_args, **_more: "allocate")
     watch(Client, "release", lambda *_args, **_more: "release")
-    watch(subprocess, "run", lambda argv, **_more: f"execute {argv[0]}")
+    watch(delegate, "_communicate", lambda executable, *_more: f"execute {executable}")
     watch(versions, "encode", lambda _result, _version: "encode the result")
     unwind = undo.Undo.unwind
 
