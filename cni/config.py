@@ -22,6 +22,8 @@ MAX_DEPTH = 100
 
 T = TypeVar("T")
 
+# As for CNI_IFNAME. The kernel takes more, but makes br0 of br%d, which is then not the link that was named.
+_LINK_NAME = re.compile(r"[A-Za-z0-9_.+@=,~^][A-Za-z0-9_.+@=,~^\-]{0,14}", re.ASCII)
 _INT64_MIN = -(2**63)
 _UINT64_MAX = 2**64 - 1
 
@@ -106,6 +108,21 @@ def convert(document: object, kind: type[T], at: str = "$") -> T:
         raise _invalid(document, str(error), at) from error
     except RecursionError:
         raise CniError(Code.INVALID_CONFIG, f"invalid network config: {at}: nested too deep") from None
+
+
+def refused(key: str, value: object, reason: str) -> CniError:
+    """The error for a key of the right type whose value a plugin cannot take; `reason` says what it wants."""
+    return CniError(Code.INVALID_CONFIG, f"invalid network config: $.{key}: {reason}, found {found(value)}")
+
+
+def check_link_name(key: str, name: str) -> None:
+    """Refuse what names no link.
+
+    Raises:
+        CniError: 7.
+    """
+    if not _LINK_NAME.fullmatch(name) or name in (".", ".."):
+        raise refused(key, name, "want an interface name: 1 to 15 ASCII letters, digits and _ . - + @ = , ~ ^")
 
 
 def found(value: object, limit: int = 60) -> str:

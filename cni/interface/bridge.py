@@ -14,9 +14,6 @@ Configuration keys and results are those of the reference plugin; differences ha
 
 import contextlib
 import dataclasses
-import os
-import re
-import time
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
 from typing import Annotated
 
@@ -25,23 +22,17 @@ import msgspec
 from cni import check as verify
 from cni import config, delegate
 from cni.errors import CniError, Code
-from cni.failures import Failures, note
+from cni.failures import Failures
+from cni.interface import container, veth
 from cni.interface.configure import configure
-from cni.living import Observer
 from cni.request import Request
 from cni.result import DNS, Interface, IPConfig, Result, Route
 from cni.undo import Undo
-from kernel import addr, leftovers, link, netns, nft, paths, sysctl
-from kernel.errors import Exists, NotFound
+from kernel import addr, leftovers, link, netns, nft, paths
+from kernel.errors import Exists
 from kernel.link import Link, VethSpec
-from kernel.record import Key, Record, Records
-from kernel.session import Session, Visit
-
-TYPE = "bridge"
-# As for CNI_IFNAME. The kernel takes more, but makes br0 of br%d, which is then not the bridge that was named.
-_NAME = re.compile(r"[A-Za-z0-9_.+@=,~^][A-Za-z0-9_.+@=,~^\-]{0,14}", re.ASCII)
-_TRIES = 10
-_PORT_TIMEOUT_S = 5.0
+from kernel.record import Record, Records
+from kernel.session import Session
 
 AnyInterface = IPv4Interface | IPv6Interface
 Unsigned = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
@@ -87,16 +78,12 @@ def parse(request: Request) -> BridgeConf:
         CniError: 2 or 7, naming key and value.
     """
     conf = config.convert(request.config, BridgeConf)
-    if not _NAME.fullmatch(conf.bridge) or conf.bridge in (".", ".."):
-        raise _invalid(
-            "bridge", conf.bridge, "want an interface name: 1 to 15 ASCII letters, digits and _ . - + @ = , ~ ^"
-        )
-    if conf.ip_masq_backend not in ("", "iptables", "nftables"):
-        raise _invalid("ipMasqBackend", conf.ip_masq_backend, 'want "nftables" or leave it out')
+    config.check_link_name("bridge", conf.bridge)
+    veth.check_masquerade_backend(conf.ip_masq_backend)
     if conf.hairpin_mode and conf.promisc_mode:
-        raise _invalid("hairpinMode", True, "cannot be set together with promiscMode; drop one of them")
+        raise config.refused("hairpinMode", True, "cannot be set together with promiscMode; drop one of them")
     if conf.disable_container_interface and request.ipam_type:
-        raise _invalid("disableContainerInterface", True, "cannot be set together with ipam; drop one of them")
+        raise config.refused("disableContainerInterface", True, "cannot be set together with ipam; drop one of them")
     if conf.vlan or conf.vlan_trunk:
         key, value = ("vlan", conf.vlan) if conf.vlan else ("vlanTrunk", f"{len(conf.vlan_trunk)} entries")
         raise CniError(
@@ -105,32 +92,6 @@ def parse(request: Request) -> BridgeConf:
             "use one bridge per VLAN on top of a VLAN interface, or leave the key out",
         )
     return conf
-
-
-def _invalid(key: str, value: object, reason: str) -> CniError:
-    return CniError(Code.INVALID_CONFIG, f"invalid network config: $.{key}: {reason}, found {config.found(value)}")
-
-
-def wanted_mac(request: Request) -> str:
-    """The MAC that runtimeConfig, args.cni or CNI_ARGS ask for; "" where none does.
-
-    Raises:
-        CniError: 4 or 7, it is none that an interface can have.
-    """
-    mac, where = request.mac("IP", "GATEWAY")  # those two are the IPAM plugin's
-    if not mac:
-        return ""
-    try:
-        packed = link.packed_mac(mac.replace("-", ":"))
-    except ValueError as error:
-        raise CniError(Code.INVALID_CONFIG, f"invalid MAC address at {where}: {error}") from error
-    if packed[0] & 1 or not any(packed):
-        raise CniError(
-            Code.INVALID_CONFIG,
-            f"invalid MAC address at {where}: {mac} is a multicast or the zero address",
-            "an interface needs a unicast one, such as 02:00:00:00:00:01",
-        )
-    return link.mac_text(packed)
 
 
 # ADD
@@ -143,25 +104,24 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
         CniError, KernelError: and `undo` holds the inverse of everything that was done.
     """
     conf = parse(request)
-    mac = wanted_mac(request) or _random_mac()
+    mac = container.wanted_mac(request) or container.random_mac()
     records = Records(paths.run_dir(request.environment))
-    with netns.opened(request.netns) as container, host.visit(container) as inside:
-        _clear_the_way(request, host, records, inside)
+    with netns.opened(request.netns) as sandbox, host.visit(sandbox) as inside:
+        veth.clear_the_way(request, host, records, inside)
         lease = delegate.add(request, host, undo) if request.ipam_type else Result()
         ips, routes = _with_gateways(conf, lease)
-        port_name = _free_name(host)
+        port_name = veth.free_name(host)
         record = dataclasses.replace(
             _record(request, conf, ips, port_name, mac),
-            netns_inode=container.identity.inode,
+            netns_inode=sandbox.identity.inode,
             netns_cookie=inside.cookie,
         )
-        undo.push("remove the attachment record", lambda: records.remove(host, record))
-        records.write(record)
+        veth.write_record(host, records, record, undo)
         bridge = _ensure_bridge(host, conf)
         if conf.gateway:
             _ensure_gateways(host, bridge, conf, [_gateway_interface(ip) for ip in ips])
-        undo.push(f"delete link {port_name}", lambda: leftovers.delete_port(host, port_name))
-        _add_veth(host, conf, VethSpec(port_name, request.ifname, container.fd, conf.mtu, mac), bridge)
+        veth.make(host, VethSpec(port_name, request.ifname, sandbox.fd, conf.mtu, mac), undo, bridge.index)
+        _set_port(host, conf, port_name)
         records.apply(host, record)
         eth = link.get(inside, request.ifname)
         result = Result((), tuple(ips), tuple(routes), conf.dns or lease.dns)
@@ -169,8 +129,8 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
             port = link.get(host, port_name)
         else:
             configure(inside, request.ifname, eth.index, result, dad=conf.enabledad)
-            port = _wait_for_port(host, port_name)
-            _announce(inside, eth)
+            port = veth.wait_for_carrier(host, port_name)
+            container.announce(inside, eth)
     return msgspec.structs.replace(
         result,
         interfaces=(
@@ -180,30 +140,6 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
             Interface(request.ifname, eth.mac, request.netns),
         ),
     )
-
-
-def _clear_the_way(request: Request, host: Session, records: Records, inside: Visit) -> None:
-    """Refuse a second ADD before it touches what the first one made; remove what an ADD left that nobody undid.
-
-    Raises:
-        CniError: 4, the container has an interface of that name.
-    """
-    if link.find(inside, request.ifname) is not None:
-        raise CniError(
-            Code.INVALID_ENVIRONMENT,
-            f"CNI_IFNAME {request.ifname}: the container has an interface of that name already",
-            "run DEL for it first, or choose another name",
-        )
-    left = records.read(Key(request.network, request.container_id, request.ifname, TYPE))
-    if left is not None:
-        for name in left.links:
-            leftovers.delete_port(host, name)
-        records.remove(host, left)
-
-
-def _random_mac() -> str:
-    # Locally administered, unicast.
-    return link.mac_text(bytes([0x02, *os.urandom(5)]))
 
 
 def _with_gateways(conf: BridgeConf, lease: Result) -> tuple[list[IPConfig], list[Route]]:
@@ -243,18 +179,11 @@ def _gateway_interface(ip: IPConfig) -> AnyInterface:
 
 def _record(request: Request, conf: BridgeConf, ips: list[IPConfig], port_name: str, mac: str) -> Record:
     """What this attachment wants of the host's kernel."""
-    owner = _owner(request)
-    own: list[nft.Element] = []
-    shared: list[nft.Element] = []
-    if conf.ip_masq:
-        for ip in ips:
-            interface = ip_interface(ip.address)
-            own.append(nft.masquerade(str(interface.ip), owner))
-            shared.append(nft.no_masquerade(str(interface.network)))
+    own, shared = veth.masquerade(request, ips if conf.ip_masq else ())
     if conf.macspoofchk:
-        own += nft.spoof_check(port_name, mac, owner)
+        own += nft.spoof_check(port_name, mac, veth.owner(request))
     return Record(
-        Key(request.network, request.container_id, request.ifname, TYPE),
+        veth.key(request),
         netns=request.netns,
         links=(port_name,),
         bridge=conf.bridge,
@@ -263,36 +192,26 @@ def _record(request: Request, conf: BridgeConf, ips: list[IPConfig], port_name: 
     )
 
 
-def _owner(request: Request) -> str:
-    return f"{request.network} {request.container_id[:64]} {request.ifname}"
-
-
 def _ensure_bridge(host: Session, conf: BridgeConf) -> Link:
     bridge = link.find(host, conf.bridge)
     if bridge is None:
         try:
-            link.add_bridge(host, conf.bridge, _random_mac(), mtu=conf.mtu, alias=leftovers.BRIDGE_MARK)
+            link.add_bridge(host, conf.bridge, container.random_mac(), mtu=conf.mtu, alias=leftovers.BRIDGE_MARK)
             # Routers on the segment do not decide over this host's routes. Somebody else's bridge is left as it is: it
             # may be how the host itself gets its addresses.
-            _try_sysctl("0", "ipv6", "conf", conf.bridge, "accept_ra")
+            veth.try_sysctl("0", "ipv6", "conf", conf.bridge, "accept_ra")
         except Exists:
             pass  # another ADD was faster
         bridge = link.get(host, conf.bridge)
     if bridge.kind != "bridge":
-        raise _invalid("bridge", conf.bridge, f"is a link of kind {bridge.kind or 'device'}; name another or remove it")
+        raise config.refused(
+            "bridge", conf.bridge, f"is a link of kind {bridge.kind or 'device'}; name another or remove it"
+        )
     if not bridge.up:
         link.set_up(host, bridge.index)
     if conf.promisc_mode and not bridge.promiscuous:
         link.set_promiscuous(host, bridge.index, True)
     return bridge
-
-
-def _try_sysctl(value: str, *parts: str) -> None:
-    """Set a sysctl of IPv6 where this kernel has IPv6."""
-    try:
-        sysctl.ensure(value, *parts)
-    except NotFound:
-        return
 
 
 def _ensure_gateways(host: Session, bridge: Link, conf: BridgeConf, gateways: list[AnyInterface]) -> None:
@@ -320,16 +239,12 @@ def _ensure_gateways(host: Session, bridge: Link, conf: BridgeConf, gateways: li
             addr.delete(host, bridge.index, other)
             present.discard(other)
         if gateway.version == 6:
-            _try_sysctl("0", "ipv6", "conf", bridge.name, "disable_ipv6")
+            veth.try_sysctl("0", "ipv6", "conf", bridge.name, "disable_ipv6")
         with contextlib.suppress(Exists):  # another ADD was faster
             addr.add(host, bridge.index, gateway)
         # Pins the MAC of a bridge that was made without one; ours has its own from birth.
         link.set_mac(host, bridge.index, bridge.mac)
-    for version in {gateway.version for gateway in gateways}:
-        if version == 4:
-            sysctl.ensure("1", "ipv4", "ip_forward")
-        else:
-            sysctl.ensure("1", "ipv6", "conf", "all", "forwarding")
+    veth.forward(gateway.version for gateway in gateways)
 
 
 def _conflict(present: AnyInterface, wanted: AnyInterface) -> bool:
@@ -338,78 +253,18 @@ def _conflict(present: AnyInterface, wanted: AnyInterface) -> bool:
     return present.version == 4 or present.network.overlaps(wanted.network)
 
 
-def _free_name(host: Session) -> str:
-    """A name for the host's end, as the reference makes them."""
-    for _ in range(_TRIES):
-        name = f"veth{os.urandom(4).hex()}"
-        if link.find(host, name) is None:
-            return name
-    raise CniError(Code.INTERNAL, f"no free name for the host's end of a veth pair after {_TRIES} tries")
-
-
-def _add_veth(host: Session, conf: BridgeConf, spec: VethSpec, bridge: Link) -> None:
-    link.add_veth(host, spec, bridge.index)
-    _try_sysctl("0", "ipv6", "conf", spec.name, "accept_ra")
+def _set_port(host: Session, conf: BridgeConf, port_name: str) -> None:
     if conf.hairpin_mode or conf.port_isolation:
-        port = link.get(host, spec.name)
+        port = link.get(host, port_name)
         link.set_port(host, port.index, hairpin=conf.hairpin_mode, isolated=conf.port_isolation)
-
-
-def _wait_for_port(host: Session, name: str) -> Link:
-    """The port once packets pass; on the kernels of today at the first look."""
-    deadline = time.monotonic() + _PORT_TIMEOUT_S
-    while True:
-        port = link.get(host, name)
-        if port.operstate == link.OPER_UP:
-            return port
-        if time.monotonic() > deadline:
-            raise CniError(
-                Code.TRY_AGAIN_LATER,
-                f"bridge port {name} has no carrier after {_PORT_TIMEOUT_S:.0f} s (operstate {port.operstate})",
-                "look at both ends with `ip -d link`",
-            )
-        time.sleep(0.001)
-
-
-def _announce(inside: Visit, eth: Link) -> None:
-    """Gratuitous ARP and unsolicited neighbour advertisements for all addresses of the interface.
-
-    The kernel sends both when a MAC is set, also to what it was (NETDEV_CHANGEADDR with arp_notify and ndisc_notify).
-    A packet socket would do too, but closing one waits for RCU, some ten milliseconds.
-    """
-    link.set_mac(inside, eth.index, eth.mac)
 
 
 # DEL
 
 
 def delete(request: Request, host: Session) -> None:
-    """Detach the container; success where there is nothing left to do.
-
-    Everything is attempted; the first failure is raised at the end, so that the runtime tries again.
-    """
-    records = Records(paths.run_dir(request.environment))
-    record = records.read(Key(request.network, request.container_id, request.ifname, TYPE))
-    with Failures() as failures:
-        if record is not None:
-            for name in record.links:
-                failures.attempt(leftovers.delete_port, host, name)
-        if request.netns:
-            failures.attempt(_delete_inside, request, host)
-        if record is not None:
-            failures.attempt(records.remove, host, record)
-        # After the link: nobody may get the address while a container can still send from it.
-        if request.ipam_type:
-            failures.attempt(delegate.delete, request, host)
-
-
-def _delete_inside(request: Request, host: Session) -> None:
-    """Delete the container's end where the host's was not known: the record is lost, or another engine made it."""
-    try:
-        with netns.opened(request.netns) as container, host.visit(container) as inside:
-            link.delete(inside, request.ifname)
-    except (NotFound, netns.NotANamespace):
-        return  # the namespace is gone, and the interface with it
+    """Detach the container; success where there is nothing left to do. The bridge stays."""
+    veth.delete(request, host)
 
 
 # CHECK
@@ -426,7 +281,7 @@ def check(request: Request, host: Session) -> None:
     if request.ipam_type:
         delegate.check(request, host)
     bridge = _check_bridge(conf, host, result)
-    with netns.opened(request.netns) as container, host.visit(container) as inside:
+    with netns.opened(request.netns) as sandbox, host.visit(sandbox) as inside:
         eth = verify.container_link(inside, request, result, kind="veth", up=not conf.disable_container_interface)
         verify.addresses(inside, request, eth, result)
         verify.routes(inside, eth, result)
@@ -477,28 +332,12 @@ def _check_port(conf: BridgeConf, host: Session, bridge: Link, eth: Link) -> Lin
 
 
 def gc(request: Request, host: Session) -> None:
-    """Remove what attachments left that the runtime does not know any more, then let the IPAM plugin do the same.
-
-    An attachment whose interface still lives in its namespace is reported and left alone: its container runs.
-    """
-    valid = {(attachment.container_id, attachment.ifname) for attachment in request.valid_attachments}
-    records = Records(paths.run_dir(request.environment))
-    observer = Observer(host)
-    bridges = {parse(request).bridge}
+    """Remove what attachments left that the runtime does not know any more, and an idle bridge of ours."""
+    bridge = parse(request).bridge
     with Failures() as failures:
-        for record in list(records.of_network(request.network, TYPE)):
-            bridges.add(record.bridge)
-            if (record.key.container_id, record.key.ifname) in valid:
-                continue
-            if observer.attached(record.netns, record.netns_inode, record.netns_cookie, record.key.ifname):
-                note(f"GC: {record.key.container_id} {record.key.ifname} is not in the list, but its interface lives")
-                continue
-            for name in record.links:
-                failures.attempt(leftovers.delete_port, host, name)
-            failures.attempt(records.remove, host, record)
-        if request.ipam_type:
-            failures.attempt(delegate.gc, request, host)
-        for name in sorted(bridges):
+        used = veth.collect(request, host, failures)
+        records = Records(paths.run_dir(request.environment))
+        for name in sorted({bridge, *(record.bridge for record in used)}):
             failures.attempt(leftovers.delete_idle_bridge, host, records, name)
 
 

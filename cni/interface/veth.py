@@ -1,0 +1,179 @@
+"""The host's end of a veth pair and its attachment record, once for the plugins that make one.
+
+Rules of this file
+- The record is on disk before the kernel is touched; from it DEL and GC know what there is without asking anybody.
+- Names of host ends are random, so whatever has the name in a record is that attachment's.
+"""
+
+import os
+import time
+from collections.abc import Iterable
+from ipaddress import ip_interface
+
+from cni import config, delegate
+from cni.errors import CniError, Code
+from cni.failures import Failures, note
+from cni.interface import container
+from cni.living import Observer
+from cni.request import Request
+from cni.result import IPConfig
+from cni.undo import Undo
+from kernel import leftovers, link, nft, paths, sysctl
+from kernel.errors import NotFound
+from kernel.link import Link, VethSpec
+from kernel.record import Key, Record, Records
+from kernel.session import Session, Visit
+
+_TRIES = 10
+_CARRIER_TIMEOUT_S = 5.0
+
+
+def key(request: Request) -> Key:
+    """Whose record."""
+    return Key(request.network, request.container_id, request.ifname, request.plugin)
+
+
+def owner(request: Request) -> str:
+    """The comment of an attachment's nftables elements."""
+    return f"{request.network} {request.container_id[:64]} {request.ifname}"
+
+
+def check_masquerade_backend(backend: str) -> None:
+    """Refuse what is no backend. Which one is asked for makes no difference: it is nftables.
+
+    Raises:
+        CniError: 7.
+    """
+    if backend not in ("", "iptables", "nftables"):
+        raise config.refused("ipMasqBackend", backend, 'want "nftables" or leave it out')
+
+
+def masquerade(request: Request, ips: Iterable[IPConfig]) -> tuple[list[nft.Element], list[nft.Element]]:
+    """The elements that let the traffic of the addresses leave under the host's: the attachment's own, and those that
+    all attachments of the network share."""
+    interfaces = [ip_interface(ip.address) for ip in ips]
+    own = [nft.masquerade(str(interface.ip), owner(request)) for interface in interfaces]
+    return own, [nft.no_masquerade(str(interface.network)) for interface in interfaces]
+
+
+# ADD
+
+
+def clear_the_way(request: Request, host: Session, records: Records, inside: Visit) -> None:
+    """Refuse a second ADD; remove what an ADD left that nobody undid.
+
+    Raises:
+        CniError: 4, the container has an interface of that name.
+    """
+    container.refuse_taken(request, inside)
+    left = records.read(key(request))
+    if left is not None:
+        for name in left.links:
+            leftovers.delete_port(host, name)
+        records.remove(host, left)
+
+
+def free_name(host: Session) -> str:
+    """A name for the host's end, as the reference makes them."""
+    for _ in range(_TRIES):
+        name = f"veth{os.urandom(4).hex()}"
+        if link.find(host, name) is None:
+            return name
+    raise CniError(Code.INTERNAL, f"no free name for the host's end of a veth pair after {_TRIES} tries")
+
+
+def write_record(host: Session, records: Records, record: Record, undo: Undo) -> None:
+    """Write the record; `undo` removes it, and its elements from the kernel."""
+    undo.push("remove the attachment record", lambda: records.remove(host, record))
+    records.write(record)
+
+
+def make(host: Session, spec: VethSpec, undo: Undo, master: int = 0) -> None:
+    """Make the pair; `undo` deletes it."""
+    undo.push(f"delete link {spec.name}", lambda: leftovers.delete_port(host, spec.name))
+    link.add_veth(host, spec, master)
+    # Routers among the containers do not decide over this host's routes.
+    try_sysctl("0", "ipv6", "conf", spec.name, "accept_ra")
+
+
+def wait_for_carrier(host: Session, name: str) -> Link:
+    """The host's end once packets pass; on the kernels of today at the first look."""
+    deadline = time.monotonic() + _CARRIER_TIMEOUT_S
+    while True:
+        port = link.get(host, name)
+        if port.operstate == link.OPER_UP:
+            return port
+        if time.monotonic() > deadline:
+            raise CniError(
+                Code.TRY_AGAIN_LATER,
+                f"host's end {name} has no carrier after {_CARRIER_TIMEOUT_S:.0f} s (operstate {port.operstate})",
+                "look at both ends with `ip -d link`",
+            )
+        time.sleep(0.001)
+
+
+def forward(versions: Iterable[int]) -> None:
+    """Let the host forward packets of these families, 4 and 6."""
+    for version in set(versions):
+        if version == 4:
+            sysctl.ensure("1", "ipv4", "ip_forward")
+        else:
+            sysctl.ensure("1", "ipv6", "conf", "all", "forwarding")
+
+
+def try_sysctl(value: str, *parts: str) -> None:
+    """Set a sysctl of IPv6 where this kernel has IPv6."""
+    try:
+        sysctl.ensure(value, *parts)
+    except NotFound:
+        return
+
+
+# DEL and GC
+
+
+def delete(request: Request, host: Session) -> None:
+    """Detach the container; success where there is nothing left to do.
+
+    Everything is attempted; the first failure is raised at the end, so that the runtime tries again.
+    """
+    records = Records(paths.run_dir(request.environment))
+    record = records.read(key(request))
+    with Failures() as failures:
+        if record is not None:
+            for name in record.links:
+                failures.attempt(leftovers.delete_port, host, name)
+        if request.netns:
+            # Where the host's end was not known: the record is lost, or another engine made it.
+            failures.attempt(container.delete_interfaces, request, host, (request.ifname,))
+        if record is not None:
+            failures.attempt(records.remove, host, record)
+        # After the link: nobody may get the address while a container can still send from it.
+        if request.ipam_type:
+            failures.attempt(delegate.delete, request, host)
+
+
+def collect(request: Request, host: Session, failures: Failures) -> list[Record]:
+    """Remove what attachments left that the runtime does not know any more, then let the IPAM plugin do the same.
+
+    An attachment whose interface still lives in its namespace is reported and left alone: its container runs.
+
+    Returns:
+        The records that the network had.
+    """
+    valid = {(attachment.container_id, attachment.ifname) for attachment in request.valid_attachments}
+    records = Records(paths.run_dir(request.environment))
+    observer = Observer(host)
+    found = list(records.of_network(request.network, request.plugin))
+    for record in found:
+        if (record.key.container_id, record.key.ifname) in valid:
+            continue
+        if observer.attached(record.netns, record.netns_inode, record.netns_cookie, record.key.ifname):
+            note(f"GC: {record.key.container_id} {record.key.ifname} is not in the list, but its interface lives")
+            continue
+        for name in record.links:
+            failures.attempt(leftovers.delete_port, host, name)
+        failures.attempt(records.remove, host, record)
+    if request.ipam_type:
+        failures.attempt(delegate.gc, request, host)
+    return found
