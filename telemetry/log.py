@@ -13,10 +13,12 @@ Libraries that log through the standard library come out in the same form.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextvars import ContextVar
@@ -35,6 +37,7 @@ _JOURNAL_PRIORITY = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logg
 _LONGEST_TEXT = 4096  # characters of one value; a hostile name must not fill the disk
 _LONGEST_LIST = 256  # entries of one list or mapping
 _DEEPEST = 6  # levels of lists and mappings; a value may contain itself
+_BARE = re.compile(r"[!#-&(-<>-\[\]-~]+")  # printable ASCII without blank, quotes, = and backslash
 _FIELDS = "netloom_fields"
 _REQUEST_ID = "netloom_request_id"
 
@@ -58,6 +61,10 @@ def setup(level: str = "info", format: str = "text", stream: TextIO | None = Non
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(_NUMBERS[level.upper()])
+    # Nothing of ours prints the caller, the thread or the process; finding them out is half the cost of a line
+    # (Python's Logging HOWTO, "Optimization").
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
 def event(
@@ -78,8 +85,8 @@ def event(
         return
     request_id = fields.pop("request_id", None) or _request_id.get()
     extra = {_FIELDS: fields, _REQUEST_ID: request_id}
-    # The message goes in as an argument: a "%" in it is no format. stacklevel names the caller, not this function.
-    logger.log(number, "%s", message, exc_info=exc_info, extra=extra, stacklevel=2)
+    # The message goes in as an argument: a "%" in it is no format.
+    logger.log(number, "%s", message, exc_info=exc_info, extra=extra)
 
 
 @contextlib.contextmanager
@@ -94,6 +101,8 @@ def request(request_id: str) -> Iterator[None]:
 
 def plain(value: object, depth: int = 0) -> object:
     """`value` as JSON can hold it: never raises, bounded in length and depth, whatever the value does."""
+    if type(value) is str and len(value) <= _LONGEST_TEXT and value.isascii():
+        return value  # nearly every value
     try:
         return _plain(value, depth)
     except Exception as error:  # noqa: BLE001 (a value's __str__ or __iter__ may raise anything)
@@ -182,7 +191,13 @@ def _exception(formatter: logging.Formatter, record: logging.LogRecord) -> str:
 
 def _moment(record: logging.LogRecord) -> str:
     """RFC 3339, UTC, microseconds."""
-    return datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    seconds, fraction = divmod(record.created, 1)
+    return f"{_second(int(seconds))}.{int(fraction * 1e6):06d}Z"
+
+
+@functools.lru_cache(maxsize=4)
+def _second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 class _Json(logging.Formatter):
@@ -231,8 +246,11 @@ def _visible(text: str) -> str:
 
 
 def _text_value(value: object) -> str:
-    if isinstance(value, str) and value.isprintable() and value and not set(value) & set(" =\"'\\"):
-        return value
+    if isinstance(value, str):
+        if _BARE.fullmatch(value):
+            return value
+        if value.isprintable() and value and not set(value) & set(" =\"'\\"):
+            return value
     return _visible(json.dumps(value, ensure_ascii=False))
 
 
