@@ -32,6 +32,8 @@ class Entry(msgspec.Struct, frozen=True):
 
 _ENTRIES = (
     Entry("bridge", "cni.interface.bridge", "interface"),
+    Entry("ptp", "cni.interface.ptp", "interface"),
+    Entry("macvlan", "cni.interface.macvlan", "interface"),
     Entry("loopback", "cni.interface.loopback", "interface"),
     Entry("ipamd", "cni.ipam.ipamd", "ipam"),
 )

@@ -50,15 +50,20 @@ class Route:
     source: AnyAddress | None = None
 
 
-def add_message(route: Route) -> Message:
-    """The request that adds a route; a second one to the same destination becomes a further next hop of it."""
+def add_message(route: Route, *, exclusive: bool = False) -> Message:
+    """The request that adds a route; a second one to the same destination becomes a further next hop of it, or is
+    refused where it is to be the only one."""
     what = f"add route {route.dst} via {route.gateway or 'link'} on link {route.index}"
-    return Message(_NEWROUTE, netlink.CREATE | netlink.APPEND, _pack(route), what)
+    return Message(_NEWROUTE, netlink.CREATE | (netlink.EXCL if exclusive else netlink.APPEND), _pack(route), what)
 
 
-def add(door: Door, route: Route) -> None:
-    """Add a route."""
-    door.rtnl.execute([add_message(route)])
+def add(door: Door, route: Route, *, exclusive: bool = False) -> None:
+    """Add a route.
+
+    Raises:
+        Exists: it is there; or, where it is to be the only one, another to the same destination with the same metric.
+    """
+    door.rtnl.execute([add_message(route, exclusive=exclusive)])
 
 
 def delete(door: Door, route: Route) -> bool:
