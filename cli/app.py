@@ -15,7 +15,7 @@ from cli.gc import gc
 from cli.options import common
 from cli.pools import pools
 from cli.status import status
-from cni import VERSION
+from kernel.version import VERSION
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from cni import VERSION, config, registry, versions
+from cni import config, registry, versions
 from cni.errors import CniError, Code
 from cni.lock import attachment_lock
 from cni.request import Command, Request, check_environment, command, parse
 from cni.result import Result
 from cni.undo import Undo
 from kernel.paths import PathError, run_dir
+from kernel.version import VERSION
 
 if TYPE_CHECKING:
     from kernel.session import Session

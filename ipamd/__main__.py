@@ -5,17 +5,16 @@ and only then requests. Stop: no new connection, what was taken is answered, the
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 
 from ipamd.config import Config, ConfigError, load, parse_arguments
 from ipamd.errors import StartError
 from ipamd.server import serve
+from kernel.version import VERSION
 from telemetry import log
 
 _logger = logging.getLogger("ipamd")
@@ -46,13 +45,7 @@ async def _run(config: Config) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await serve(config, stop, version=_version())
-
-
-def _version() -> str:
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        return metadata.version("netloom")
-    return "unpackaged"
+    await serve(config, stop, version=VERSION)
 
 
 if __name__ == "__main__":

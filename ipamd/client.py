@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
+from urllib.parse import quote
 
 import grpc
 
@@ -201,7 +202,7 @@ class Client:
     def _target(self) -> str:
         path = os.path.abspath(self._socket_path)
         if len(os.fsencode(path)) <= _LONGEST_SUN_PATH:
-            return f"unix:{path}"
+            return f"unix:{_quoted(path)}"
         directory, name = os.path.split(path)
         try:
             self._directory = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -209,16 +210,23 @@ class Client:
             raise IpamError(
                 grpc.StatusCode.UNAVAILABLE, f"ipamd is not reachable at {path}: {error.strerror}; is it running?"
             ) from None
-        return f"unix:/proc/self/fd/{self._directory}/{name}"
+        return f"unix:/proc/self/fd/{self._directory}/{_quoted(name)}"
 
     def _failure(self, error: grpc.RpcError) -> IpamError:
         code, details = _status_of(error)
         if _is_lost(error):
             code = grpc.StatusCode.UNAVAILABLE
-            details = f"ipamd is not reachable at {self._socket_path} ({details}); is it running?"
+            # gRPC wraps the reason into a report about every address that it tried.
+            reason = details.rsplit(" error: ", 1)[-1]
+            details = f"ipamd is not reachable at {self._socket_path}; is it running? ({reason})"
         elif code is grpc.StatusCode.DEADLINE_EXCEEDED:
             details = f"ipamd at {self._socket_path} did not answer within {self._timeout_s:g} s"
         return IpamError(code, details)
+
+
+def _quoted(path: str) -> str:
+    """For gRPC, which reads the target as a URI: "%41" in a directory's name would be taken for "A"."""
+    return quote(path, safe="/")
 
 
 def _serialize(message: Any) -> bytes:

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from cni import VERSION
 from cni.registry import PLUGINS
+from kernel.version import VERSION
 from tests.build.places import GLIBC, Chroot
-from tests.hosts import IPV6, ROOT, Host, wait_until
+from tests.hosts import IPV6, PROGRAM_PATH, ROOT, Host
 
 OLDEST = (2, 36)  # Debian 12's glibc
 PROGRAMS = ("netloom-cni", "netloom-warm", "ipamd", "netloom")
@@ -153,7 +153,7 @@ def test_a_name_that_is_no_plugin(bundle: Path) -> None:
 
 @pytest.mark.kernel
 class TestAlone:
-    """In a root directory that has glibc and /proc, and the bundle."""
+    """In a root directory that has glibc, what the kernel provides, and the bundle."""
 
     @pytest.fixture
     def alone(self, host: Host, bundle: Path, launcher: Path) -> Chroot:
@@ -165,10 +165,7 @@ class TestAlone:
         return chroot
 
     def start_ipamd(self, alone: Chroot) -> None:
-        log = (alone.host.directory / "log").open("w")
-        alone.popen(["/usr/lib/netloom/ipamd", "--node", "alone"], stdout=log, stderr=log)
-        text = alone.host.directory / "log"
-        wait_until(lambda: alone.host.path("/run/netloom/ipamd.sock").exists(), "ipamd", text.read_text)
+        alone.serve(["/usr/lib/netloom/ipamd", "--node", "alone"], "/run/netloom/ipamd.sock")
 
     def test_version(self, alone: Chroot) -> None:
         netns = alone.host.netns()
@@ -189,10 +186,8 @@ class TestAlone:
 
     def test_warm(self, alone: Chroot) -> None:
         self.start_ipamd(alone)
-        host, netns = alone.host, alone.host.netns()
-        log = (host.directory / "warm").open("w")
-        alone.popen(["/usr/lib/netloom/netloom-warm", "--workers", "1"], stdout=log, stderr=log)
-        wait_until(lambda: host.path("/run/netloom/cni.sock").exists(), "workers", (host.directory / "warm").read_text)
+        netns = alone.host.netns()
+        alone.serve(["/usr/lib/netloom/netloom-warm", "--workers", "1"], "/run/netloom/cni.sock")
         printed = alone.cni("ADD", "bridge", CONF, netns, NETLOOM_CNI_WAIT_MS="60000")
         assert sorted(netns.addresses()["eth0"]) == sorted(ip["address"] for ip in printed["ips"])
         alone.cni("DEL", "bridge", {**CONF, "prevResult": printed}, netns, NETLOOM_CNI_WAIT_MS="60000")
@@ -207,7 +202,7 @@ class TestAlone:
         ours, theirs = pty.openpty()
         shown = b""
         try:
-            environment = {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
+            environment = {"PATH": PROGRAM_PATH, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
             process = alone.popen(
                 ["/usr/lib/netloom/netloom", "ip", "list"], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
             )

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from cni import VERSION
+from kernel.version import VERSION
 from tests.cli.conftest import ROOT, Ipamd, Netloom
 
 COMMANDS = [

@@ -11,8 +11,8 @@ from typing import BinaryIO
 
 import pytest
 
-from cni import VERSION
 from cni.registry import PLUGINS
+from kernel.version import VERSION
 
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {

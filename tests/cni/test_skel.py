@@ -7,13 +7,14 @@ from typing import Any, cast
 
 import pytest
 
-from cni import VERSION, registry, skel, versions
+from cni import registry, skel, versions
 from cni.errors import CniError, Code
 from cni.request import Request
 from cni.result import Interface, IPConfig, Result, Route
 from cni.skel import Outcome, Plugin
 from cni.undo import Undo
 from kernel.session import Session
+from kernel.version import VERSION
 from tests.cni.test_config import HOSTILE
 
 RESULT = Result(
