@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.hosts import ROOT, Host, Netns
+from tests.hosts import ROOT, Host, Netns, wait_until
 
 GLIBC = (
     "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1", "libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2",
@@ -70,9 +70,9 @@ class Chroot:
 
     @classmethod
     def empty(cls, host: Host) -> Chroot:
-        """Nothing but glibc, /proc and /run."""
+        """Nothing but glibc, and what the kernel provides: /proc, /dev (gRPC reads /dev/urandom) and an empty /run."""
         root = host.directory / "empty"
-        for name in ("proc", "run", "etc", "tmp", "lib", "lib64", "var/lib/netloom"):
+        for name in ("proc", "run", "dev", "etc", "tmp", "lib", "lib64", "var/lib/netloom"):
             (root / name).mkdir(parents=True)
         for name in GLIBC:
             found = [
@@ -84,7 +84,7 @@ class Chroot:
             if (root / "lib" / name).exists():
                 shutil.copy(root / "lib" / name, root / ("lib64" if "x86" in name else "lib") / name)
         chroot = cls(host, root)
-        chroot._mount("/proc", "/run")
+        chroot._mount("/proc", "/run", "/dev")
         return chroot
 
     @classmethod
@@ -102,6 +102,8 @@ class Chroot:
         return chroot
 
     def _mount(self, *paths: str) -> None:
+        # What is mounted below /run later, a container's namespace, is to be seen here too.
+        self.host.run(["mount", "--make-rshared", "/run"])
         for path in paths:
             self.host.run(["mount", "--rbind", path, f"{self.root}{path}"])
 
@@ -121,6 +123,19 @@ class Chroot:
 
     def popen(self, argv: Sequence[str], **options: Any) -> subprocess.Popen[str]:
         return self.host.popen(self.command(argv), cwd="/", **options)
+
+    def serve(self, argv: Sequence[str], socket: str) -> subprocess.Popen[str]:
+        """Starts a daemon; returns when its socket is there. Its output goes to `log` in the host's directory."""
+        path = self.host.directory / "log"
+        with path.open("a") as log:
+            process = self.popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+        def listens() -> bool:
+            assert process.poll() is None, path.read_text()
+            return self.host.path(socket).exists()
+
+        wait_until(listens, socket, path.read_text)
+        return process
 
     def sh(self, script: str, check: bool = True) -> str:
         return self.run(["sh", "-ec", script], check=check).stdout
