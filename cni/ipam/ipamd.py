@@ -12,13 +12,12 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from ipaddress import ip_interface
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
 from cni import check as verify
-from cni import config
+from cni import config, versions
 from cni.errors import CniError, Code
 from cni.failures import note
 from cni.living import Observer, boot_id
@@ -37,6 +36,9 @@ CLIENT = "cni"
 DEADLINE_S = 5.0
 
 
+U32 = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
+
+
 class RangeConf(msgspec.Struct, frozen=True, rename="camel"):
     """A range in host-local's spelling."""
 
@@ -51,11 +53,11 @@ class RouteConf(msgspec.Struct, frozen=True):
 
     dst: str
     gw: str = ""
-    mtu: int = 0
-    advmss: int = 0
-    priority: int = 0
-    table: int | None = None
-    scope: int | None = None
+    mtu: U32 = 0
+    advmss: U32 = 0
+    priority: U32 = 0
+    table: U32 | None = None
+    scope: Annotated[int, msgspec.Meta(ge=0, le=255)] | None = None
 
 
 class IpamConf(msgspec.Struct, frozen=True, rename="camel"):
@@ -89,12 +91,17 @@ def parse(request: Request) -> IpamConf:
     if not 0 < conf.timeout <= 300:
         raise _invalid(f"timeout: {conf.timeout:g}", "want seconds between 0 and 300")
     for index, route in enumerate(conf.routes):
-        for key, value in (("dst", route.dst), ("gw", route.gw)):
-            try:
-                if value or key == "dst":
-                    ip_interface(value)
-            except ValueError as error:
-                raise _invalid(f"routes[{index}].{key}: {config.found(value)}", str(error)) from error
+        try:
+            versions.canonical_cidr(route.dst)
+        except ValueError as error:
+            raise _invalid(
+                f"routes[{index}].dst: {config.found(route.dst)}", "want 192.0.2.0/24 or the like"
+            ) from error
+        try:
+            if route.gw:
+                versions.canonical_ip(route.gw)
+        except ValueError as error:
+            raise _invalid(f"routes[{index}].gw: {config.found(route.gw)}", "want an address without prefix") from error
     return conf
 
 
