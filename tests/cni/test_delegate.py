@@ -23,11 +23,12 @@ CONF = net(isGateway=True, ipam={"type": "scripted", "extra": {"kept": [1, 2]}},
 
 @pytest.fixture
 def host_local(lab: Lab) -> Iterator[None]:
-    """Debian's host-local among our plugins."""
-    shutil.copy(f"{REFERENCE}/host-local", lab.host.path(CNI_BIN))
+    """Debian's host-local among our plugins, under a name that is not ours."""
+    foreign = lab.host.path(f"{CNI_BIN}/foreign")
+    shutil.copy(f"{REFERENCE}/host-local", foreign)
     yield
     shutil.rmtree(lab.host.path("/var/lib/cni/networks"), ignore_errors=True)
-    lab.host.path(f"{CNI_BIN}/host-local").unlink()
+    foreign.unlink()
 
 
 def refused(lab: Lab, conf: dict[str, Any] = CONF, **more: Any) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def refused(lab: Lab, conf: dict[str, Any] = CONF, **more: Any) -> dict[str, Any
 @pytest.mark.parametrize("version", SUPPORTED)
 def test_host_local_in_every_version(lab: Lab, host_local: None, version: str) -> None:
     # 1.1.0, which this host-local does not know, is negotiated down.
-    conf = net(version, isGateway=True, ipam={"type": "host-local", "subnet": "10.8.0.0/24"})
+    conf = net(version, isGateway=True, ipam={"type": "foreign", "subnet": "10.8.0.0/24"})
     with lab.attached(conf) as one:
         assert one.netns.addresses()["eth0"] == ["10.8.0.2/24"]
         assert one.netns.ping("10.8.0.1") > 0
@@ -67,7 +68,7 @@ def test_host_local_in_every_version(lab: Lab, host_local: None, version: str) -
 
 @needs_reference
 def test_a_second_add_keeps_the_firsts_address_in_host_local(lab: Lab, host_local: None) -> None:
-    conf = net(isGateway=True, ipam={"type": "host-local", "subnet": "10.8.0.0/24"})
+    conf = net(isGateway=True, ipam={"type": "foreign", "subnet": "10.8.0.0/24"})
     with lab.attached(conf) as one:
         assert one.call("ADD").code() == 4
         assert lab.host.path("/var/lib/cni/networks/net/10.8.0.2").exists()
@@ -77,7 +78,7 @@ def test_a_second_add_keeps_the_firsts_address_in_host_local(lab: Lab, host_loca
 
 @needs_reference
 def test_host_locals_own_error(lab: Lab, host_local: None) -> None:
-    conf = net(ipam={"type": "host-local", "subnet": "10.8.0.0/30"})
+    conf = net(ipam={"type": "foreign", "subnet": "10.8.0.0/30"})
     with lab.attached(conf):
         error = refused(lab, conf, container_id="late")
         assert "no IP addresses available" in error["msg"]

@@ -126,13 +126,16 @@ def test_gc_of_ipamd_alone(lab: Lab) -> None:
 
 @pytest.mark.skipif(not os.path.exists(f"{REFERENCE}/host-local"), reason="no containernetworking-plugins here")
 def test_a_foreign_ipam_that_knows_neither_gc_nor_status(lab: Lab) -> None:
-    shutil.copy(f"{REFERENCE}/host-local", lab.host.path(CNI_BIN))
-    conf = net(ipam={"type": "host-local", "subnet": "10.8.0.0/24"})
+    # Under a name that is not ours.
+    foreign = lab.host.path(f"{CNI_BIN}/foreign")
+    shutil.copy(f"{REFERENCE}/host-local", foreign)
+    conf = net(ipam={"type": "foreign", "subnet": "10.8.0.0/24"})
     with lab.attached(conf) as one:
         gc(lab, conf, one).ok()
         lab.cni("STATUS", "bridge", conf).ok()
         one.check()
     shutil.rmtree(lab.host.path("/var/lib/cni/networks"))
+    foreign.unlink()
 
 
 def test_gc_and_status_reach_a_foreign_ipam(lab: Lab) -> None:
