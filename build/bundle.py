@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -60,10 +61,13 @@ def build_name(library: str) -> str:
         digest.update(f"{path} {len(content)}\n".encode() + content)
     status = os.stat(library)
     digest.update(f"{sys.version} {sys.executable} {library} {status.st_size} {status.st_mtime_ns}".encode())
-    with open(os.path.join(ROOT, "cni/__init__.py"), encoding="utf-8") as file:
-        version = re.search(r'^VERSION = "([^"]+)"', file.read(), re.MULTILINE)
-    assert version is not None
-    return f"{version[1]}-{digest.hexdigest()[:12]}"
+    return f"{version()}-{digest.hexdigest()[:12]}"
+
+
+def version() -> str:
+    """The project's."""
+    with open(os.path.join(ROOT, "pyproject.toml"), "rb") as file:
+        return str(tomllib.load(file)["project"]["version"])
 
 
 def made() -> str:
@@ -133,7 +137,7 @@ def make(name: str, library: str) -> None:
     strip_python(fresh)
     floor = ".".join(map(str, glibc_floor(fresh)))
     with open(os.path.join(fresh, "BUILD"), "w", encoding="utf-8") as file:
-        file.write(f"build={name}\nglibc={floor}\ntypes={' '.join(types())}\n")
+        file.write(f"build={name}\nversion={version()}\nglibc={floor}\ntypes={' '.join(types())}\n")
     shutil.rmtree(BUNDLE, ignore_errors=True)
     os.rename(fresh, BUNDLE)
     shutil.rmtree(work)

@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,15 +97,18 @@ class TestInstalled:
         """As its user, without capabilities, with no memory both writable and executable (prctl(2), PR_SET_MDWE), and
         only with system calls of the unit's filter."""
         calls = installed.host.directory / "calls"
-        script = "import ctypes, os, sys\nctypes.CDLL(None).prctl(65, 1, 0, 0, 0)\nos.execv(sys.argv[1], sys.argv[1:])"
+        script = "import ctypes, os, sys\nctypes.CDLL(None).prctl(65, 1, 0, 0, 0)\nos.execvp(sys.argv[1], sys.argv[1:])"
         limits = ["--no-new-privs", "--bounding-set=-all", "--reuid=netloom", "--regid=netloom", "--init-groups"]
+        limited = installed.command(["setpriv", *limits, "/usr/lib/netloom/ipamd"])
+        limited = [sys.executable, "-I", "-c", script, *limited]
         log = installed.host.directory / "log"
         with log.open("w") as output:
             traced = installed.host.popen(
-                ["strace", "-f", "-qq", "-e", "signal=none", "-e", "abbrev=all", "-o", str(calls),
-                 *installed.command(["setpriv", *limits, "python3", "-I", "-c", script, "/usr/lib/netloom/ipamd"])],
-                stdout=output, stderr=output, cwd="/",
-            )  # fmt: skip
+                ["strace", "-f", "-qq", "-e", "signal=none", "-e", "abbrev=all", "-o", str(calls), *limited],
+                stdout=output,
+                stderr=output,
+                cwd="/",
+            )
         wait_until(lambda: installed.host.path("/run/netloom/ipamd.sock").exists(), "ipamd", log.read_text)
         printed = installed.sh("/usr/bin/netloom status")
         assert "problem" not in printed
@@ -160,9 +164,11 @@ class TestSocketActivation:
             "--workers=1",
         ]
         environment = {"PATH": PROGRAM_PATH}
-        host.popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        process = host.popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
         wait_until(lambda: host.path("/run/netloom/cni.sock").exists(), "the socket")
         yield host
+        process.terminate()  # its workers end with it
+        process.wait()
         log.close()
 
     def test_a_request_is_served_warm(self, activated: Host) -> None:
