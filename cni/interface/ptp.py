@@ -130,6 +130,8 @@ def _configure_host(host: Session, port: Link, ips: tuple[IPConfig, ...]) -> Non
     if any(gateway.version == 6 for gateway in gateways):
         # A host may have IPv6 off by default, for its own interfaces.
         veth.try_sysctl("0", "ipv6", "conf", port.name, "disable_ipv6")
+        # Forwarding asks for neighbours under the link-local address: not after the second that detection takes.
+        veth.try_sysctl("0", "ipv6", "conf", port.name, "accept_dad")
     host.rtnl.execute([addr.add_message(port.index, gateway) for gateway in gateways])
     for one in _routes_on_host(port.index, ips):
         try:

@@ -5,6 +5,7 @@ Rules of this file
 - Names of host ends are random, so whatever has the name in a record is that attachment's.
 """
 
+import errno
 import os
 import time
 from collections.abc import Iterable
@@ -19,7 +20,7 @@ from cni.request import Request
 from cni.result import IPConfig
 from cni.undo import Undo
 from kernel import leftovers, link, nft, paths, sysctl
-from kernel.errors import NotFound
+from kernel.errors import KernelError, NotFound
 from kernel.link import Link, VethSpec
 from kernel.record import Key, Record, Records
 from kernel.session import Session, Visit
@@ -89,9 +90,20 @@ def write_record(host: Session, records: Records, record: Record, undo: Undo) ->
 
 
 def make(host: Session, spec: VethSpec, undo: Undo, master: int = 0) -> None:
-    """Make the pair; `undo` deletes it."""
+    """Make the pair; `undo` deletes it.
+
+    Raises:
+        CniError: 7, no veth can have that MTU.
+    """
     undo.push(f"delete link {spec.name}", lambda: leftovers.delete_port(host, spec.name))
-    link.add_veth(host, spec, master)
+    try:
+        link.add_veth(host, spec, master)
+    except KernelError as error:
+        if error.errno != errno.EINVAL or not spec.mtu:
+            raise
+        raise config.refused(
+            "mtu", spec.mtu, f"was refused by the kernel, which takes 68 to 65535 ({error})"
+        ) from error
     # Routers among the containers do not decide over this host's routes.
     try_sysctl("0", "ipv6", "conf", spec.name, "accept_ra")
 
