@@ -31,6 +31,7 @@ from cni import registry
 from kernel import paths
 from warm import worker as workers
 from warm.board import Board
+from warm.watch import LIVENESS_S, NAME, Watch
 from warm.worker import DEADLINE_S, NotAtHome, Settings
 
 WORKERS = 4
@@ -43,6 +44,7 @@ _CROWDED_S = 0.02  # all busy and somebody waiting for so long: one more worker
 _IDLE_S = 30.0  # more than WORKERS and not all needed for so long: one less
 _UNDO_GRACE_S = 60.0  # after a request's deadline, before its worker is killed
 _LONGEST_BACKOFF_S = 10.0
+_WATCH_PAUSE_S = 5.0  # between two starts of the helper
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
 # What a request may need beyond the plugins themselves; a cold process imports each when it is needed.
@@ -68,6 +70,7 @@ class Options:
     max_workers: int = MAX_WORKERS
     deadline_s: float = DEADLINE_S
     ipamd_socket: str = ""
+    liveness_s: float = LIVENESS_S
 
 
 @dataclass(slots=True)
@@ -83,6 +86,8 @@ class _State:
     old: set[int] = field(default_factory=set)  # workers of the program before an upgrade
     crowded_since: float = 0.0
     spare_since: float = 0.0
+    watch: int = 0  # process id of the helper
+    watch_not_before: float = 0.0
     failures: int = 0
     not_before: float = 0.0
     announced: bool = False
@@ -111,18 +116,34 @@ def parse(arguments: Sequence[str]) -> Options:
         "--deadline", type=float, default=DEADLINE_S, help="seconds for a request (default: %(default)g)"
     )
     parser.add_argument("--ipamd-socket", default=paths.ipamd_socket(os.environ), help="connected at start")
+    parser.add_argument("--liveness-interval", type=float, default=LIVENESS_S, help="in s (default: %(default)g)")
     given = parser.parse_args(arguments)
     if not 1 <= given.workers <= given.max_workers <= 256:
         parser.error(f"wanted 1 <= workers <= max-workers <= 256, found {given.workers} and {given.max_workers}")
     if not 0 < given.deadline <= 3600:
         parser.error(f"wanted a deadline of up to 3600 s, found {given.deadline:g}")
-    return Options(given.socket, given.workers, given.max_workers, given.deadline, given.ipamd_socket)
+    if not 0 < given.liveness_interval <= 3600:
+        parser.error(f"wanted a liveness interval of up to 3600 s, found {given.liveness_interval:g}")
+    return Options(
+        given.socket,
+        given.workers,
+        given.max_workers,
+        given.deadline,
+        given.ipamd_socket,
+        given.liveness_interval,
+    )
 
 
 def preload() -> None:
-    """Import all that a request can need, so that workers share it and import nothing."""
-    for entry in registry.PLUGINS.values():
-        registry.load(entry.type)
+    """Import all that a request can need, so that workers share it and import nothing.
+
+    A plugin that cannot be imported fails its own requests, and no others.
+    """
+    for plugin in registry.PLUGINS:
+        try:
+            registry.load(plugin)
+        except ImportError as error:
+            sys.stderr.write(f"netloom-cni: plugin {plugin} cannot be loaded: {error}\n")
     for name in _MODULES:
         import_module(name)
     gc.collect()
@@ -220,7 +241,7 @@ class Master:
                 self._upgrade = False
                 self._become_the_next()
             if self._draining:
-                if not self._state.children and not self._state.old:
+                if not self._state.children and not self._state.old and not self._state.watch:
                     return 0
                 self._stop_all()
             else:
@@ -243,6 +264,8 @@ class Master:
             due.append(1.0)
         if state.not_before:
             due.append(max(0.0, state.not_before - time.monotonic()))
+        if not state.watch:
+            due.append(max(0.0, state.watch_not_before - time.monotonic()))
         if not state.announced:
             due.append(0.005)
         poll = select.poll()
@@ -262,7 +285,10 @@ class Master:
         if now >= state.not_before:
             state.not_before = 0.0
             for _ in range(len(active), self._options.workers):
-                self._fork()
+                self._fork_worker()
+        if not state.watch and now >= state.watch_not_before:
+            state.watch_not_before = now + _WATCH_PAUSE_S
+            state.watch = self._fork(self._be_watch)
         self._grow_or_shrink(now)
         self._kill_the_stuck(now)
         if not state.announced and any(self._board.is_ready(child.slot) for child in state.children.values()):
@@ -279,7 +305,7 @@ class Master:
             state.crowded_since = state.crowded_since or now
             if now - state.crowded_since >= _CROWDED_S and len(state.children) < self._options.max_workers:
                 state.crowded_since = now
-                self._fork()
+                self._fork_worker()
         else:
             state.crowded_since = 0.0
         if len(active) > self._options.workers and busy < len(active):
@@ -307,7 +333,7 @@ class Master:
     def _stop_all(self) -> None:
         for pid, child in self._state.children.items():
             self._stop(pid, child)
-        _signal_all(self._state.old)
+        _signal_all(self._state.old | ({self._state.watch} - {0}))
 
     def _stop(self, pid: int, child: _Child) -> None:
         """Let a worker finish what it has in hand, and end."""
@@ -326,6 +352,10 @@ class Master:
             if pid == 0:
                 return
             state.old.discard(pid)
+            if pid == state.watch:
+                state.watch = 0
+                if not self._draining:
+                    sys.stderr.write(f"netloom-cni: {NAME} ended: {_how(status)}\n")
             child = state.children.pop(pid, None)
             if child is None:
                 continue
@@ -339,33 +369,33 @@ class Master:
                 backoff_s = min(0.05 * 2**state.failures, _LONGEST_BACKOFF_S)
                 state.not_before = time.monotonic() + backoff_s
 
-    def _fork(self) -> None:
+    def _fork_worker(self) -> None:
         taken = {child.slot for child in self._state.children.values()}
         slot = next(slot for slot in range(self._board.size) if slot not in taken)
+        self._state.children[self._fork(lambda: self._be_worker(slot))] = _Child(slot, time.monotonic())
+
+    def _fork(self, work: Callable[[], None]) -> int:
+        """Do the work in a new process, which ends with it."""
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             pid = os.fork()
             if pid == 0:
-                self._be_worker(slot)
-            self._state.children[pid] = _Child(slot, time.monotonic())
+                self._be_child(work)
+            return pid
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
-    def _be_worker(self, slot: int) -> NoReturn:
+    def _be_child(self, work: Callable[[], None]) -> NoReturn:
         status = 1
         try:
-            _call_this_process("netloom-worker")
             signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for number in (signal.SIGCHLD, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
             for number in (signal.SIGHUP, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)  # the master decides what they mean
             self._wake_read.close()
-            settings = Settings(self._options.deadline_s, self._options.ipamd_socket)
-            worker = workers.Worker(self._listener.fileno(), self._board, slot, settings, self._crowd_check(slot))
-            signal.signal(signal.SIGTERM, lambda *_: worker.stop())
             _end_with_master()
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-            worker.run()
+            work()
             status = 0
         except NotAtHome as error:
             sys.stderr.write(f"netloom-cni: worker {os.getpid()} is not at home and ends: {error}\n")
@@ -376,6 +406,20 @@ class Master:
             with contextlib.suppress(Exception):
                 sys.stderr.flush()
             os._exit(status)
+
+    def _be_worker(self, slot: int) -> None:
+        _call_this_process("netloom-worker")
+        settings = Settings(self._options.deadline_s, self._options.ipamd_socket)
+        worker = workers.Worker(self._listener.fileno(), self._board, slot, settings, self._crowd_check(slot))
+        signal.signal(signal.SIGTERM, lambda *_: worker.stop())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        worker.run()
+
+    def _be_watch(self) -> None:
+        _call_this_process(NAME)
+        self._listener.close()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        Watch(paths.run_dir(os.environ), self._options.ipamd_socket, self._options.liveness_s).run()
 
     def _crowd_check(self, own: int) -> Callable[[], None]:
         """What a worker does when it got a connection: wake the master if it was the last free one."""
@@ -392,18 +436,25 @@ class Master:
 
     def _become_the_next(self) -> None:
         """Execute the program on disk in this process."""
-        pids = [str(pid) for pid in (*self._state.children, *self._state.old)]
+        pids = [str(pid) for pid in (*self._state.children, *self._state.old, self._state.watch) if pid]
         environment = {**os.environ, _OLD_WORKERS: ",".join(pids), _OLD_LISTENER: str(self._listener.fileno())}
+        if getattr(sys, "frozen", False):
+            environment["PYINSTALLER_RESET_ENVIRONMENT"] = "1"  # or the new bundle takes itself for a child of the old
         os.set_inheritable(self._listener.fileno(), True)
         notify("RELOADING=1")
         # Until the next program has its handlers: the mask survives execve(2), handlers do not.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
-            os.execve(sys.executable, sys.orig_argv, environment)  # noqa: S606 - itself, by its own arguments
+            os.execve(sys.executable, _command_line(), environment)  # noqa: S606 - itself, by its own arguments
         except OSError as error:
             os.set_inheritable(self._listener.fileno(), False)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             sys.stderr.write(f"netloom-cni: cannot execute {sys.executable}: {error}; going on with this version\n")
+
+
+def _command_line() -> list[str]:
+    """What started this program: an interpreter with a module, or a bundle."""
+    return [sys.executable, *sys.argv[1:]] if getattr(sys, "frozen", False) else sys.orig_argv
 
 
 def _end_with_master() -> None:

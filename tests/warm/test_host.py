@@ -242,8 +242,5 @@ def test_restart_under_load(service: Service) -> None:
             wait_until(partial(load.has_done, turn * CLIENTS // 2), "some rounds")
             assert service.stop() == 0
             assert not service.workers()
-            service.process = service.host.popen(
-                [sys.executable, "-m", "warm", *service.arguments], stdin=subprocess.DEVNULL
-            )
+            service.start()
     load.check()
-    wait_until(service.host.path(SOCKET).exists, "the socket")

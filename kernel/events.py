@@ -1,0 +1,109 @@
+"""nftables events: whether somebody else took something out of our tables.
+
+The kernel tells each change of a transaction, then who made it (NFT_MSG_NEWGEN, with process id and name). What the
+reader misses (ENOBUFS) counts as a loss: it cannot know.
+
+Sources: include/uapi/linux/netfilter/nf_tables.h, net/netfilter/nf_tables_api.c (nf_tables_gen_notify).
+"""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+import struct
+from dataclasses import dataclass
+
+from kernel.errors import from_oserror
+from kernel.netlink import NETFILTER, attributes, text
+from kernel.nft import TABLE
+
+_SOL_NETLINK = 270
+_ADD_MEMBERSHIP = 1
+_GROUP_NFTABLES = 7  # NFNLGRP_NFTABLES
+_SUBSYSTEM = 10 << 8
+_NEWGEN = _SUBSYSTEM | 15
+_DELSETELEM = _SUBSYSTEM | 14
+_LOSSES = frozenset(_SUBSYSTEM | number for number in (2, 5, 8, 11))  # table, chain, rule, set deleted
+_GEN_PID, _GEN_NAME = 2, 3
+_HEADER = struct.Struct("=IHHII")
+_BUFFER = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One transaction that took something out of our tables.
+
+    `structure`: a table, chain, rule or set; else only elements. `pid` is 0 where the kernel did not say.
+    """
+
+    structure: bool
+    pid: int
+    process: str
+
+
+class Events:
+    """The changes of the namespace in which it was made. For one thread."""
+
+    def __init__(self) -> None:
+        try:
+            self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETFILTER)
+        except OSError as error:
+            raise from_oserror("open a netlink socket for nftables events", error) from error
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
+            self._socket.bind((0, 0))
+            self._socket.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _GROUP_NFTABLES)
+            self._socket.setblocking(False)
+        except OSError as error:
+            self._socket.close()
+            raise from_oserror("listen to nftables events", error) from error
+        self._structure = self._elements = False
+
+    def close(self) -> None:
+        """Close the socket. Closing twice is harmless."""
+        self._socket.close()
+
+    def wait(self, timeout_s: float) -> list[Change]:
+        """The changes since the last call; waits for the first of them.
+
+        Raises:
+            KernelError: the socket cannot be read.
+        """
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        poll.poll(max(0.0, timeout_s) * 1000)
+        changes: list[Change] = []
+        while True:
+            try:
+                data = self._socket.recv(1 << 18)
+            except BlockingIOError:
+                return changes
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise from_oserror("read nftables events", error) from error
+                changes.append(Change(structure=True, pid=0, process=""))
+                continue
+            changes += self._parse(data)
+
+    def _parse(self, data: bytes) -> list[Change]:
+        changes = []
+        offset = 0
+        while offset + 20 <= len(data):
+            size, kind, _flags, _sequence, _port = _HEADER.unpack_from(data, offset)
+            if size < 20:
+                break
+            body = attributes(data[offset : offset + size], 20)
+            if kind == _NEWGEN:
+                if self._structure or self._elements:
+                    changes.append(Change(self._structure, _number(body.get(_GEN_PID)), text(body.get(_GEN_NAME))))
+                self._structure = self._elements = False
+            elif text(body.get(1)) == TABLE:  # the table's name is attribute 1 of each of these
+                self._structure |= kind in _LOSSES
+                self._elements |= kind == _DELSETELEM
+            offset += (size + 3) & ~3
+        return changes
+
+
+def _number(data: bytes | None) -> int:
+    return int.from_bytes(data, "big") if data and len(data) == 4 else 0

@@ -1,0 +1,108 @@
+"""The helper process of the master: what has to be seen to whether or not a request comes.
+
+- It tells ipamd which network namespaces live, so that the addresses of what died without a DEL come back. Only root
+  sees them all, and ipamd is not root.
+- It puts back what somebody took out of our nftables tables (`nft flush ruleset`, a reloaded firewall), from the
+  attachment records, at once when the kernel tells of it, and at its own start.
+
+A process of its own, because both may take long on a busy host and neither may hold up a request.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+
+from cni.living import boot_id
+from cni.registry import PLUGINS
+from ipamd.client import Client, IpamError
+from kernel import nft
+from kernel.errors import KernelError
+from kernel.events import Change, Events
+from kernel.liveness import observe
+from kernel.record import Records
+from kernel.session import Session
+from protos.ipam.v1 import ipam_pb2 as pb
+
+NAME = "netloom-watch"
+LIVENESS_S = 20.0  # ipamd's grace between two observations is a minute
+_SETTLE_S = 0.05  # a reload comes as several transactions
+_CALL_TIMEOUT_S = 10.0
+
+
+class Watch:
+    """See the module. `run` never returns."""
+
+    def __init__(self, run_dir: str, ipamd_socket: str, liveness_s: float = LIVENESS_S) -> None:
+        self._events = Events()
+        self._session = Session()
+        self._records = Records(run_dir)
+        self._ipamd = Client(ipamd_socket, timeout_s=_CALL_TIMEOUT_S)
+        self._liveness_s = liveness_s
+        self._complained = ""
+
+    def run(self) -> None:
+        """Watch until the process ends."""
+        self._rebuild("start")
+        due = time.monotonic()
+        while True:
+            if time.monotonic() >= due:
+                due = time.monotonic() + self._liveness_s
+                self._attempt("report of living namespaces", self._report)
+            changes = [change for change in self._events.wait(due - time.monotonic()) if _takes_from_us(change)]
+            if changes:
+                time.sleep(_SETTLE_S)
+                changes += self._events.wait(0)
+                self._rebuild(
+                    f"change by {changes[0].process or 'somebody'} (process {changes[0].pid})",
+                    anew=any(change.structure and not _is_ours(change) for change in changes),
+                )
+
+    def _rebuild(self, why: str, *, anew: bool = False) -> None:
+        """`anew`: a chain or rule may be missing in a table that is there, which only writing the table again mends.
+        An ADD that comes between the two steps writes the tables itself, and its elements are in its record."""
+
+        def rebuild() -> None:
+            if anew:
+                nft.delete_tables()
+            missing, stale = self._records.rebuild(self._session)
+            if missing or stale:
+                _say(f"{why}: put {missing} elements back into nftables, took {stale} out")
+
+        self._attempt("repair of nftables", rebuild)
+
+    def _report(self) -> None:
+        at = pb.Instant(boot_id=boot_id(), boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME))
+        live = [pb.LiveNetns(inode=one.inode, cookie=one.cookie) for one in observe()]
+        for one in self._ipamd.report_liveness(at, live).released:
+            held = ", ".join(address.cidr for address in one.addresses)
+            _say(f"released {held} of {one.key.container_id} {one.key.ifname}: {one.reason}")
+
+    def _attempt(self, what: str, work: Callable[[], None]) -> None:
+        """Do it; a failure is told when it is another than the last time."""
+        complaint = ""
+        try:
+            work()
+        except (IpamError, KernelError, OSError) as error:
+            complaint = f"{what}: {error}"
+        if complaint and complaint != self._complained:
+            _say(complaint)
+        self._complained = complaint
+
+
+def _takes_from_us(change: Change) -> bool:
+    """Elements that one of ours took away were no longer wanted. Who of ours writes the tables anew has lost what was
+    in them."""
+    if change.pid == os.getpid():
+        return False
+    return change.structure or not _is_ours(change)
+
+
+def _is_ours(change: Change) -> bool:
+    """Workers (netloom-worker), cold plugins (netloom-cni, or the plugin's name)."""
+    return change.process.startswith("netloom-") or change.process in PLUGINS
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{NAME}: {text}\n")
+    sys.stderr.flush()
