@@ -9,6 +9,7 @@ Rules of this file
   JSON tags). What is inside a capability that we do not know is left as it is.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -155,7 +156,10 @@ def _clean(value: object) -> object:
     if isinstance(value, list):
         return [_clean(item) for item in value]
     if type(value) is int and not _INT64_MIN <= value <= _UINT64_MAX:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf if value > 0 else -math.inf
     return value
 
 

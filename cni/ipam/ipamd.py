@@ -88,6 +88,8 @@ def parse(request: Request) -> IpamConf:
         raise _invalid("pool and pools are both there", "name one pool in `pool`, or several in `pools`")
     if (conf.pool or conf.pools) and (conf.ranges or conf.subnet):
         raise _invalid("both a named pool and ranges are there", "drop either pool/pools or ranges/subnet")
+    if conf.socket and (not conf.socket.startswith("/") or "\0" in conf.socket):
+        raise _invalid(f"socket: {config.found(conf.socket)}", "want an absolute path")
     if not 0 < conf.timeout <= 300:
         raise _invalid(f"timeout: {conf.timeout:g}", "want seconds between 0 and 300")
     for index, route in enumerate(conf.routes):
@@ -445,7 +447,7 @@ def _resolv_conf(path: str) -> DNS:
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             lines: Sequence[str] = file.read(1 << 20).splitlines()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise _invalid(f"resolvConf: {config.found(path)}", str(error)) from error
     nameservers: list[str] = []
     domain = ""
