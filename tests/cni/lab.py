@@ -163,7 +163,7 @@ class Lab:
             self.host.assert_clean(before, keep=bridges)
         finally:
             for name in bridges:
-                self.host.run(["ip", "link", "delete", name], check=False)
+                self.host.run(["ip", "link", "delete", "dev", name], check=False)
 
 
 @dataclass
