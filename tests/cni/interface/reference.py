@@ -42,19 +42,24 @@ def comparable(result: Mapping[str, Any], netns: Netns) -> Any:
     return json.loads(text)
 
 
-def state(where: Host | Netns, link: str) -> dict[str, Any]:
-    """A link's kind, MTU, addresses and routes as `ip` shows them, without names and flags that follow the carrier."""
-    links = where.links()
-    routes = [
-        {key: value for key, value in one.items() if key not in ("flags", "dev")}
-        for one in where.routes()
-        if one.get("dev") == link
-    ]
-    return {
-        "kind": links[link]["linkinfo"]["info_kind"],
-        "data": links[link]["linkinfo"].get("info_data"),
-        "mtu": links[link]["mtu"],
-        "up": "UP" in links[link]["flags"],
-        "addresses": sorted(where.addresses()[link]),
-        "routes": sorted(routes, key=str),
-    }
+def state(where: Host | Netns, link: str) -> set[str]:
+    """A link's kind, MTU, addresses and routes as `ip` shows them, one line each, without names and flags that follow
+    the carrier."""
+    one = where.links()[link]
+    kind, data = one["linkinfo"]["info_kind"], one["linkinfo"].get("info_data")
+    found = {f"{kind} {data} mtu {one['mtu']} {'up' if 'UP' in one['flags'] else 'down'}"}
+    found |= {f"address {address}" for address in where.addresses()[link]}
+    for route in where.routes():
+        if route.get("dev") == link:
+            found.add(f"route { ({key: value for key, value in route.items() if key not in ('flags', 'dev')}) }")
+    return found
+
+
+def settled(where: Host | Netns, link: str) -> bool:
+    """Whether duplicate address detection is over."""
+    return not where.run(["ip", "-6", "address", "show", "dev", link, "tentative"]).stdout.strip()
+
+
+def difference(ours: set[str], theirs: set[str]) -> list[str]:
+    """What only one side has."""
+    return [*(f"ours: {one}" for one in sorted(ours - theirs)), *(f"theirs: {one}" for one in sorted(theirs - ours))]
