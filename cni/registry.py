@@ -36,6 +36,8 @@ _ENTRIES = (
     Entry("macvlan", "cni.interface.macvlan", "interface"),
     Entry("loopback", "cni.interface.loopback", "interface"),
     Entry("ipamd", "cni.ipam.ipamd", "ipam"),
+    Entry("host-local", "cni.ipam.host_local", "ipam"),
+    Entry("static", "cni.ipam.static", "ipam"),
 )
 
 PLUGINS: Mapping[str, Entry] = MappingProxyType({entry.type: entry for entry in _ENTRIES})

@@ -223,7 +223,7 @@ def point_named(name: str) -> bytes | None:
         address = IPv6Address(name)
     except (OSError, ValueError):
         return None
-    return b"6" + address.packed if str(address) == name else None
+    return b"6" + address.packed if str(address) == name and "%" not in name else None
 
 
 def named(name: str) -> Address | None:
