@@ -187,6 +187,8 @@ def _explained(error: KernelError, conf: MacvlanConf, master: Link, mac: str = "
     if isinstance(error, Busy):
         wish = f"want an interface that is no port of a bridge or the like ({error})"
         return config.refused("master", master.name, wish)
+    if error.errno == errno.EINVAL and "mtu" in error.detail:
+        return config.refused("mtu", conf.mtu, f"want 0, which is the master's, or 68 to {master.mtu} ({error})")
     if error.errno == errno.EINVAL:
         # The kernel says no more. The other macvlans may be in any namespace, so nobody can look.
         wish = f"want a mode that master {master.name} can have beside its other macvlans ({error})"
