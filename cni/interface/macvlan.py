@@ -254,6 +254,8 @@ def check(request: Request, host: Session) -> None:
         eth = verify.container_link(inside, request, result, kind="macvlan")
         if eth.macvlan_mode != conf.mode:
             raise verify.broken(f"interface {eth.name} has the mode {eth.macvlan_mode}, not {conf.mode}")
+        if conf.bcqueuelen and eth.macvlan_queue not in (-1, conf.bcqueuelen):
+            raise verify.broken(f"interface {eth.name} has a bcqueuelen of {eth.macvlan_queue}, not {conf.bcqueuelen}")
         if master is not None and not _carries(master, eth, conf, request):
             raise verify.broken(f"interface {eth.name} has another master than {master.name}")
         verify.addresses(inside, request, eth, result)

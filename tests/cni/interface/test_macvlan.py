@@ -509,12 +509,13 @@ def test_a_master_that_is_a_bridges_port(lab: Lab) -> None:
         ("ip link set eth0 down", "eth0 of the container is down"),
         ("ip link set eth0 address 02:00:00:00:00:09", "has the MAC 02:00:00:00:00:09"),
         ("ip link set eth0 type macvlan mode private", "has the mode private, not bridge"),
+        ("ip link set eth0 type macvlan bcqueuelen 9", "has a bcqueuelen of 9, not 77"),
         ("ip route delete default", "the route to 0.0.0.0/0"),
         ("ip address flush dev eth0", "lacks the address"),
     ],
 )
 def test_check_finds(lab: Lab, command: str, says: str) -> None:
-    with lab.attached(conf_of(), "macvlan") as one:
+    with lab.attached(conf_of(bcqueuelen=77), "macvlan") as one:
         one.check()
         one.netns.run(command.split())
         assert says in one.broken()
