@@ -35,6 +35,8 @@ EXCL = 0x200
 CREATE = 0x400
 APPEND = 0x800
 
+_DUMP_INTERRUPTED = 0x10
+_DUMP_TRIES = 5
 _ERROR = 2
 _DONE = 3
 _ACK_CAPPED = 0x100
@@ -267,7 +269,18 @@ class Socket:
                 return body
 
     def dump(self, message: Message) -> Iterator[bytes]:
-        """Ask for all objects; each one's body without the netlink header."""
+        """Ask for all objects; each one's body without the netlink header.
+
+        The kernel says when things changed while it was listing them; it is asked again then, but not for ever.
+        """
+        for _ in range(_DUMP_TRIES):
+            bodies, interrupted = self._dump(message)
+            if not interrupted:
+                break
+        return iter(bodies)
+
+    def _dump(self, message: Message) -> tuple[list[bytes], bool]:
+        """The bodies, and whether the list is inconsistent."""
         self._sequence += 1
         wanted = self._sequence
         self._send(
@@ -276,15 +289,17 @@ class Socket:
             message.what,
         )
         bodies: list[bytes] = []
+        interrupted = False
         while True:
             for kind, flags, sequence, body in self._receive(message.what):
                 if sequence != wanted:
                     continue
+                interrupted |= bool(flags & _DUMP_INTERRUPTED)
                 if kind == _DONE:
                     number = -_I32.unpack_from(body)[0] if len(body) >= 4 else 0
                     if number > 0:
                         raise from_errno(message.what, number)
-                    return iter(bodies)
+                    return bodies, interrupted
                 if kind == _ERROR:
                     number, detail = _failure(flags, body)
                     raise from_errno(message.what, number, detail)

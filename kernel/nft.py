@@ -256,7 +256,10 @@ def converge(session: Session, sets: Iterable[str], elements: Iterable[Element])
 
 
 def all_elements(session: Session, set_name: str) -> list[Element]:
-    """Every element of one of our sets; none where the table is missing."""
+    """Every element of one of our sets; none where the table is missing.
+
+    While the kernel resizes a hash after many additions, its list may miss elements (rhashtable_walk_next).
+    """
     family = _FAMILIES[_SETS[set_name][0]]
     body = _HEADER.pack(family, 0, 0) + string(_LIST_TABLE, TABLE) + string(_LIST_SET, set_name)
     try:
