@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
+from collections.abc import Iterator
 from ipaddress import ip_interface
 
 import pytest
@@ -133,3 +134,22 @@ def test_without_the_right_the_error_says_so(session: Session) -> None:
     thread.join()
     assert isinstance(caught[0], Denied)
     assert "add bridge br0" in str(caught[0])
+
+
+def test_a_list_that_changed_meanwhile_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def answers(self: netlink.Socket, _what: str) -> Iterator[tuple[int, int, int, bytes]]:
+        asked.append(self._sequence)
+        interrupted = 0x10 if len(asked) < 3 else 0  # NLM_F_DUMP_INTR
+        yield 16, 2 | interrupted, self._sequence, b"body %d" % len(asked)
+        yield 3, 2, self._sequence, bytes(4)
+
+    monkeypatch.setattr(netlink.Socket, "_receive", answers)
+    monkeypatch.setattr(netlink.Socket, "_send", lambda *_: None)
+    with netlink.Socket(netlink.ROUTE) as socket:
+        assert list(socket.dump(Message(18, 0, b"", "list links"))) == [b"body 3"]
+        assert len(set(asked)) == 3
+        asked.clear()
+        monkeypatch.setattr(netlink, "_DUMP_TRIES", 2)
+        assert list(socket.dump(Message(18, 0, b"", "list links"))) == [b"body 2"]

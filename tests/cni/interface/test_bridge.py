@@ -275,7 +275,7 @@ def test_neighbours_hear_of_a_new_container(lab: Lab) -> None:
     ):
         mac, packed = mac_bytes(one.mac), ip_interface(one.ip()).ip.packed
         # RFC 5227, announcement: sender and target address are the same; sent to all.
-        arp = (b"\xff" * 6 + mac + b"\x08\x06", mac + packed + b"\xff" * 6 + packed)
+        arp = (b"\xff" * 6 + mac + b"\x08\x06", mac + packed + bytes(6) + packed)
         wait_until(lambda: seen.has(*arp), "gratuitous ARP", lambda: str(seen.frames()))
         if IPV6:
             # RFC 4861, 7.2.6: type 136 to all nodes, the address as target, the MAC as target link-layer option.
