@@ -30,6 +30,7 @@ def test_the_workers_have_no_option_that_changes_what_a_plugin_may_do_or_sees() 
     harmless = {
         "Type", "ExecStart", "ExecReload", "KillMode", "TimeoutStopSec", "Restart", "RestartSec", "OOMScoreAdjust",
         "LimitNOFILE", "TasksMax", "Description", "Documentation", "Requires", "After", "Wants", "WantedBy", "Also",
+        "StartLimitIntervalSec",
     }  # fmt: skip
     assert {name for name, _ in unit("netloom-cni.service")} <= harmless
 
