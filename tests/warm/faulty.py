@@ -1,8 +1,9 @@
 """The master with a fault in one request: `python -m tests.warm.faulty`, with the master's own arguments.
 
-A request whose environment has NETLOOM_TEST_AT=<n> meets the fault of NETLOOM_TEST_DO at its nth step. A step is the
-moment before, and the one after, each thing that the world can see: a netlink message, an RPC, an attachment record,
-the lock, the answer. The code under test does not know of any of this.
+A request whose environment has NETLOOM_TEST_AT=<n> meets the fault of NETLOOM_TEST_DO at its nth step, or at the first
+that has this name. A step is the moment before, and the one after, each thing that the world can see: a netlink
+message, an RPC, an attachment record, the lock, the answer. Its name is written to NETLOOM_TEST_WHERE. The code under
+test does not know of any of this.
 
 kill: SIGKILL to the worker. launcher: SIGKILL to the launcher. pause: make the file NETLOOM_TEST_PAUSED, go on when it
 is gone. astray: stay in the container's namespace. NETLOOM_TEST_COUNT names a file for the number of steps there were.
@@ -10,6 +11,7 @@ is gone. astray: stay in the container's namespace. NETLOOM_TEST_COUNT names a f
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -32,12 +34,15 @@ class Fault:
 
     environment: Mapping[str, str] = {}
     launcher: socket.socket | None = None
-    at = 0
+    at = ""
     steps = 0
 
-    def step(self) -> None:
+    def step(self, name: str) -> None:
         self.steps += 1
-        if self.steps == self.at:
+        if self.at in (str(self.steps), name):
+            self.at = ""
+            if "NETLOOM_TEST_WHERE" in self.environment:
+                Path(self.environment["NETLOOM_TEST_WHERE"]).write_text(name, encoding="ascii")
             self.happen()
 
     def happen(self) -> None:
@@ -47,7 +52,8 @@ class Fault:
             case "launcher":
                 assert self.launcher is not None
                 pid = struct.unpack("=iII", self.launcher.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it is done
+                    os.kill(pid, signal.SIGKILL)
                 while _runs(pid):
                     time.sleep(0.001)
             case "pause":
@@ -76,9 +82,9 @@ def stepped(owner: Any, name: str) -> None:
 
     @functools.wraps(plain)
     def with_steps(*args: Any, **kwargs: Any) -> Any:
-        fault.step()
+        fault.step(f"before {name}")
         result = plain(*args, **kwargs)
-        fault.step()
+        fault.step(f"after {name}")
         return result
 
     setattr(owner, name, with_steps)
@@ -88,13 +94,13 @@ def counted(run: Callable[..., skel.Outcome]) -> Callable[..., skel.Outcome]:
     @functools.wraps(run)
     def with_count(plugin: str, environment: Mapping[str, str], *args: Any, **kwargs: Any) -> skel.Outcome:
         fault.environment = environment
-        fault.at, fault.steps = int(environment.get("NETLOOM_TEST_AT", "0")), 0
+        fault.at, fault.steps = environment.get("NETLOOM_TEST_AT", ""), 0
         try:
             return run(plugin, environment, *args, **kwargs)
         finally:
             if "NETLOOM_TEST_COUNT" in environment:
                 Path(environment["NETLOOM_TEST_COUNT"]).write_text(str(fault.steps), encoding="ascii")
-            fault.at = 0
+            fault.at = ""
 
     return with_count
 
