@@ -12,6 +12,7 @@ from cli.addresses import addresses
 from cli.completion import PROGRAM, VARIABLE, completion
 from cli.failure import EPILOG, Failure, Status
 from cli.gc import gc
+from cli.import_host_local import imports
 from cli.options import common
 from cli.pools import pools
 from cli.status import status
@@ -32,6 +33,7 @@ def netloom() -> None:
 
 for _command in (status, gc, addresses, pools, completion):
     netloom.add_command(_command)
+addresses.add_command(imports)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
