@@ -106,9 +106,7 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
     conf = parse(request)
     sets = range_sets(request, conf)
     wanted = _requested(request, sets)
-    result = Result(
-        routes=routing.routes(conf.routes), dns=_resolv_conf(conf.resolv_conf) if conf.resolv_conf else DNS()
-    )
+    result = _without_addresses(conf)
     place = _place(request, host)
     taken: dict[str, int] = {}
     # Before anything is taken: an inverse that finds nothing does nothing.
@@ -205,6 +203,7 @@ def status(request: Request, host: Session) -> None:
     del host
     conf = parse(request)
     sets = range_sets(request, conf)
+    _without_addresses(conf)
     try:
         with files_of(request, conf.data_dir) as files:
             files.probe()
@@ -439,6 +438,11 @@ def _whose(file: AddressFile | None) -> str:
         return "is empty"
     text = file.content.decode("ascii", "backslashreplace").replace("\r\n", ", ")
     return f"belongs to {config.found(text, 200)}"
+
+
+def _without_addresses(conf: HostLocalConf) -> Result:
+    dns = _resolv_conf(conf.resolv_conf) if conf.resolv_conf else DNS()
+    return Result(routes=routing.routes(conf.routes), dns=dns)
 
 
 def _resolv_conf(path: str) -> DNS:
