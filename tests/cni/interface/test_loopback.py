@@ -29,9 +29,10 @@ def test_every_verb_as_a_process(lab: Lab, version: str) -> None:
             assert (result["ip6"] if IPV6 else {"ip": "::1/128"}) == {"ip": "::1/128"}
         else:
             assert result["interfaces"] == [{"name": "lo", "mac": "00:00:00:00:00:00", "sandbox": netns.path}]
-            assert [ip["address"] for ip in result["ips"]] == expected
-            assert [ip["interface"] for ip in result["ips"]] == [0] * len(expected)
-        assert netns.addresses()["lo"] == expected
+            # Where only the tests do without IPv6, the kernel's own address is there all the same.
+            assert [ip["address"] for ip in result["ips"]][: len(expected)] == expected
+            assert {ip["interface"] for ip in result["ips"]} == {0}
+        assert netns.addresses()["lo"][: len(expected)] == expected
         assert netns.ping("127.0.0.1") > 0
 
         with_result = {**conf(version), "prevResult": result}
