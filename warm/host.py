@@ -392,7 +392,8 @@ class Master:
             for number in (signal.SIGCHLD, signal.SIGTERM):
                 signal.signal(number, signal.SIG_DFL)
             for number in (signal.SIGHUP, signal.SIGINT):
-                signal.signal(number, signal.SIG_IGN)  # the master decides what they mean
+                # The master decides what they mean. A handler, because what is ignored stays so in an executed plugin.
+                signal.signal(number, lambda *_: None)
             self._wake_read.close()
             _end_with_master()
             work()
