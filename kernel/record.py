@@ -108,6 +108,16 @@ class Records:
                 if record is not None and record.key.network == network:
                     yield record
 
+    def elsewhere(self, key: Key) -> bool:
+        """Whether another network, or another plugin, has an attachment of this container and interface name."""
+        stem = f"{_name(key.container_id)}@{_name(key.ifname)}."
+        own = self._path(key)
+        return any(
+            os.path.basename(path).startswith(stem) and path != own
+            for directory in _entries(self._root)
+            for path in _entries(directory)
+        )
+
     def remove(self, session: Session, record: Record) -> None:
         """Take the attachment's elements out of the kernel, then its record; the network's with the last one.
 

@@ -155,8 +155,9 @@ def delete(request: Request, host: Session) -> None:
         if record is not None:
             for name in record.links:
                 failures.attempt(leftovers.delete_port, host, name)
-        if request.netns:
-            # Where the host's end was not known: the record is lost, or another engine made it.
+        if request.netns and (record is not None or not records.elsewhere(key(request))):
+            # Where the host's end was not known: the record is lost, or another engine made it. But not where the name
+            # is another network's: runtimes send a DEL after an ADD that was refused for just that.
             failures.attempt(container.delete_interfaces, request, host, (request.ifname,))
         if record is not None:
             failures.attempt(records.remove, host, record)

@@ -276,7 +276,11 @@ def check(request: Request, host: Session) -> None:
         with _client(request, conf) as client:
             client.check(_key(request), cidrs)
     except IpamError as error:
-        raise _error(request, error) from error
+        refusal = _error(request, error)
+        if refusal.code in (Code.INVALID_CONFIG, Code.POOL_CONFLICT):
+            # Released behind its back, or held with others: nothing is wrong with the configuration.
+            raise verify.broken(refusal.msg, refusal.details) from error
+        raise refusal from error
 
 
 def _is_own(ip: IPConfig, result: Result, request: Request) -> bool:

@@ -349,6 +349,16 @@ def test_one_containers_del_leaves_the_others_masquerade(lab: Lab) -> None:
         assert elements(lab.host, "nomasq4") == []
 
 
+def test_the_del_of_a_refused_add_spares_the_interface_that_was_there(lab: Lab) -> None:
+    """As containerd does: an ADD that failed is followed by a DEL of the same network."""
+    with lab.attached(net(isGateway=True, ipMasq=True, ipam=pool())) as one:
+        second = net(name="second", ipam=pool("10.2.0.0/16"))
+        refused = lab.cni("ADD", "bridge", second, container_id=one.container_id, netns=one.netns)
+        assert refused.code() == 4
+        lab.cni("DEL", "bridge", second, container_id=one.container_id, netns=one.netns).ok()
+        one.check()
+
+
 # The bridge itself
 
 
