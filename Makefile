@@ -16,7 +16,7 @@ ARGS :=
 	demo bench bench-check protos protos-check update-pins clean
 
 help: ## list these targets
-	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)$$/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '%-15s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)$$/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '%-19s %s\n' "$$name" "$$text"; done
 
 venv:
 	@$(RUN) plain true
@@ -81,7 +81,7 @@ launcher: ## the executable of every plugin, out/launcher; needs a C compiler an
 	@mkdir -p "$$(dirname "$(LAUNCHER)")"
 	@$(CC) $(LAUNCHER_FLAGS) -o "$(LAUNCHER)" warm/launcher.c
 
-launcher-sanitized:
+launcher-sanitized: ## the same under address and undefined sanitizers
 	@mkdir -p "$$(dirname "$(LAUNCHER)")"
 	@$(CC) $(SANITIZERS) -o "$(LAUNCHER)" warm/launcher.c
 
