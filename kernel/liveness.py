@@ -145,14 +145,20 @@ class _View:
 
     def look_at_mounts(self, process: str) -> None:
         """Notes mounted namespaces. proc_pid_mountinfo(5): field 4 is the root within the file system, 5 the place."""
-        with open(f"{process}/mountinfo", "rb") as stream:
-            for line in stream:
-                fields = line.split(b" ")
-                match = _LINK.fullmatch(fields[3].decode("ascii", "replace"))
-                if match and b" - nsfs " in line:
-                    place = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), fields[4])
-                    paths = self.paths.setdefault(int(match[1]), [])
-                    paths.append(f"{process}/root{os.fsdecode(place)}")
+        try:
+            with open(f"{process}/mountinfo", "rb") as stream:
+                lines = stream.readlines()
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return  # the process has ended and given its mounts up (fs/proc_namespace.c, mounts_open_common)
+        for line in lines:
+            fields = line.split(b" ")
+            match = _LINK.fullmatch(fields[3].decode("ascii", "replace"))
+            if match and b" - nsfs " in line:
+                place = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), fields[4])
+                paths = self.paths.setdefault(int(match[1]), [])
+                paths.append(f"{process}/root{os.fsdecode(place)}")
 
 
 def _identified(inode: int, paths: Iterable[str], net_dev: bool) -> tuple[LiveNetns, int]:
