@@ -15,7 +15,7 @@ import msgspec
 from cni import config, versions
 from cni.errors import CniError, Code
 from cni.failures import Failures, note
-from cni.ipam import ranges, routing
+from cni.ipam import ranges, resolver, routing
 from cni.ipam.address_files import AddressFile, AddressFiles, Place
 from cni.ipam.ranges import Address, RangeConf, RangeSet
 from cni.ipam.routing import RouteConf
@@ -31,7 +31,6 @@ from kernel.session import Session
 DATA_DIR = "/var/lib/cni/networks"
 
 _CONTAINER_ID = re.compile(rb"[a-zA-Z0-9][a-zA-Z0-9_.\-]*")
-_LARGEST_RESOLV_CONF = 1 << 20  # bytes
 
 
 class HostLocalConf(msgspec.Struct, frozen=True, rename="camel"):
@@ -441,35 +440,5 @@ def _whose(file: AddressFile | None) -> str:
 
 
 def _without_addresses(conf: HostLocalConf) -> Result:
-    dns = _resolv_conf(conf.resolv_conf) if conf.resolv_conf else DNS()
+    dns = resolver.read(conf.resolv_conf) if conf.resolv_conf else DNS()
     return Result(routes=routing.routes(conf.routes), dns=dns)
-
-
-def _resolv_conf(path: str) -> DNS:
-    """The name servers of a resolv.conf, read as the reference does.
-
-    Raises:
-        CniError: 7, it cannot be read.
-    """
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            lines = file.read(_LARGEST_RESOLV_CONF).splitlines()
-    except (OSError, ValueError) as error:
-        raise CniError(
-            Code.INVALID_CONFIG, f"invalid network config: $.ipam.resolvConf: {config.found(path)}", str(error)
-        ) from error
-    nameservers: list[str] = []
-    domain = ""
-    search: list[str] = []
-    options: list[str] = []
-    for words in (line.split() for line in lines if not line.lstrip().startswith(("#", ";"))):
-        match words:
-            case ["nameserver", server, *_]:
-                nameservers.append(server)
-            case ["domain", name, *_]:
-                domain = name
-            case ["search", *names]:
-                search.extend(names)
-            case ["options", *found]:
-                options.extend(found)
-    return DNS(tuple(nameservers), domain, tuple(search), tuple(options))

@@ -10,19 +10,21 @@ A DEL while ipamd is away leaves a release record, which ipamd replays when it i
 import contextlib
 import os
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from cni import check as verify
-from cni import config, versions
+from cni import config
 from cni.errors import CniError, Code
 from cni.failures import note
+from cni.ipam import resolver, routing
+from cni.ipam.ranges import RangeConf
+from cni.ipam.routing import RouteConf
 from cni.living import Observer, boot_id
 from cni.request import Request
-from cni.result import DNS, IPConfig, Result, Route
+from cni.result import DNS, IPConfig, Result
 from cni.undo import Undo
 from kernel import netns, paths
 from kernel.errors import KernelError
@@ -34,30 +36,6 @@ if TYPE_CHECKING:
 
 CLIENT = "cni"
 DEADLINE_S = 5.0
-
-
-U32 = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
-
-
-class RangeConf(msgspec.Struct, frozen=True, rename="camel"):
-    """A range in host-local's spelling."""
-
-    subnet: str
-    range_start: str = ""
-    range_end: str = ""
-    gateway: str = ""
-
-
-class RouteConf(msgspec.Struct, frozen=True):
-    """A route of `ipam.routes`."""
-
-    dst: str
-    gw: str = ""
-    mtu: U32 = 0
-    advmss: U32 = 0
-    priority: U32 = 0
-    table: U32 | None = None
-    scope: Annotated[int, msgspec.Meta(ge=0, le=255)] | None = None
 
 
 class IpamConf(msgspec.Struct, frozen=True, rename="camel"):
@@ -92,18 +70,7 @@ def parse(request: Request) -> IpamConf:
         raise _invalid(f"socket: {config.found(conf.socket)}", "want an absolute path")
     if not 0 < conf.timeout <= 300:
         raise _invalid(f"timeout: {conf.timeout:g}", "want seconds between 0 and 300")
-    for index, route in enumerate(conf.routes):
-        try:
-            versions.canonical_cidr(route.dst)
-        except ValueError as error:
-            raise _invalid(
-                f"routes[{index}].dst: {config.found(route.dst)}", "want 192.0.2.0/24 or the like"
-            ) from error
-        try:
-            if route.gw:
-                versions.canonical_ip(route.gw)
-        except ValueError as error:
-            raise _invalid(f"routes[{index}].gw: {config.found(route.gw)}", "want an address without prefix") from error
+    routing.routes(conf.routes)
     return conf
 
 
@@ -161,7 +128,7 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
     pool = _network_pool(request, conf)
     requested = _requested(request)
     where = _netns(request, host)
-    result = _with_dns_and_routes(request, conf)
+    result = _without_addresses(conf)
     try:
         with _client(request, conf) as client:
             answer = client.allocate(
@@ -436,38 +403,6 @@ def _netns(request: Request, host: Session) -> "pb.Netns":
 # What comes from the configuration alone
 
 
-def _with_dns_and_routes(request: Request, conf: IpamConf) -> Result:
-    del request
-    routes = tuple(Route(r.dst, r.gw, r.mtu, r.advmss, r.priority, r.table, r.scope) for r in conf.routes)
-    return Result(routes=routes, dns=_resolv_conf(conf.resolv_conf) if conf.resolv_conf else DNS())
-
-
-def _resolv_conf(path: str) -> DNS:
-    """The name servers of a resolv.conf.
-
-    Raises:
-        CniError: 7, it cannot be read.
-    """
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            lines: Sequence[str] = file.read(1 << 20).splitlines()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise _invalid(f"resolvConf: {config.found(path)}", str(error)) from error
-    nameservers: list[str] = []
-    domain = ""
-    search: list[str] = []
-    options: list[str] = []
-    for line in lines:
-        words = line.split("#")[0].split(";")[0].split()
-        if len(words) < 2:
-            continue
-        match words[0]:
-            case "nameserver":
-                nameservers.append(words[1])
-            case "domain":
-                domain = words[1]
-            case "search":
-                search.extend(words[1:])
-            case "options":
-                options.extend(words[1:])
-    return DNS(tuple(nameservers), domain, tuple(search), tuple(options))
+def _without_addresses(conf: IpamConf) -> Result:
+    dns = resolver.read(conf.resolv_conf) if conf.resolv_conf else DNS()
+    return Result(routes=routing.routes(conf.routes), dns=dns)

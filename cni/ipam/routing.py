@@ -1,6 +1,7 @@
 """`ipam.routes` of a configuration, for the result."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import msgspec
 
@@ -8,17 +9,19 @@ from cni import config, versions
 from cni.errors import CniError, Code
 from cni.result import Route
 
+Unsigned = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
+
 
 class RouteConf(msgspec.Struct, frozen=True):
     """A route as it is written."""
 
     dst: str
     gw: str = ""
-    mtu: int = 0
-    advmss: int = 0
-    priority: int = 0
-    table: int | None = None
-    scope: int | None = None
+    mtu: Unsigned = 0
+    advmss: Unsigned = 0
+    priority: Unsigned = 0
+    table: Unsigned | None = None
+    scope: Annotated[int, msgspec.Meta(ge=0, le=255)] | None = None
 
 
 def routes(confs: Sequence[RouteConf]) -> tuple[Route, ...]:
@@ -39,9 +42,6 @@ def _route(at: str, conf: RouteConf) -> Route:
         gw = versions.canonical_ip(conf.gw) if conf.gw else ""
     except ValueError as error:
         raise _invalid(f"{at}.gw", conf.gw, "wanted an IP address") from error
-    for key, number in (("mtu", conf.mtu), ("advmss", conf.advmss), ("priority", conf.priority)):
-        if not 0 <= number < 2**32:
-            raise _invalid(f"{at}.{key}", number, "wanted a number between 0 and 4294967295")
     return Route(dst, gw, conf.mtu, conf.advmss, conf.priority, conf.table, conf.scope)
 
 
