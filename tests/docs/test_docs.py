@@ -21,8 +21,8 @@ from cli.failure import Status
 from cni import registry, versions
 from cni.config import convert
 from cni.errors import Code
-from cni.interface import bridge
-from cni.ipam import ipamd
+from cni.interface import bridge, macvlan, ptp
+from cni.ipam import host_local, ipamd, ranges, routing, static
 from cni.request import parse
 from ipamd import config, errors
 from telemetry.metrics import IpamdMetrics
@@ -227,9 +227,13 @@ def _as_json(value: object) -> object:
     ("title", "kind", "number"),
     [
         ("Keys of bridge", bridge.BridgeConf, 0),
+        ("Keys of ptp", ptp.PtpConf, 0),
+        ("Keys of macvlan", macvlan.MacvlanConf, 0),
         ("Keys of ipamd", ipamd.IpamConf, 0),
-        ("Keys of ipamd", ipamd.RangeConf, 1),
-        ("Keys of ipamd", ipamd.RouteConf, 2),
+        ("Keys of ipamd", ranges.RangeConf, 1),
+        ("Keys of ipamd", routing.RouteConf, 2),
+        ("Keys of host-local", host_local.HostLocalConf, 0),
+        ("Keys of static", static.StaticConf, 0),
     ],
 )
 def test_every_key_of_a_plugin_is_documented_with_its_default(
@@ -366,8 +370,20 @@ def test_examples_are_what_the_plugins_take(name: str) -> None:
         for plugin in _plugin_objects(document):
             if plugin["type"] in registry.PLUGINS:
                 _take(plugin)
-        if document.get("type") == "ipamd":
+        if document.get("type") in _IPAM_KEYS:
             _take({"cniVersion": "1.1.0", "name": "example", "type": "bridge", "ipam": document})
+
+
+_INTERFACE_KEYS: dict[str, type[msgspec.Struct]] = {
+    "bridge": bridge.BridgeConf,
+    "ptp": ptp.PtpConf,
+    "macvlan": macvlan.MacvlanConf,
+}
+_IPAM_KEYS: dict[str, type[msgspec.Struct]] = {
+    "ipamd": ipamd.IpamConf,
+    "host-local": host_local.HostLocalConf,
+    "static": static.StaticConf,
+}
 
 
 def _take(plugin: dict[str, object]) -> None:
@@ -380,17 +396,17 @@ def _take(plugin: dict[str, object]) -> None:
         request_id="0" * 16,
         began_ns=0,
     )
-    unknown = {"cniVersion", "name", "type", "ipam", "capabilities"}
-    if plugin["type"] == "bridge":
-        bridge.parse(request)
-        assert set(plugin) - unknown <= set(_keys(bridge.BridgeConf))
+    known = {"cniVersion", "name", "type", "ipam", "capabilities"}
+    if (kind := _INTERFACE_KEYS.get(str(plugin["type"]))) is not None:
+        registry.load(str(plugin["type"])).parse(request)
+        assert set(plugin) - known <= set(_keys(kind))
     ipam = plugin.get("ipam", {})
     assert isinstance(ipam, dict)
-    if ipam.get("type") == "ipamd":
-        ipamd.parse(request)
-        assert set(ipam) - {"type"} <= set(_keys(ipamd.IpamConf))
-        inner = {key for ranges in ipam.get("ranges", []) for one in ranges for key in one}
-        assert inner <= set(_keys(ipamd.RangeConf))
+    if (kind := _IPAM_KEYS.get(ipam.get("type", ""))) is not None:
+        registry.load(ipam["type"]).parse(request)
+        assert set(ipam) - {"type"} <= set(_keys(kind))
+        inner = {key for range_set in ipam.get("ranges", []) for one in range_set for key in one}
+        assert inner <= set(_keys(ranges.RangeConf))
 
 
 def test_the_example_of_an_attachment_record_is_one() -> None:
