@@ -5,8 +5,9 @@ Rules of this file
   everything per container is an element of a set. So the cost of a container does not grow with their number.
 - The tables are written by libnftables (in this process, no exec). It costs milliseconds, so it is done only when an
   element was refused because its set is missing.
-- Elements go through nfnetlink directly: libnftables' own element commands read the whole table once it has an
-  interval set (12 ms at 10,000 elements), a batch of ours costs tens of microseconds at any size.
+- Elements go through nfnetlink directly: libnftables' own element commands first read the plain interval sets of the
+  table (14 ms beside one of 10,000; 0.05 ms beside our concatenated ones, which it does not read), a batch of ours
+  costs tens of microseconds at any size.
 - Each batch also adds the element 1 of the set `SCHEMA`. It is there already, so nothing happens; where the tables are
   missing or of another version, the batch as a whole is refused with ENOENT, and the caller learns of it for free.
 - A batch takes effect as a whole or not at all (nf_tables commits by transaction).
