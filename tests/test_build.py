@@ -171,6 +171,19 @@ def test_the_ci_runs_everything_also_when_something_failed(
     assert ("FAILED: " + failing in done.stdout) == bool(status)
 
 
+def test_the_ci_tries_failed_tests_once_more(clone: Path, tmp_path: Path) -> None:
+    fake = tmp_path / "fake"
+    fake.mkdir()
+    (fake / "make").write_text('#!/bin/sh\necho "make $*" >>made\n[ "$*" != test ]\n')
+    (fake / "make").chmod(0o755)
+    done = run([".ci/run"], clone, {"PATH": f"{fake}:{os.environ['PATH']}"})
+    assert done.returncode == 0
+    assert "make test ARGS=--last-failed" in (clone / "made").read_text().splitlines()
+    assert "test (second try)" in done.stdout
+    (fake / "make").write_text('#!/bin/sh\n[ "$1" != test ]\n')
+    assert run([".ci/run"], clone, {"PATH": f"{fake}:{os.environ['PATH']}"}).returncode == 1
+
+
 @pytest.mark.kernel
 class TestPreflight:
     """Who may not, and what the kernel cannot, is told in one line with exit 2."""

@@ -1,5 +1,6 @@
 """The API, over a real socket to a real process."""
 
+import contextlib
 import json
 import os
 import stat
@@ -272,7 +273,10 @@ def test_metrics_and_health_pages(tmp_path: Path) -> None:
 def _listening_port(daemon: Daemon) -> str:
     """The kernel chose the port; the process' only TCP socket tells it."""
     assert daemon.process is not None
-    inodes = {os.readlink(f"/proc/{daemon.process.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{daemon.process.pid}/fd")}
+    inodes = set()
+    for fd in os.listdir(f"/proc/{daemon.process.pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            inodes.add(os.readlink(f"/proc/{daemon.process.pid}/fd/{fd}"))
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         fields = line.split()
         if f"socket:[{fields[9]}]" in inodes and fields[3] == "0A":
