@@ -26,7 +26,7 @@ from bench import addresses, attach, disk, report
 from bench.host import BenchError, Budget, Plan
 from bench.stats import Row, Spec
 from bench.verdict import complaints
-from tests.hosts import ROOT, HostError, remove_scratch, sweep
+from tests.hosts import ROOT, HostError, keep_in_memory, remove_scratch, sweep
 
 OUT = ROOT / "out"
 _FULL_S, _QUICK_S = 600.0, 80.0
@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     file = OUT / ("bench-part.json" if given.only else "bench-quick.json" if given.quick else "bench.json")
     try:
         if given.run or not given.check or not file.exists():
+            keep_in_memory()  # /run of a host; what must be on a disk is below --state
             rows = run(given, wanted)
             write(file, rows)
         else:

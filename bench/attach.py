@@ -195,7 +195,7 @@ def _measure_warm(
     if not mine:
         return
     try:
-        ours = _side(hosts, "warm", CNI_BIN, {"type": "ipamd"}, place, warm.start)
+        ours = _side(hosts, "warm", CNI_BIN, {"type": "ipamd"}, place, lambda host, at: warm.start(host, at, hosts))
     except (BenchError, HostError, OSError) as error:
         # Where there is no warm way at all nobody is to fail for it; where there is one, it must start.
         yield from (absent(spec, str(error), excused=not warm.exists()) for spec in mine)

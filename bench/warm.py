@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from bench.host import BenchError
@@ -20,6 +21,7 @@ from tests.hosts import CNI_BIN, ROOT, Host, wait_until
 _SOURCE = ROOT / "warm" / "launcher.c"
 _MASTER = ROOT / "warm" / "host.py"
 _SOCKET = "/run/netloom/cni.sock"
+_STOP_S = 90
 _NO_COLD_WAY = "/nonexistent/cold-is-not-measured-here"
 
 
@@ -28,8 +30,11 @@ def exists() -> bool:
     return _SOURCE.exists() and _MASTER.exists()
 
 
-def start(host: Host, place: Path) -> None:
-    """Installs the launchers and returns once the master's socket takes connections. Raises BenchError, HostError."""
+def start(host: Host, place: Path, until: ExitStack) -> None:
+    """Installs the launchers and returns once the master's socket takes connections; the end of `until` stops it.
+
+    Raises BenchError, HostError.
+    """
     if not exists():
         raise BenchError(f"there is no warm way yet ({_SOURCE.relative_to(ROOT)}, {_MASTER.relative_to(ROOT)})")
     launcher = _compiled(place)
@@ -37,7 +42,8 @@ def start(host: Host, place: Path) -> None:
         shutil.copy2(launcher, host.path(CNI_BIN) / plugin)
     log = host.directory / "master.log"
     with log.open("w", encoding="utf-8") as file:
-        master = host.popen([sys.executable, "-m", "warm.host"], stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+        master = host.popen([sys.executable, "-m", "warm"], stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+    until.callback(_stop, master)
 
     def said() -> str:
         return log.read_text(encoding="utf-8", errors="replace")[-2000:]
@@ -48,6 +54,15 @@ def start(host: Host, place: Path) -> None:
         return answers(host.path(_SOCKET))
 
     wait_until(serving, "the warm master", said)
+
+
+def _stop(master: subprocess.Popen[str]) -> None:
+    """SIGTERM, and wait: killed, it would leave its workers to the host's teardown, which calls that an error."""
+    master.terminate()
+    try:
+        master.wait(_STOP_S)
+    except subprocess.TimeoutExpired:
+        raise BenchError(f"the warm master did not stop within {_STOP_S} s") from None
 
 
 def answers(path: Path) -> bool:
@@ -71,7 +86,16 @@ def _compiled(place: Path) -> Path:
     if compiler is None:
         raise BenchError("no C compiler for the launcher: apt-get install -y gcc libc6-dev")
     program = place / "launcher"
-    argv = [compiler, "-O2", f'-DNETLOOM_COLD="{_NO_COLD_WAY}"', "-o", str(program), str(_SOURCE)]
+    argv = [
+        compiler,
+        "-std=c11",
+        "-O2",
+        "-static",
+        f'-DNETLOOM_COLD="{_NO_COLD_WAY}"',
+        "-o",
+        str(program),
+        str(_SOURCE),
+    ]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise BenchError(f"{' '.join(argv)} exited {done.returncode}: {done.stderr[-2000:]}")

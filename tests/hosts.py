@@ -40,7 +40,8 @@ CNI_BIN = "/opt/cni/bin"
 PROGRAM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
-_SCRATCH = "/tmp"  # short, because the path of a unix socket ends after 107 bytes
+# Short, because the path of a unix socket ends after 107 bytes.
+_DISK, _MEMORY = "/tmp", "/dev/shm"
 # The host's own. All of /run, so that locks and sockets of other programs are apart too.
 _FIXED = ("/run", "/var/lib/netloom", "/etc/netloom", "/opt/cni/bin", "/etc/cni/net.d", "/var/lib/cni")
 
@@ -588,15 +589,30 @@ def wait_until(
 _own_scratch: dict[int, Path] = {}
 
 
+def keep_in_memory() -> bool:
+    """From now on hosts are made on a tmpfs, as /run is on a real host, where a file costs a tenth of one on a disk; to
+    be called before the first host. False, and they stay on the disk, where there is no tmpfs that programs can run on.
+    What must be on a disk needs a path of its own then."""
+    fields = [line.split() for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()]
+    usable = any(f[1] == _MEMORY and f[2] == "tmpfs" and "noexec" not in f[3].split(",") for f in fields)
+    if usable and os.getpid() not in _own_scratch:
+        _make_scratch(_MEMORY)
+    return usable
+
+
 def scratch() -> Path:
     """The directory for all that this process's hosts write, made at first use: /tmp/netloom-<uid>-<pid>-<random>."""
+    if os.getpid() not in _own_scratch:
+        _make_scratch(_DISK)
+    return _own_scratch[os.getpid()]
+
+
+def _make_scratch(base: str) -> None:
     pid = os.getpid()
-    if pid not in _own_scratch:
-        path = Path(tempfile.mkdtemp(prefix=f"netloom-{os.geteuid()}-{pid}-", dir=_SCRATCH))
-        path.chmod(0o755)
-        (path / "owner").write_text(_identity(pid), encoding="ascii")
-        _own_scratch[pid] = path
-    return _own_scratch[pid]
+    path = Path(tempfile.mkdtemp(prefix=f"netloom-{os.geteuid()}-{pid}-", dir=base))
+    path.chmod(0o755)
+    (path / "owner").write_text(_identity(pid), encoding="ascii")
+    _own_scratch[pid] = path
 
 
 def remove_scratch() -> None:
@@ -609,7 +625,8 @@ def remove_scratch() -> None:
 def sweep() -> list[str]:
     """Removes what dead runs of this user left behind, and says what that was. Safe beside runs that are alive."""
     done = []
-    for path in sorted(Path(_SCRATCH).glob(f"netloom-{os.geteuid()}-*")):
+    left = [path for base in (_DISK, _MEMORY) for path in Path(base).glob(f"netloom-{os.geteuid()}-*")]
+    for path in sorted(left):
         with contextlib.suppress(FileNotFoundError):  # swept by another run in the same moment
             if path.is_symlink() or not path.is_dir() or path.stat().st_uid != os.geteuid() or _owner_lives(path):
                 continue
@@ -649,7 +666,9 @@ def _boot() -> str:
 def _processes_in(directory: str) -> Iterator[tuple[int, str]]:
     """Processes that see something of `directory` mounted: only those of its hosts, as it is mounted nowhere else."""
     own = os.readlink("/proc/self/ns/mnt")
-    mark = f"/{directory.removeprefix('/').partition('/')[2]}/"  # the root of a mount is told within its file system
+    # The root of a mount is told within its file system, which may begin at any directory above.
+    base = next((base for base in (_DISK, _MEMORY) if directory.startswith(f"{base}/")), "")
+    mark = f"{directory.removeprefix(base)}/"
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue
