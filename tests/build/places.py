@@ -43,7 +43,8 @@ class Tree:
 
     def run(self, script: str, destination: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
         """One of the scripts in build/, as the Makefile calls it."""
-        added = {"DESTDIR": str(destination)} if destination else {}
+        # A script that is killed leaves its working directory; it is to go with the tree.
+        added = {"TMPDIR": str(self.root / "out"), **({"DESTDIR": str(destination)} if destination else {})}
         return subprocess.run(
             ["sh", f"build/{script}"],
             cwd=self.root,
