@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
@@ -64,16 +66,25 @@ def _remove(host: Session, records: Records, record: Record, lock: Lock) -> bool
     with lock(record.key.container_id, record.key.ifname):
         if records.read(record.key) != record:
             return False  # a DEL or a newer ADD came meanwhile
-        for name in record.links:
-            delete_port(host, name)
-        records.remove(host, record)
+        discard(host, records, record)
     return True
 
 
+def discard(host: Session, records: Records, record: Record) -> None:
+    """Remove all that a record names, then the record. A failure leaves it, so that a second attempt knows of it."""
+    for name in record.links:
+        delete_port(host, name)
+    for path in record.files:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+    records.remove(host, record)
+
+
 def delete_port(host: Session, name: str) -> None:
-    """Delete the host's end of a veth pair, if it is there and is one."""
+    """Delete a link of one attachment, if it is there and of a kind that we make: the host's end of a veth pair, or
+    an ifb device."""
     found = link.find(host, name)
-    if found is not None and found.kind == "veth":
+    if found is not None and found.kind in ("veth", "ifb"):
         link.delete(host, name)
 
 

@@ -55,6 +55,7 @@ class Record:
     netns_inode: int = 0  # 0: unknown
     netns_cookie: int = 0  # 0: unknown
     links: tuple[str, ...] = ()  # host links that belong to this attachment alone
+    files: tuple[str, ...] = ()  # absolute paths that go with it, such as tuning's backup
     bridge: str = ""  # the bridge it hangs on, "" for none
     elements: tuple[Element, ...] = ()  # of this attachment alone
     shared: tuple[Element, ...] = ()  # of all attachments of the network

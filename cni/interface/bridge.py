@@ -19,8 +19,8 @@ from typing import Annotated
 
 import msgspec
 
+from cni import attachment, config, delegate
 from cni import check as verify
-from cni import config, delegate
 from cni.errors import CniError, Code
 from cni.failures import Failures
 from cni.interface import container, veth
@@ -116,7 +116,7 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
             netns_inode=sandbox.identity.inode,
             netns_cookie=inside.cookie,
         )
-        veth.write_record(host, records, record, undo)
+        attachment.write_record(host, records, record, undo)
         bridge = _ensure_bridge(host, conf)
         if conf.gateway:
             _ensure_gateways(host, bridge, conf, [_gateway_interface(ip) for ip in ips])
@@ -181,9 +181,9 @@ def _record(request: Request, conf: BridgeConf, ips: list[IPConfig], port_name: 
     """What this attachment wants of the host's kernel."""
     own, shared = veth.masquerade(request, ips if conf.ip_masq else ())
     if conf.macspoofchk:
-        own += nft.spoof_check(port_name, mac, veth.owner(request))
+        own += nft.spoof_check(port_name, mac, attachment.owner(request))
     return Record(
-        veth.key(request),
+        attachment.key(request),
         netns=request.netns,
         links=(port_name,),
         bridge=conf.bridge,

@@ -22,8 +22,8 @@ from typing import Annotated
 
 import msgspec
 
+from cni import attachment, config, delegate
 from cni import check as verify
-from cni import config, delegate
 from cni.errors import CniError, Code
 from cni.failures import Failures
 from cni.interface import veth
@@ -81,7 +81,7 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
         port_name = veth.free_name(host)
         own, shared = veth.masquerade(request, ips if conf.ip_masq else ())
         record = Record(
-            veth.key(request),
+            attachment.key(request),
             netns=request.netns,
             netns_inode=sandbox.identity.inode,
             netns_cookie=inside.cookie,
@@ -89,7 +89,7 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
             elements=tuple(own),
             shared=tuple(shared),
         )
-        veth.write_record(host, records, record, undo)
+        attachment.write_record(host, records, record, undo)
         veth.forward(ip_address(ip.gateway).version for ip in ips)
         veth.make(host, VethSpec(port_name, request.ifname, sandbox.fd, conf.mtu), undo)
         _configure_host(host, link.get(host, port_name), ips)

@@ -1,4 +1,4 @@
-"""The host's end of a veth pair and its attachment record, once for the plugins that make one.
+"""The host's end of a veth pair, once for the plugins that make one.
 
 Rules of this file
 - The record is on disk before the kernel is touched; from it DEL and GC know what there is without asking anybody.
@@ -11,32 +11,21 @@ import time
 from collections.abc import Iterable
 from ipaddress import ip_interface
 
-from cni import config, delegate
+from cni import attachment, config, delegate
 from cni.errors import CniError, Code
-from cni.failures import Failures, note
+from cni.failures import Failures
 from cni.interface import container
-from cni.living import Observer
 from cni.request import Request
 from cni.result import IPConfig
 from cni.undo import Undo
 from kernel import leftovers, link, nft, paths, sysctl
 from kernel.errors import KernelError, NotFound
 from kernel.link import Link, VethSpec
-from kernel.record import Key, Record, Records
+from kernel.record import Record, Records
 from kernel.session import Session, Visit
 
 _TRIES = 10
 _CARRIER_TIMEOUT_S = 5.0
-
-
-def key(request: Request) -> Key:
-    """Whose record."""
-    return Key(request.network, request.container_id, request.ifname, request.plugin)
-
-
-def owner(request: Request) -> str:
-    """The comment of an attachment's nftables elements."""
-    return f"{request.network} {request.container_id[:64]} {request.ifname}"
 
 
 def check_masquerade_backend(backend: str) -> None:
@@ -53,7 +42,7 @@ def masquerade(request: Request, ips: Iterable[IPConfig]) -> tuple[list[nft.Elem
     """The elements that let the traffic of the addresses leave under the host's: the attachment's own, and those that
     all attachments of the network share."""
     interfaces = [ip_interface(ip.address) for ip in ips]
-    own = [nft.masquerade(str(interface.ip), owner(request)) for interface in interfaces]
+    own = [nft.masquerade(str(interface.ip), attachment.owner(request)) for interface in interfaces]
     return own, [nft.no_masquerade(str(interface.network)) for interface in interfaces]
 
 
@@ -67,11 +56,9 @@ def clear_the_way(request: Request, host: Session, records: Records, inside: Vis
         CniError: 4, the container has an interface of that name.
     """
     container.refuse_taken(request, inside)
-    left = records.read(key(request))
+    left = records.read(attachment.key(request))
     if left is not None:
-        for name in left.links:
-            leftovers.delete_port(host, name)
-        records.remove(host, left)
+        leftovers.discard(host, records, left)
 
 
 def free_name(host: Session) -> str:
@@ -81,12 +68,6 @@ def free_name(host: Session) -> str:
         if link.find(host, name) is None:
             return name
     raise CniError(Code.INTERNAL, f"no free name for the host's end of a veth pair after {_TRIES} tries")
-
-
-def write_record(host: Session, records: Records, record: Record, undo: Undo) -> None:
-    """Write the record; `undo` removes it, and its elements from the kernel."""
-    undo.push("remove the attachment record", lambda: records.remove(host, record))
-    records.write(record)
 
 
 def make(host: Session, spec: VethSpec, undo: Undo, master: int = 0) -> None:
@@ -150,12 +131,12 @@ def delete(request: Request, host: Session) -> None:
     Everything is attempted; the first failure is raised at the end, so that the runtime tries again.
     """
     records = Records(paths.run_dir(request.environment))
-    record = records.read(key(request))
+    record = records.read(attachment.key(request))
     with Failures() as failures:
         if record is not None:
             for name in record.links:
                 failures.attempt(leftovers.delete_port, host, name)
-        if request.netns and (record is not None or not records.elsewhere(key(request))):
+        if request.netns and (record is not None or not records.elsewhere(attachment.key(request))):
             # Where the host's end was not known: the record is lost, or another engine made it. But not where the name
             # is another network's: runtimes send a DEL after an ADD that was refused for just that.
             failures.attempt(container.delete_interfaces, request, host, (request.ifname,))
@@ -169,24 +150,10 @@ def delete(request: Request, host: Session) -> None:
 def collect(request: Request, host: Session, failures: Failures) -> list[Record]:
     """Remove what attachments left that the runtime does not know any more, then let the IPAM plugin do the same.
 
-    An attachment whose interface still lives in its namespace is reported and left alone: its container runs.
-
     Returns:
         The records that the network had.
     """
-    valid = {(attachment.container_id, attachment.ifname) for attachment in request.valid_attachments}
-    records = Records(paths.run_dir(request.environment))
-    observer = Observer(host)
-    found = list(records.of_network(request.network, request.plugin))
-    for record in found:
-        if (record.key.container_id, record.key.ifname) in valid:
-            continue
-        if observer.attached(record.netns, record.netns_inode, record.netns_cookie, record.key.ifname):
-            note(f"GC: {record.key.container_id} {record.key.ifname} is not in the list, but its interface lives")
-            continue
-        for name in record.links:
-            failures.attempt(leftovers.delete_port, host, name)
-        failures.attempt(records.remove, host, record)
+    found = attachment.collect(request, host, failures)
     if request.ipam_type:
         failures.attempt(delegate.gc, request, host)
     return found

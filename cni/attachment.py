@@ -1,0 +1,50 @@
+"""An attachment's record, once for all plugins: interface plugins and those chained after them keep one each.
+
+The record is on disk before the kernel is touched; from it DEL and GC know what there is without asking anybody.
+"""
+
+from cni.failures import Failures, note
+from cni.living import Observer
+from cni.request import Request
+from cni.undo import Undo
+from kernel import leftovers, paths
+from kernel.record import Key, Record, Records
+from kernel.session import Session
+
+
+def key(request: Request) -> Key:
+    """Whose record."""
+    return Key(request.network, request.container_id, request.ifname, request.plugin)
+
+
+def owner(request: Request) -> str:
+    """The comment of an attachment's nftables elements."""
+    return f"{request.network} {request.container_id[:64]} {request.ifname}"
+
+
+def write_record(host: Session, records: Records, record: Record, undo: Undo) -> None:
+    """Write the record; `undo` removes it, and its elements from the kernel."""
+    undo.push("remove the attachment record", lambda: records.remove(host, record))
+    records.write(record)
+
+
+def collect(request: Request, host: Session, failures: Failures) -> list[Record]:
+    """Remove what attachments of this network and plugin left that the runtime does not know any more.
+
+    An attachment whose interface still lives in its namespace is reported and left alone: its container runs.
+
+    Returns:
+        The records that the network had.
+    """
+    valid = {(attachment.container_id, attachment.ifname) for attachment in request.valid_attachments}
+    records = Records(paths.run_dir(request.environment))
+    observer = Observer(host)
+    found = list(records.of_network(request.network, request.plugin))
+    for record in found:
+        if (record.key.container_id, record.key.ifname) in valid:
+            continue
+        if observer.attached(record.netns, record.netns_inode, record.netns_cookie, record.key.ifname):
+            note(f"GC: {record.key.container_id} {record.key.ifname} is not in the list, but its interface lives")
+            continue
+        failures.attempt(leftovers.discard, host, records, record)
+    return found
