@@ -241,12 +241,13 @@ class Host:
     """One host; use it as a context manager. Two hosts share nothing but the machine's files that no host covers.
 
     `plugins` says whether /opt/cni/bin is filled with ours. `sysfs` mounts a sysfs that shows this host's devices;
-    the machine's cgroups below /sys are then hidden.
+    the machine's cgroups below /sys are then hidden. `own`: further directories that are to be the host's own.
     """
 
     name: str = "host"
     plugins: bool = True
     sysfs: bool = False
+    own: tuple[str, ...] = ()
     directory: Path = field(init=False)
     _net: int = field(init=False, default=-1)
     _mnt: int = field(init=False, default=-1)
@@ -254,13 +255,13 @@ class Host:
     _ipamd: Ipamd | None = field(init=False, default=None)
 
     def __enter__(self) -> Self:
-        if any(f"{ROOT}/".startswith(f"{fixed}/") for fixed in _FIXED):
+        if any(f"{ROOT}/".startswith(f"{fixed}/") for fixed in self._fixed):
             raise HostError(f"{ROOT} is below a path that each host has to itself: clone the repository elsewhere")
         self.directory = Path(tempfile.mkdtemp(prefix=f"{self.name[:12]}-", dir=scratch()))
         try:
             # Programs that are not root look into a host too, whatever the umask is.
             self.directory.chmod(0o755)
-            for path in _FIXED:
+            for path in self._fixed:
                 _make(self.path(path))
             _make(self.directory / "cover")
             _make(self.path("/run/netns"))
@@ -281,12 +282,16 @@ class Host:
         if problems and error is None:
             raise HostError(f"host {self.name}: " + "; ".join(problems))
 
+    @property
+    def _fixed(self) -> tuple[str, ...]:
+        return (*_FIXED, *self.own)
+
     def path(self, inside: str) -> Path:
         """Where this process finds a file that the host sees under one of its own fixed paths."""
         if inside.startswith("/var/run/"):
             inside = inside[4:]
-        if not any(inside == fixed or inside.startswith(fixed + "/") for fixed in _FIXED):
-            raise HostError(f"{inside} is not below any path that a host has to itself: {', '.join(_FIXED)}")
+        if not any(inside == fixed or inside.startswith(fixed + "/") for fixed in self._fixed):
+            raise HostError(f"{inside} is not below any path that a host has to itself: {', '.join(self._fixed)}")
         return self.directory / "fs" / inside[1:]
 
     def command(self, argv: Sequence[str], cwd: str | Path = ROOT) -> list[str]:
@@ -526,7 +531,7 @@ class Host:
     def _open_namespaces(self) -> None:
         argv = ["unshare", "--net", "--mount", "--propagation", "private", "sh", "-c", _SET_UP, "sh"]
         with subprocess.Popen(
-            [*argv, str(self.directory), *_FIXED],
+            [*argv, str(self.directory), *self._fixed],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
