@@ -22,7 +22,7 @@ import ctypes
 import errno
 import os
 import struct
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 
@@ -33,13 +33,25 @@ from kernel.netlink import Message, attr, attribute_list, attributes, nested, st
 from kernel.session import Session
 
 TABLE = "netloom"
-SCHEMA = "schema1"  # raise the number with every change of _TABLES
+FORWARD_MARK = 1 << 24  # on packets that our forward chain lets pass, for the firewalls that come after it
+SCHEMA = "schema2"  # raise the number with every change of _TABLES
 
 # masq4, masq6: containers whose traffic leaves under the host's address.
 # nomasq4, nomasq6: (source network . destination network) where it does not. No element may lie within another: the
 #   kernel refuses that, as the set has intervals.
+# dnat4, dnat6: published ports of one host address, (host address . protocol . port) to (container address . port);
+#   anydnat4, anydnat6: those of all, (protocol . port).
+# cond4 and its like: the same with conditions, to the attachment's own chain. A map has one verdict for a key, and what
+#   the chain does not translate goes on to the next rule.
+# published4, published6: every such target, (container address . protocol . container port).
+# hairpin4, hairpin6: those of them that the network's own containers, and the host by 127.0.0.1, reach under the host's
+#   address, as replies would not come back this way otherwise; within4, within6: (network . network) of these networks.
+# masqall4, masqall6: targets that everybody reaches under the host's address.
+#   All this takes no mark: a target that somebody else's DNAT leads to as well is no worse off.
+# accept4, accept6: containers that may talk to whom they like and get answers, whatever another firewall says.
+# separated: bridges whose traffic does not go to another such bridge; same: (bridge . bridge), each with itself.
 # guarded: bridge ports whose source MAC is checked; allowed: (port . MAC) that may pass there.
-# A port without an entry in `guarded` costs one hash look-up.
+# What no element is in costs one hash look-up a packet.
 _TABLES = {
     "inet": f"""
 table inet {TABLE} {{
@@ -47,24 +59,57 @@ table inet {TABLE} {{
 		type mark
 		elements = {{ 1 }}
 	}}
-	set masq4 {{
-		type ipv4_addr
+@SETS@
+	chain guard {{
+		type filter hook prerouting priority raw; policy accept;
+		iifname != "lo" ip saddr 127.0.0.0/8 drop
+		iifname != "lo" ip daddr 127.0.0.0/8 drop
 	}}
-	set masq6 {{
-		type ipv6_addr
+	chain ports {{
+		dnat ip to ip daddr . meta l4proto . th dport map @dnat4
+		ip daddr . meta l4proto . th dport vmap @cond4
+		meta nfproto ipv4 dnat ip to meta l4proto . th dport map @anydnat4
+		meta nfproto ipv4 meta l4proto . th dport vmap @anycond4
+		dnat ip6 to ip6 daddr . meta l4proto . th dport map @dnat6
+		ip6 daddr . meta l4proto . th dport vmap @cond6
+		meta nfproto ipv6 dnat ip6 to meta l4proto . th dport map @anydnat6
+		meta nfproto ipv6 meta l4proto . th dport vmap @anycond6
 	}}
-	set nomasq4 {{
-		type ipv4_addr . ipv4_addr
-		flags interval
+	chain prerouting {{
+		type nat hook prerouting priority dstnat; policy accept;
+		fib daddr type local jump ports
 	}}
-	set nomasq6 {{
-		type ipv6_addr . ipv6_addr
-		flags interval
+	chain output {{
+		type nat hook output priority -100; policy accept;
+		fib daddr type local jump ports
+	}}
+	chain published {{
+		ip daddr . meta l4proto . th dport @masqall4 masquerade
+		ip saddr 127.0.0.0/8 ip daddr . meta l4proto . th dport @hairpin4 masquerade
+		ip saddr . ip daddr @within4 ip daddr . meta l4proto . th dport @hairpin4 masquerade
+		ip6 daddr . meta l4proto . th dport @masqall6 masquerade
+		ip6 saddr . ip6 daddr @within6 ip6 daddr . meta l4proto . th dport @hairpin6 masquerade
 	}}
 	chain postrouting {{
 		type nat hook postrouting priority srcnat; policy accept;
+		ct status dnat jump published
 		ip saddr @masq4 ip daddr != 224.0.0.0/4 ip saddr . ip daddr != @nomasq4 masquerade
 		ip6 saddr @masq6 ip6 daddr != ff00::/8 ip6 saddr . ip6 daddr != @nomasq6 masquerade
+	}}
+	chain accepted {{
+		meta mark set meta mark | @MARK@
+	}}
+	chain forward {{
+		type filter hook forward priority filter - 10; policy accept;
+		iifname @separated oifname @separated iifname . oifname != @same drop
+		ip saddr @accept4 goto accepted
+		ip6 saddr @accept6 goto accepted
+		ct state established,related ip daddr @accept4 goto accepted
+		ct state established,related ip6 daddr @accept6 goto accepted
+		ct status dnat ip daddr . meta l4proto . th dport @published4 goto accepted
+		ct status dnat ip saddr . meta l4proto . th sport @published4 goto accepted
+		ct status dnat ip6 daddr . meta l4proto . th dport @published6 goto accepted
+		ct status dnat ip6 saddr . meta l4proto . th sport @published6 goto accepted
 	}}
 }}
 """,
@@ -75,12 +120,7 @@ table bridge {TABLE} {{
 		type mark
 		elements = {{ 1 }}
 	}}
-	set guarded {{
-		type ifname
-	}}
-	set allowed {{
-		type ifname . ether_addr
-	}}
+@SETS@
 	chain prerouting {{
 		type filter hook prerouting priority dstnat; policy accept;
 		iifname @guarded iifname . ether saddr != @allowed counter drop
@@ -91,14 +131,69 @@ table bridge {TABLE} {{
 
 _FAMILIES = {"inet": 1, "bridge": 7}
 
-# What each set's key is made of.
-_SETS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "masq4": ("inet", ("ip",)),
-    "masq6": ("inet", ("ip",)),
-    "nomasq4": ("inet", ("network", "network")),
-    "nomasq6": ("inet", ("network", "network")),
-    "guarded": ("bridge", ("ifname",)),
-    "allowed": ("bridge", ("ifname", "mac")),
+
+@dataclass(frozen=True, slots=True)
+class _Set:
+    """What the elements of a set or map are made of.
+
+    `shared`: its elements are wanted by networks, not by single attachments.
+    """
+
+    family: str
+    key: tuple[str, ...]
+    size: int = 4  # of an address, in bytes
+    data: tuple[str, ...] = ()
+    shared: bool = False
+
+    @property
+    def declaration(self) -> str:
+        """Its type, as nft writes it."""
+        address = "ipv4_addr" if self.size == 4 else "ipv6_addr"
+        names = {"ip": address, "network": address, **_TYPE_NAMES}
+        words = " . ".join(names[kind] for kind in self.key)
+        if self.data:
+            words += " : " + " . ".join(names[kind] for kind in self.data)
+        return words + ("; flags interval" if "network" in self.key else "")
+
+
+_TYPE_NAMES = {
+    "ifname": "ifname",
+    "mac": "ether_addr",
+    "protocol": "inet_proto",
+    "port": "inet_service",
+    "verdict": "verdict",
+}
+_WIDTHS = {"ifname": 16, "mac": 6, "protocol": 1, "port": 2}
+_PROTOCOLS = {"tcp": 6, "udp": 17, "sctp": 132}
+_PROTOCOL_NAMES = {number: name for name, number in _PROTOCOLS.items()}
+
+
+def _per_family() -> dict[str, _Set]:
+    sets: dict[str, _Set] = {}
+    target, port = ("ip", "protocol", "port"), ("protocol", "port")
+    for version, size in (("4", 4), ("6", 16)):
+        sets |= {
+            f"masq{version}": _Set("inet", ("ip",), size),
+            f"nomasq{version}": _Set("inet", ("network", "network"), size, shared=True),
+            f"dnat{version}": _Set("inet", target, size, ("ip", "port")),
+            f"anydnat{version}": _Set("inet", port, size, ("ip", "port")),
+            f"cond{version}": _Set("inet", target, size, ("verdict",)),
+            f"anycond{version}": _Set("inet", port, size, ("verdict",)),
+            f"published{version}": _Set("inet", target, size),
+            f"hairpin{version}": _Set("inet", target, size),
+            f"masqall{version}": _Set("inet", target, size),
+            f"within{version}": _Set("inet", ("network", "network"), size, shared=True),
+            f"accept{version}": _Set("inet", ("ip",), size),
+        }
+    return sets
+
+
+_SETS: dict[str, _Set] = {
+    **_per_family(),
+    "separated": _Set("inet", ("ifname",), shared=True),
+    "same": _Set("inet", ("ifname", "ifname"), shared=True),
+    "guarded": _Set("bridge", ("ifname",)),
+    "allowed": _Set("bridge", ("ifname", "mac")),
 }
 
 _SUBSYSTEM = 10 << 8
@@ -107,8 +202,10 @@ _SET_NAME = 2
 _NEWSETELEM, _GETSETELEM, _DELSETELEM = _SUBSYSTEM | 12, _SUBSYSTEM | 13, _SUBSYSTEM | 14
 _BATCH_BEGIN, _BATCH_END = 16, 17
 _LIST_TABLE, _LIST_SET, _LIST_ELEMENTS = 1, 2, 3
-_ELEM_KEY, _ELEM_USERDATA, _ELEM_KEY_END = 1, 6, 10
-_DATA_VALUE = 1
+_ELEM_KEY, _ELEM_DATA, _ELEM_USERDATA, _ELEM_KEY_END = 1, 2, 6, 10
+_DATA_VALUE, _DATA_VERDICT = 1, 2
+_VERDICT_CODE, _VERDICT_CHAIN = 1, 2
+_JUMP = struct.pack(">i", -3)
 _UDATA_COMMENT = 0
 _HEADER = struct.Struct(">BBH")
 # In one message: an attribute's length has 16 bits, and the largest element with its comment takes under 240 bytes.
@@ -119,19 +216,22 @@ _BATCH_BODY = struct.pack(">BBH", 0, 0, 10)
 
 @dataclass(frozen=True, slots=True)
 class Element:
-    """An element of one of our sets. `key` is as people write it: ("10.1.0.2",) or ("veth12", "02:42:0a:01:00:02").
+    """An element of one of our sets and maps. `key` is as people write it: ("10.1.0.2",) or ("veth12",
+    "02:42:0a:01:00:02") or ("tcp", "8080").
 
     `comment` names the owner, in `nft list table inet netloom` and for us; "" where several attachments share it.
+    `data` is what a map has for the key: ("10.1.0.2", "80"), or the name of the chain to jump to.
     """
 
     set: str
     key: tuple[str, ...]
     comment: str = ""
+    data: tuple[str, ...] = ()
 
     @property
     def family(self) -> str:
         """The table's family: "inet" or "bridge"."""
-        return _SETS[self.set][0]
+        return _SETS[self.set].family
 
 
 def masquerade(address: str, owner: str) -> Element:
@@ -147,6 +247,61 @@ def no_masquerade(network: str) -> Element:
 def spoof_check(port: str, mac: str, owner: str) -> list[Element]:
     """What drops frames that enter a bridge port with another source MAC than this."""
     return [Element("allowed", (port, mac), owner), Element("guarded", (port,), owner)]
+
+
+def publish(
+    host_ip: str,
+    protocol: str,
+    host_port: int,
+    address: str,
+    port: int,
+    owner: str,
+    *,
+    snat: bool = True,
+    all: bool = False,  # noqa: A002
+) -> list[Element]:
+    """What leads a port of the host to one of a container.
+
+    Args:
+        host_ip: the host address that it is published at; "" for every one.
+        protocol: "tcp", "udp" or "sctp".
+        host_port: the host's port.
+        address: the container's address; decides over the family.
+        port: the container's port.
+        owner: for the comment.
+        snat: hide the network's own containers, and the host as 127.0.0.1, behind the host's address.
+        all: hide everybody.
+    """
+    version = ip_address(address).version
+    target = (address, protocol, str(port))
+    key = (protocol, str(host_port))
+    data = (address, str(port))
+    elements = [
+        Element(f"dnat{version}", (host_ip, *key), owner, data)
+        if host_ip
+        else Element(f"anydnat{version}", key, owner, data),
+        Element(f"published{version}", target, owner),
+    ]
+    if all:
+        elements.append(Element(f"masqall{version}", target, owner))
+    elif snat:
+        elements.append(Element(f"hairpin{version}", target, owner))
+    return elements
+
+
+def within(network: str) -> Element:
+    """What lets the containers of a network ("10.1.0.0/16") reach one another by published ports."""
+    return Element(f"within{ip_network(network).version}", (network, network))
+
+
+def accept(address: str, owner: str) -> Element:
+    """What lets a container talk to whom it likes and get answers, whatever another firewall says."""
+    return Element(f"accept{ip_address(address).version}", (address,), owner)
+
+
+def separate(bridge: str) -> list[Element]:
+    """What keeps the traffic of a bridge from other bridges that want the same."""
+    return [Element("same", (bridge, bridge)), Element("separated", (bridge,))]
 
 
 def add(session: Session, elements: Sequence[Element]) -> None:
@@ -189,8 +344,13 @@ def delete(session: Session, elements: Iterable[Element]) -> None:
 
 
 def present(session: Session, element: Element) -> bool:
-    """Whether the set holds exactly this element, whoever owns it."""
+    """Whether the set holds an element of this very key, whoever owns it and wherever it leads."""
     return _find(session, element) is not None
+
+
+def find(session: Session, element: Element) -> Element | None:
+    """What the set or map has for an element's key: with its owner, and with where it leads."""
+    return _find(session, element)
 
 
 def _is_owned(session: Session, element: Element) -> bool:
@@ -223,10 +383,10 @@ def holds(session: Session, element: Element) -> bool:
 
 
 def contains(outer: Element, inner: Element) -> bool:
-    """Whether every packet that matches `inner` matches `outer`."""
-    if outer.set != inner.set:
+    """Whether every packet that matches `inner` matches `outer`, and fares the same."""
+    if outer.set != inner.set or not _same_data(inner, outer):
         return False
-    kinds = _SETS[outer.set][1]
+    kinds = _SETS[outer.set].key
     for kind, wide, narrow in zip(kinds, outer.key, inner.key, strict=True):
         (low, high), (first, last) = _part(kind, wide), _part(kind, narrow)
         if not low <= first <= last <= high:
@@ -244,9 +404,9 @@ def converge(session: Session, sets: Iterable[str], elements: Iterable[Element])
     """
     wanted = {(element.set, element.key): element for element in elements}
     present = {(element.set, element.key): element for name in sets for element in all_elements(session, name)}
-    missing = [e for key, e in wanted.items() if key not in present or _owner(e) != present[key].comment]
+    foreign = [present[key] for key in wanted.keys() & present.keys() if not _same(wanted[key], present[key])]
+    missing = [e for key, e in wanted.items() if key not in present or not _same(e, present[key])]
     stale = [element for key, element in present.items() if key not in wanted]
-    foreign = [present[key] for key in wanted.keys() & present.keys() if _owner(wanted[key]) != present[key].comment]
     try:
         if missing or stale:
             _change(session, [*stale, *foreign], missing)
@@ -261,7 +421,7 @@ def all_elements(session: Session, set_name: str) -> list[Element]:
 
     While the kernel resizes a hash after many additions, its list may miss elements (rhashtable_walk_next).
     """
-    family = _FAMILIES[_SETS[set_name][0]]
+    family = _FAMILIES[_SETS[set_name].family]
     body = _HEADER.pack(family, 0, 0) + string(_LIST_TABLE, TABLE) + string(_LIST_SET, set_name)
     try:
         parts = list(session.netfilter.dump(Message(_GETSETELEM, 0, body, f"list set {set_name}")))
@@ -275,9 +435,9 @@ def element_sets() -> list[str]:
     return list(_SETS)
 
 
-def network_sets() -> list[str]:
-    """Those of them whose elements are networks."""
-    return [name for name, (_, kinds) in _SETS.items() if "network" in kinds]
+def shared_sets(families: Collection[str] = tuple(_FAMILIES)) -> list[str]:
+    """Those of them whose elements belong to networks, not to single attachments."""
+    return [name for name, one in _SETS.items() if one.shared and one.family in families]
 
 
 def ensure_tables(session: Session, families: Collection[str]) -> None:
@@ -287,7 +447,16 @@ def ensure_tables(session: Session, families: Collection[str]) -> None:
     """
     for family in sorted(families):
         if not _current(session, family):
-            run(_removal(family) + _TABLES[family], f"write the table {family} {TABLE}")
+            run(_removal(family) + _table(family), f"write the table {family} {TABLE}")
+
+
+def _table(family: str) -> str:
+    sets = "".join(
+        f"\t{'map' if one.data else 'set'} {name} {{ type {one.declaration}; }}\n"
+        for name, one in _SETS.items()
+        if one.family == family
+    )
+    return _TABLES[family].replace("@SETS@\n", sets).replace("@MARK@", f"{FORWARD_MARK:#x}")
 
 
 def delete_tables() -> None:
@@ -385,14 +554,15 @@ def _messages(kind: int, elements: Sequence[Element], verb: str) -> list[Message
             groups.setdefault((element.set, flags), []).append(element)
         for (name, flags), members in groups.items():
             first = " . ".join(members[0].key) + (f" and {len(members) - 1} more" if len(members) > 1 else "")
-            messages.append(Message(kind, flags, _body(members), f"{verb} {first} in nftables set {name}"))
+            body = _body(members, data=kind == _NEWSETELEM)
+            messages.append(Message(kind, flags, body, f"{verb} {first} in nftables set {name}"))
     return messages
 
 
-def _body(elements: Sequence[Element]) -> bytes:
-    """The body of a message about elements of one set."""
-    family, kinds = _SETS[elements[0].set]
-    return _elements(family, elements[0].set, [_item(kinds, element) for element in elements])
+def _body(elements: Sequence[Element], *, data: bool = False) -> bytes:
+    """The body of a message about elements of one set; `data`: with what a map has for the keys."""
+    family = _SETS[elements[0].set].family
+    return _elements(family, elements[0].set, [_item(element, data=data) for element in elements])
 
 
 def _elements(family: str, set_name: str, items: Iterable[Sequence[bytes]]) -> bytes:
@@ -404,11 +574,17 @@ def _elements(family: str, set_name: str, items: Iterable[Sequence[bytes]]) -> b
     )
 
 
-def _item(kinds: tuple[str, ...], element: Element) -> list[bytes]:
-    start, end = _key(kinds, element.key)
+def _item(element: Element, *, data: bool) -> list[bytes]:
+    one = _SETS[element.set]
+    start, end = _packed(one.key, element.key)
     parts = [nested(_ELEM_KEY, attr(_DATA_VALUE, start))]
     if end is not None:
         parts.append(nested(_ELEM_KEY_END, attr(_DATA_VALUE, end)))
+    if data and one.data == ("verdict",):
+        verdict = nested(_DATA_VERDICT, attr(_VERDICT_CODE, _JUMP), string(_VERDICT_CHAIN, element.data[0]))
+        parts.append(nested(_ELEM_DATA, verdict))
+    elif data and one.data:
+        parts.append(nested(_ELEM_DATA, attr(_DATA_VALUE, _packed(one.data, element.data)[0])))
     if element.comment:
         comment = _comment(element)
         parts.append(attr(_ELEM_USERDATA, bytes([_UDATA_COMMENT, len(comment)]) + comment))
@@ -419,7 +595,7 @@ def _comment(element: Element) -> bytes:
     return element.comment.encode()[:127] + b"\0"
 
 
-def _key(kinds: tuple[str, ...], values: tuple[str, ...]) -> tuple[bytes, bytes | None]:
+def _packed(kinds: tuple[str, ...], values: tuple[str, ...]) -> tuple[bytes, bytes | None]:
     """The key's bytes, and those of its end where it is an interval. Each part is padded to four bytes, as
     concatenations are laid out in registers."""
     if len(kinds) != len(values):
@@ -440,51 +616,83 @@ def _part(kind: str, value: str) -> tuple[bytes, bytes]:
     if kind == "network":
         network = ip_network(value)
         return network.network_address.packed, network.broadcast_address.packed
-    if kind == "ip":
-        packed = ip_address(value).packed
-    elif kind == "ifname":
-        packed = value.encode().ljust(16, b"\0")
-    else:
-        packed = packed_mac(value)
+    match kind:
+        case "ip":
+            packed = ip_address(value).packed
+        case "ifname":
+            packed = value.encode().ljust(16, b"\0")
+        case "mac":
+            packed = packed_mac(value)
+        case "protocol":
+            packed = bytes([_PROTOCOLS[value]])
+        case "port":
+            packed = int(value).to_bytes(2, "big")
+        case _:
+            packed = value.encode()  # the chain of a verdict; never sent like this
     return packed, packed
 
 
 def _parse(set_name: str, body: bytes) -> list[Element]:
-    _family, kinds = _SETS[set_name]
+    one = _SETS[set_name]
     elements = []
     for _kind, item in attribute_list(attributes(body, _HEADER.size).get(_LIST_ELEMENTS, b"")):
         found = attributes(item)
         start = attributes(found.get(_ELEM_KEY, b"")).get(_DATA_VALUE, b"")
         end = attributes(found.get(_ELEM_KEY_END, b"")).get(_DATA_VALUE, start)
-        data = found.get(_ELEM_USERDATA, b"")
-        comment = text(data[2:]) if data[:1] == bytes([_UDATA_COMMENT]) else ""
-        elements.append(Element(set_name, _values(kinds, set_name, start, end), comment))
+        userdata = found.get(_ELEM_USERDATA, b"")
+        comment = text(userdata[2:]) if userdata[:1] == bytes([_UDATA_COMMENT]) else ""
+        elements.append(Element(set_name, _values(one.key, one.size, start, end), comment, _parse_data(one, found)))
     return elements
 
 
-def _values(kinds: tuple[str, ...], set_name: str, start: bytes, end: bytes) -> tuple[str, ...]:
-    size = 16 if set_name.endswith("6") else 4
-    sizes = {"network": size, "ip": size, "ifname": 16, "mac": 6}
+def _parse_data(one: _Set, found: Mapping[int, bytes]) -> tuple[str, ...]:
+    if not one.data:
+        return ()
+    data = attributes(found.get(_ELEM_DATA, b""))
+    if one.data == ("verdict",):
+        return (text(attributes(data.get(_DATA_VERDICT, b"")).get(_VERDICT_CHAIN, b"")),)
+    value = data.get(_DATA_VALUE, b"")
+    return _values(one.data, one.size, value, value)
+
+
+def _values(kinds: tuple[str, ...], size: int, start: bytes, end: bytes) -> tuple[str, ...]:
+    """The parts of a key or of data as people write them; `size` of an address in bytes."""
     values = []
     offset = 0
     for kind in kinds:
-        low, high = start[offset : offset + sizes[kind]], end[offset : offset + sizes[kind]]
-        if kind == "network":
-            width = (int.from_bytes(low, "big") ^ int.from_bytes(high, "big")).bit_length()
-            values.append(f"{ip_address(low)}/{size * 8 - width}")
-        elif kind == "ip":
-            values.append(str(ip_address(low)))
-        elif kind == "ifname":
-            values.append(text(low))
-        else:
-            values.append(low.hex(":"))
-        offset += (sizes[kind] + 3) & ~3
+        width = _WIDTHS.get(kind, size)
+        low, high = start[offset : offset + width], end[offset : offset + width]
+        match kind:
+            case "network":
+                bits = (int.from_bytes(low, "big") ^ int.from_bytes(high, "big")).bit_length()
+                values.append(f"{ip_address(low)}/{size * 8 - bits}")
+            case "ip":
+                values.append(str(ip_address(low)))
+            case "ifname":
+                values.append(text(low))
+            case "protocol":
+                values.append(_PROTOCOL_NAMES.get(low[0], str(low[0])))
+            case "port":
+                values.append(str(int.from_bytes(low, "big")))
+            case _:
+                values.append(low.hex(":"))
+        offset += (width + 3) & ~3
     return tuple(values)
 
 
 def _same_key(wanted: Element, found: Element) -> bool:
-    kinds = _SETS[wanted.set][1]
-    return _key(kinds, wanted.key) == _key(kinds, found.key)
+    kinds = _SETS[wanted.set].key
+    return _packed(kinds, wanted.key) == _packed(kinds, found.key)
+
+
+def _same_data(wanted: Element, found: Element) -> bool:
+    kinds = _SETS[wanted.set].data
+    return not kinds or _packed(kinds, wanted.data) == _packed(kinds, found.data)
+
+
+def _same(wanted: Element, found: Element) -> bool:
+    """Whether two elements of one key have one owner, and lead to the same place."""
+    return _owner(wanted) == found.comment and _same_data(wanted, found)
 
 
 _MARKER = [nested(_ELEM_KEY, attr(_DATA_VALUE, struct.pack("=I", 1)))]

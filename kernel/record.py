@@ -198,12 +198,15 @@ class Records:
     def _settle(self, session: Session, without: str = "") -> None:
         """Make the sets of shared elements hold what is marked, but for one network's wishes. Exclusive."""
         wanted = []
+        touched = set()
         for directory in _entries(self._shared):
             for marker in _entries(directory):
-                if os.path.basename(marker) != _name(without):
-                    with contextlib.suppress(OSError, msgspec.MsgspecError), open(marker, "rb") as file:
-                        wanted.append(msgspec.json.decode(file.read(), type=Element))
-        nft.converge(session, nft.network_sets(), _widest(wanted))
+                with contextlib.suppress(OSError, msgspec.MsgspecError), open(marker, "rb") as file:
+                    element = msgspec.json.decode(file.read(), type=Element)
+                    touched.add(element.set)
+                    if os.path.basename(marker) != _name(without):
+                        wanted.append(element)
+        nft.converge(session, sorted(touched), _widest(wanted))
 
 
 def _widest(elements: Iterable[Element]) -> list[Element]:
