@@ -1,4 +1,4 @@
-"""Links: veth pairs, macvlans, bridges and their ports.
+"""Links: veth pairs, macvlans, ifb devices, bridges and their ports.
 
 Functions take the Door to the namespace in which the link is. A Link is what the kernel said at one moment.
 
@@ -21,7 +21,7 @@ IFNAMSIZ = 16  # with the NUL
 _NEWLINK, _DELLINK, _GETLINK, _SETLINK = 16, 17, 18, 19
 
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_MASTER = 1, 3, 4, 5, 10
-_IFLA_OPERSTATE, _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_NET_NS_FD = 16, 18, 20, 28
+_IFLA_TXQLEN, _IFLA_OPERSTATE, _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_NET_NS_FD = 13, 16, 18, 20, 28
 _IFLA_EXT_MASK, _IFLA_PROMISCUITY, _IFLA_LINK_NETNSID, _IFLA_ALLMULTI = 29, 30, 37, 61
 _INFO_KIND, _INFO_DATA, _INFO_SLAVE_KIND, _INFO_SLAVE_DATA = 1, 2, 4, 5
 _VETH_INFO_PEER = 1
@@ -29,7 +29,7 @@ _MACVLAN_MODE, _MACVLAN_BC_QUEUE_LEN = 1, 7
 _BRPORT_STATE, _BRPORT_HAIRPIN, _BRPORT_ISOLATED = 1, 4, 33
 _SKIP_STATISTICS = 1 << 3  # RTEXT_FILTER_SKIP_STATS: an answer half as long
 
-_IFF_UP, _IFF_PROMISC = 0x1, 0x100
+_IFF_UP, _IFF_PROMISC, _IFF_ALLMULTI = 0x1, 0x100, 0x200
 _ARPHRD_ETHER = 1
 _IFF_LOOPBACK = 0x8
 OPER_UP = 6
@@ -57,6 +57,8 @@ class Link:
     peer: int  # IFLA_LINK: the index of a veth's other end, of a macvlan's master; 0: none
     peer_netnsid: int  # the namespace that index belongs to, by this one's number for it; -1: this one itself
     promiscuous: bool
+    all_multicast: bool  # as it was asked for
+    tx_queue_length: int  # packets
     alias: str
     port_state: int  # of a bridge port, -1: it is none
     hairpin: bool
@@ -204,6 +206,17 @@ def add_macvlan(door: Door, spec: MacvlanSpec) -> None:
     door.rtnl.execute([Message(_NEWLINK, netlink.CREATE | netlink.EXCL, body, what)])
 
 
+def add_ifb(door: Door, name: str, mtu: int) -> None:
+    """Make an ifb device, down and without a queue of its own: what its qdisc holds is all that waits.
+
+    Raises:
+        Exists: a link of that name is there.
+    """
+    body = _IFINFO.pack(0, 0, 0, 0, 0) + string(_IFLA_IFNAME, name) + u32(_IFLA_MTU, mtu) + u32(_IFLA_TXQLEN, 0)
+    body += nested(_IFLA_LINKINFO, string(_INFO_KIND, "ifb"))
+    door.rtnl.execute([Message(_NEWLINK, netlink.CREATE | netlink.EXCL, body, f"add ifb {name}")])
+
+
 def rename(door: Door, index: int, name: str) -> None:
     """Give a link that is down another name.
 
@@ -224,6 +237,11 @@ def delete(door: Door, name: str) -> bool:
     return True
 
 
+def delete_message(index: int) -> Message:
+    """The request that deletes a link by index."""
+    return Message(_DELLINK, 0, _IFINFO.pack(0, 0, index, 0, 0), f"delete link {index}")
+
+
 def set_up(door: Door, index: int) -> None:
     """Bring a link up."""
     door.rtnl.execute([up_message(index)])
@@ -241,14 +259,41 @@ def set_down(door: Door, index: int) -> None:
 
 def set_promiscuous(door: Door, index: int, on: bool) -> None:
     """Switch promiscuous mode."""
+    door.rtnl.execute([promiscuous_message(index, on)])
+
+
+def promiscuous_message(index: int, on: bool) -> Message:
+    """The request that switches promiscuous mode."""
     body = _IFINFO.pack(0, 0, index, _IFF_PROMISC if on else 0, _IFF_PROMISC)
-    door.rtnl.execute([Message(_NEWLINK, 0, body, f"switch promiscuous mode of link {index}")])
+    return Message(_NEWLINK, 0, body, f"switch promiscuous mode of link {index}")
+
+
+def all_multicast_message(index: int, on: bool) -> Message:
+    """The request that lets a link take all multicast packets, or no longer."""
+    body = _IFINFO.pack(0, 0, index, _IFF_ALLMULTI if on else 0, _IFF_ALLMULTI)
+    return Message(_NEWLINK, 0, body, f"switch all-multicast mode of link {index}")
+
+
+def mtu_message(index: int, mtu: int) -> Message:
+    """The request that sets a link's MTU."""
+    return Message(_NEWLINK, 0, _IFINFO.pack(0, 0, index, 0, 0) + u32(_IFLA_MTU, mtu), f"set MTU {mtu} on link {index}")
+
+
+def tx_queue_message(index: int, length: int) -> Message:
+    """The request that sets the length of a link's transmit queue, in packets."""
+    body = _IFINFO.pack(0, 0, index, 0, 0) + u32(_IFLA_TXQLEN, length)
+    return Message(_NEWLINK, 0, body, f"set transmit queue length {length} on link {index}")
 
 
 def set_mac(door: Door, index: int, mac: str) -> None:
     """Set a MAC. Also for the same one again: that pins a bridge's, and announces a container's (arp_notify)."""
+    door.rtnl.execute([mac_message(index, mac)])
+
+
+def mac_message(index: int, mac: str) -> Message:
+    """The request that sets a MAC."""
     body = _IFINFO.pack(0, 0, index, 0, 0) + attr(_IFLA_ADDRESS, packed_mac(mac))
-    door.rtnl.execute([Message(_NEWLINK, 0, body, f"set MAC {mac} on link {index}")])
+    return Message(_NEWLINK, 0, body, f"set MAC {mac} on link {index}")
 
 
 def set_port(door: Door, index: int, *, hairpin: bool, isolated: bool) -> None:
@@ -302,6 +347,8 @@ def _parse(body: bytes) -> Link:
         peer=_number(found, _IFLA_LINK),
         peer_netnsid=_number(found, _IFLA_LINK_NETNSID) if _IFLA_LINK_NETNSID in found else -1,
         promiscuous=bool(flags & _IFF_PROMISC) or _number(found, _IFLA_PROMISCUITY) > 0,
+        all_multicast=bool(flags & _IFF_ALLMULTI),
+        tx_queue_length=_number(found, _IFLA_TXQLEN),
         alias=text(found.get(_IFLA_IFALIAS)),
         port_state=port[_BRPORT_STATE][0] if _BRPORT_STATE in port else -1,
         hairpin=port.get(_BRPORT_HAIRPIN, b"\0") != b"\0",

@@ -9,6 +9,9 @@ import os
 
 from kernel.errors import from_oserror
 
+_PAGE = 4096
+_LONGEST = 1 << 17  # ip_local_reserved_ports alone may say something for each port
+
 
 def _path(parts: tuple[str, ...]) -> str:
     for part in parts:
@@ -28,7 +31,12 @@ def read(*parts: str) -> str:
     except OSError as error:
         raise from_oserror(f"read sysctl net.{'.'.join(parts)}", error) from error
     try:
-        return os.read(fd, 4096).decode(errors="replace").strip()
+        data = os.read(fd, _PAGE)
+        if len(data) == _PAGE:
+            data = os.pread(fd, _LONGEST, 0)
+        return data.decode(errors="replace").strip()
+    except OSError as error:
+        raise from_oserror(f"read sysctl net.{'.'.join(parts)}", error) from error
     finally:
         os.close(fd)
 

@@ -9,6 +9,7 @@ from kernel import link, netns
 from kernel.errors import NotFound
 from kernel.link import Link
 from kernel.session import Session, Visit
+from telemetry import trace
 
 
 def refuse_taken(request: Request, inside: Visit) -> None:
@@ -43,8 +44,15 @@ def wanted_mac(request: Request, configured: str = "") -> str:
     mac, where = request.mac("IP", "GATEWAY")  # those two are the IPAM plugin's
     if not mac:
         mac, where = configured, "$.mac"
-    if not mac:
-        return ""
+    return usable_mac(mac, where) if mac else ""
+
+
+def usable_mac(mac: str, where: str) -> str:
+    """A MAC as the kernel spells it; `where` it stands is for the error.
+
+    Raises:
+        CniError: 7, it is none that an interface can have.
+    """
     try:
         packed = link.packed_mac(mac.replace("-", ":"))
     except ValueError as error:
@@ -63,6 +71,7 @@ def random_mac() -> str:
     return link.mac_text(bytes([0x02, *os.urandom(5)]))
 
 
+@trace.step("announce")
 def announce(inside: Visit, eth: Link) -> None:
     """Gratuitous ARP and unsolicited neighbour advertisements for all addresses of the interface.
 
