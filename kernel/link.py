@@ -3,7 +3,7 @@
 Functions take the Door to the namespace in which the link is. A Link is what the kernel said at one moment.
 
 Sources: include/uapi/linux/if_link.h, net/core/rtnetlink.c, net/bridge/br_netlink.c, drivers/net/veth.c,
-drivers/net/macvlan.c.
+drivers/net/macvlan.c, drivers/net/ifb.c.
 """
 
 from __future__ import annotations
