@@ -90,7 +90,9 @@ class HostError(AssertionError):
 
 
 # What the first request on a host makes and every later one uses; what is in the directories counts.
-_FURNITURE = frozenset(f"/run/netloom/{name}" for name in ("attachments", "attachments.lock", "locks", "shared"))
+_FURNITURE = frozenset(
+    (*(f"/run/netloom/{name}" for name in ("attachments", "attachments.lock", "locks", "shared")), "/run/cni/tuning")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -506,7 +508,7 @@ class Host:
             yield f"route {route.get('dev', '-')}: {json.dumps({k: v for k, v in route.items() if k != 'flags'})}"
         for entry in self.nft():
             yield f"nft {json.dumps(_without(entry, {'handle', 'packets', 'bytes', 'expires'}), sort_keys=True)}"
-        for top in ("/run/netloom", "/var/lib/cni", "/run/netns"):
+        for top in ("/run/netloom", "/var/lib/cni", "/run/cni", "/run/netns"):
             for file in self.path(top).rglob("*"):
                 inside = f"{top}/{file.relative_to(self.path(top))}"
                 if not file.is_socket() and inside not in _FURNITURE:
