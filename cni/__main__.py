@@ -7,6 +7,7 @@ the request fail, so that an ADD undoes itself; a second signal is ignored while
 
 import os
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from signal import SIG_IGN, SIGHUP, SIGINT, SIGTERM, Signals, getsignal, signal
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from cni import config, skel
 from cni.registry import PLUGINS
+from telemetry import trace
 
 if TYPE_CHECKING:
     from kernel.session import Session
@@ -30,6 +32,8 @@ def main(plugin: str | None = None) -> int:
     Returns:
         The exit status: 0, 1 with an error object on standard output, 2 where no plugin was named.
     """
+    # What came before is the interpreter and the imports: processor time, as nobody tells when this process began.
+    trace.begin("cold", "start", time.process_time_ns())
     _guard_descriptors()
     name = plugin or _named(sys.argv)
     if name not in PLUGINS:

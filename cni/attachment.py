@@ -10,6 +10,7 @@ from cni.undo import Undo
 from kernel import leftovers, paths
 from kernel.record import Key, Record, Records
 from kernel.session import Session
+from telemetry import trace
 
 
 def key(request: Request) -> Key:
@@ -22,6 +23,7 @@ def owner(request: Request) -> str:
     return f"{request.network} {request.container_id[:64]} {request.ifname}"
 
 
+@trace.step("record")
 def write_record(host: Session, records: Records, record: Record, undo: Undo) -> None:
     """Write the record; `undo` removes it, and its elements from the kernel."""
     undo.push("remove the attachment record", lambda: records.remove(host, record))

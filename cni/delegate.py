@@ -24,11 +24,13 @@ from cni.request import Command, Request
 from cni.result import Result
 from cni.undo import Undo
 from kernel.session import Session
+from telemetry import trace
 
 DEADLINE_S = 50.0  # below the minute that a runtime's request has as a whole
 _DEADLINE_VARIABLE = "NETLOOM_DELEGATE_TIMEOUT"
 
 
+@trace.step("allocate")
 def add(request: Request, host: Session, undo: Undo) -> Result:
     """Get addresses; `undo` gives them back.
 
@@ -47,6 +49,7 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
     return result
 
 
+@trace.step("release")
 def delete(request: Request, host: Session) -> None:
     """Give the addresses back."""
     if _is_no_ipam(request.ipam_type):
@@ -57,6 +60,7 @@ def delete(request: Request, host: Session) -> None:
         _execute(request, Command.DEL)
 
 
+@trace.step("ipam")
 def check(request: Request, host: Session) -> None:
     """Let the plugin verify that it still knows the addresses."""
     if _is_ours(request.ipam_type):
@@ -65,6 +69,7 @@ def check(request: Request, host: Session) -> None:
         _execute(request, Command.CHECK)
 
 
+@trace.step("ipam")
 def gc(request: Request, host: Session) -> None:
     """Forward GC."""
     if _is_ours(request.ipam_type):
@@ -73,6 +78,7 @@ def gc(request: Request, host: Session) -> None:
         _optional(request, Command.GC)
 
 
+@trace.step("ipam")
 def status(request: Request, host: Session) -> None:
     """Forward STATUS."""
     if _is_ours(request.ipam_type):

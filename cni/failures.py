@@ -5,6 +5,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import ParamSpec, Self
 
+from telemetry import trace
+
 P = ParamSpec("P")
 
 
@@ -21,10 +23,13 @@ class Failures:
 
     def attempt(self, step: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
         """Run a step; remember its failure and go on."""
+        around = trace.mark(getattr(step, "__name__", "step").replace("_", " "))
         try:
             step(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - whatever it is, the other steps must run
             self._failures.append(error)
+        finally:
+            trace.mark(around)
 
     def __enter__(self) -> Self:
         return self

@@ -8,9 +8,12 @@ Rules of this file
 - An ADD counts when its result was delivered, and is committed only then. Where the plugin fails, the result cannot be
   expressed in the asked version, or the caller cannot deliver it, it is undone before anybody else gets the
   attachment's lock.
+- Where the time went is written down after the answer (telemetry/trace.py); VERSION, and a call without a verb, leave
+  nothing behind.
 - Nothing heavy is imported here: a cold process pays for each import in every request.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +29,7 @@ from cni.result import Result
 from cni.undo import Undo
 from kernel.paths import PathError, run_dir
 from kernel.version import VERSION
+from telemetry import trace
 
 if TYPE_CHECKING:
     from kernel.session import Session
@@ -85,17 +89,26 @@ def run(
         The outcome that was delivered; where delivery failed, one that says so, with exit status 1.
     """
     service = _Service(plugin, environment, open_host, load, deliver)
+    outcome = _served(service, read_stdin)
+    service.remember()
+    return outcome
+
+
+def _served(service: "_Service", read_stdin: Callable[[], bytes]) -> Outcome:
+    """The outcome, delivered."""
     try:
         outcome = service.serve(read_stdin)
     except _Undelivered as failure:
         return failure.outcome
     except BaseException as error:  # noqa: BLE001 - the one place where everything becomes an answer
         outcome = service.failed(error)
-    if deliver is None or service.delivered:
+    if service.deliver is None or service.delivered:
         return outcome
     try:
-        deliver(outcome)
+        with trace.step("deliver"):
+            service.deliver(outcome)
     except BaseException as error:  # noqa: BLE001
+        service.ended = ("undelivered", service.ended[1], str(error) or type(error).__name__)
         return _undelivered(outcome, error)
     return outcome
 
@@ -127,6 +140,16 @@ class _Service:
         self.stdin = b""
         self.delivered = False
         self.log = b""
+        self.ended = ("done", 0, "")  # as telemetry.trace.end has it
+        self.traced = False
+
+    def remember(self) -> None:
+        """Write down where the time went."""
+        if self.traced:
+            # A run directory that is none was the reason to fail, and has no place for it either.
+            with contextlib.suppress(PathError):
+                trace.end(run_dir(self.environment), *self.ended)
+        trace.drop()
 
     def serve(self, read_stdin: Callable[[], bytes]) -> Outcome:
         """The outcome of a request that went well; raises for any other."""
@@ -142,6 +165,16 @@ class _Service:
             # the input; runtimes look at supportedVersions only.
             answer = {"cniVersion": versions.CURRENT, "supportedVersions": supported}
             return Outcome(msgspec.json.encode(answer) + b"\n")
+        request_id = os.urandom(8).hex()
+        self.traced = True
+        trace.mark("parse")
+        trace.about(
+            id=request_id,
+            plugin=self.plugin,
+            verb=verb,
+            container=self.environment.get("CNI_CONTAINERID", ""),
+            ifname=self.environment.get("CNI_IFNAME", ""),
+        )
         check_environment(verb, self.environment)
         self.stdin = _read(read_stdin)
         request = parse(
@@ -149,21 +182,28 @@ class _Service:
             self.stdin,
             plugin=self.plugin,
             supported=supported,
-            request_id=os.urandom(8).hex(),
+            request_id=request_id,
             began_ns=began_ns,
         )
+        trace.about(network=request.network)
         if verb in (Command.GC, Command.STATUS):
             return self._call(request)
         if entry.kind == "ipam":
             # Under its caller's lock, where there is one; its namespace is its caller's affair too.
             return self._call(request)
         holder = f"({self.plugin} {verb}, request {request.request_id})"
+        trace.mark("lock")
         with attachment_lock(run_dir(self.environment), request.container_id, request.ifname, holder):
-            return self._call(self._with_checked_netns(request))
+            trace.mark("namespace")
+            outcome = self._call(self._with_checked_netns(request))
+            trace.mark("unlock")
+            return outcome
 
     def _call(self, request: Request) -> Outcome:
+        trace.mark("load")
         module = self.load(self.plugin)
         host = self.open_host()
+        trace.mark(self.plugin)
         match request.command:
             case Command.ADD:
                 return self._add(module, request, host)
@@ -181,14 +221,17 @@ class _Service:
         undo = Undo()
         try:
             result = module.add(request, host, undo)
+            trace.mark("result")
             outcome = Outcome(_pretty(versions.encode(result, request.cni_version)), self.log)
         except BaseException:
             self._unwind(undo)
             raise
         if self.deliver is not None:
             try:
-                self.deliver(outcome)
+                with trace.step("deliver"):
+                    self.deliver(outcome)
             except BaseException as error:
+                self.ended = ("undelivered", 0, str(error) or type(error).__name__)
                 self._unwind(undo)
                 raise _Undelivered(_undelivered(Outcome(b"", self.log), error)) from error
             self.delivered = True
@@ -197,7 +240,9 @@ class _Service:
 
     def _unwind(self, undo: Undo) -> None:
         """Take an ADD back. What goes wrong here is logged only: the first cause is what the caller gets to know."""
-        for failure in undo.unwind():
+        with trace.step("undo"):
+            failures = undo.unwind()
+        for failure in failures:
             self.log += f"netloom: undoing the ADD: {failure}\n".encode("utf-8", "backslashreplace")
 
     def _with_checked_netns(self, request: Request) -> Request:
@@ -242,20 +287,23 @@ class _Service:
 
     def failed(self, error: BaseException) -> Outcome:
         """The error object for anything that was raised."""
-        version = _error_version(self.stdin)
         if isinstance(error, CniError):
-            return _error(error, version, self.log)
+            return self._refused(error)
         if _is_kernel_error(error):
             # The kernel refused: its words are the diagnosis, a traceback would hide them.
-            return _error(CniError(Code.INTERNAL, str(error)), version, self.log)
+            return self._refused(CniError(Code.INTERNAL, str(error)))
         if isinstance(error, PathError):
-            return _error(CniError(Code.INVALID_ENVIRONMENT, str(error)), version, self.log)
+            return self._refused(CniError(Code.INVALID_ENVIRONMENT, str(error)))
         text = str(error) or type(error).__name__
         if isinstance(error, KeyboardInterrupt):
             text = f"interrupted by a signal{': ' + str(error) if str(error) else ''}"
         elif isinstance(error, SystemExit):
             text = f"the plugin ended with exit status {error.code}"
-        return _error(CniError(Code.INTERNAL, text), version, self.log + _traceback(error))
+        return self._refused(CniError(Code.INTERNAL, text), _traceback(error))
+
+    def _refused(self, error: CniError, more: bytes = b"") -> Outcome:
+        self.ended = ("failed", error.code, str(error))
+        return Outcome(_pretty(error.document(_error_version(self.stdin))), self.log + more, 1)
 
 
 def _about(plugin: str, supported: tuple[str, ...]) -> Outcome:
@@ -278,10 +326,6 @@ def _error_version(stdin: bytes) -> str:
     except CniError:
         return versions.CURRENT
     return version if isinstance(version, str) and version in versions.SUPPORTED else versions.CURRENT
-
-
-def _error(error: CniError, version: str, log: bytes) -> Outcome:
-    return Outcome(_pretty(error.document(version)), log, 1)
 
 
 def _undelivered(outcome: Outcome, error: BaseException) -> Outcome:

@@ -91,7 +91,11 @@ class HostError(AssertionError):
 
 # What the first request on a host makes and every later one uses; what is in the directories counts.
 _FURNITURE = frozenset(
-    (*(f"/run/netloom/{name}" for name in ("attachments", "attachments.lock", "locks", "shared")), "/run/cni/tuning")
+    (
+        *(f"/run/netloom/{name}" for name in ("attachments", "attachments.lock", "locks", "shared")),
+        *(f"/run/netloom/{name}" for name in ("trace", "trace/requests", "trace/requests.1")),
+        "/run/cni/tuning",
+    )
 )
 
 

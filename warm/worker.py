@@ -33,7 +33,9 @@ from cni.errors import CniError, Code
 from cni.ipam import ipamd
 from cni.undo import Undo
 from kernel import netns
+from kernel.deleter import Deleter
 from kernel.session import Session
+from telemetry import trace
 from warm import wire
 from warm.board import Board
 
@@ -80,7 +82,8 @@ class Worker:
         self._interruptible = False
         self._stopping = False
         self._overdue = False
-        self._session = _open_session()
+        self._deleter = Deleter()
+        self._session = _open_session(self._deleter)
         if settings.ipamd_socket:
             ipamd.keep_connections(settings.ipamd_socket)
 
@@ -106,6 +109,7 @@ class Worker:
             fd = _accept(self._listener_fd)
             if fd < 0:
                 continue
+            trace.begin("warm", "receive")
             self._busy = True
             self._board.begin(self._slot)
             self._on_busy()
@@ -184,7 +188,7 @@ class Worker:
             _tell(request, _written(log) + outcome.stderr)
         if outcome.status != 0:
             self._session.close()
-            self._session = _open_session()
+            self._session = _open_session(self._deleter)
         if self._overdue:
             self.stop()  # what was interrupted may have left something open
 
@@ -214,8 +218,8 @@ class Worker:
             raise NotAtHome(f"in network namespace {here.inode}, not in {self._home[1]}")
 
 
-def _open_session() -> Session:
-    session = Session()
+def _open_session(deleter: Deleter) -> Session:
+    session = Session(deleter)
     with contextlib.suppress(OSError):
         session.netfilter.fileno()  # opened now, at home; a kernel without it refuses who asks for it
     return session

@@ -33,6 +33,7 @@ from kernel.errors import Exists
 from kernel.link import Link, VethSpec
 from kernel.record import Record, Records
 from kernel.session import Session
+from telemetry import trace
 
 AnyInterface = IPv4Interface | IPv6Interface
 Unsigned = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
@@ -122,7 +123,8 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
             _ensure_gateways(host, bridge, conf, [_gateway_interface(ip) for ip in ips])
         veth.make(host, VethSpec(port_name, request.ifname, sandbox.fd, conf.mtu, mac), undo, bridge.index)
         _set_port(host, conf, port_name)
-        records.apply(host, record)
+        with trace.step("nftables"):
+            records.apply(host, record)
         eth = link.get(inside, request.ifname)
         result = Result((), tuple(ips), tuple(routes), conf.dns or lease.dns)
         if conf.disable_container_interface:
@@ -192,6 +194,7 @@ def _record(request: Request, conf: BridgeConf, ips: list[IPConfig], port_name: 
     )
 
 
+@trace.step("bridge link")
 def _ensure_bridge(host: Session, conf: BridgeConf) -> Link:
     bridge = link.find(host, conf.bridge)
     if bridge is None:
@@ -214,6 +217,7 @@ def _ensure_bridge(host: Session, conf: BridgeConf) -> Link:
     return bridge
 
 
+@trace.step("gateway")
 def _ensure_gateways(host: Session, bridge: Link, conf: BridgeConf, gateways: list[AnyInterface]) -> None:
     """Put the gateways' addresses on the bridge and let the host forward.
 

@@ -15,11 +15,13 @@ from cni.result import Route as ResultRoute
 from kernel import addr, link, route, sysctl
 from kernel.errors import NotFound
 from kernel.session import Visit
+from telemetry import trace
 
 DAD_TIMEOUT_S = 5.0
 _U32_MAX = 2**32 - 1
 
 
+@trace.step("configure")
 def configure(
     inside: Visit,
     ifname: str,

@@ -31,6 +31,7 @@ from kernel import link, netns, route
 from kernel.errors import Busy, Exists, KernelError, NotFound
 from kernel.link import Link, MacvlanSpec
 from kernel.session import Session, Visit
+from telemetry import trace
 
 
 class MacvlanConf(msgspec.Struct, frozen=True, rename="camel"):
@@ -154,6 +155,7 @@ def _spec(request: Request, conf: MacvlanConf, master: Link, mac: str, sandbox: 
     )
 
 
+@trace.step("macvlan link")
 def _make(request: Request, host: Session, inside: Visit, spec: MacvlanSpec, undo: Undo) -> None:
     """Make the macvlan; `undo` deletes it.
 

@@ -37,6 +37,7 @@ from kernel.link import Link, VethSpec
 from kernel.record import Record, Records
 from kernel.route import Route
 from kernel.session import Session, Visit
+from telemetry import trace
 
 _SCOPE_HOST = 254  # rtnetlink(7), RT_SCOPE_HOST: as the reference has the host's routes
 
@@ -93,7 +94,8 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
         veth.forward(ip_address(ip.gateway).version for ip in ips)
         veth.make(host, VethSpec(port_name, request.ifname, sandbox.fd, conf.mtu), undo)
         _configure_host(host, link.get(host, port_name), ips)
-        records.apply(host, record)
+        with trace.step("nftables"):
+            records.apply(host, record)
         eth = link.get(inside, request.ifname)
         result = Result((), ips, lease.routes, conf.dns or lease.dns)
         configure(inside, request.ifname, eth.index, result, instead=_routes_inside(eth.index, result))
@@ -120,6 +122,7 @@ def _checked(ip: IPConfig) -> IPConfig:
     return IPConfig(ip.address, ip.gateway, interface=1)
 
 
+@trace.step("gateway")
 def _configure_host(host: Session, port: Link, ips: tuple[IPConfig, ...]) -> None:
     """The gateways on the host's end, and a route to each address over it.
 

@@ -23,6 +23,7 @@ from kernel.errors import KernelError, NotFound
 from kernel.link import Link, VethSpec
 from kernel.record import Record, Records
 from kernel.session import Session, Visit
+from telemetry import trace
 
 _TRIES = 10
 _CARRIER_TIMEOUT_S = 5.0
@@ -49,6 +50,7 @@ def masquerade(request: Request, ips: Iterable[IPConfig]) -> tuple[list[nft.Elem
 # ADD
 
 
+@trace.step("look")
 def clear_the_way(request: Request, host: Session, records: Records, inside: Visit) -> None:
     """Refuse a second ADD; remove what an ADD left that nobody undid.
 
@@ -70,6 +72,7 @@ def free_name(host: Session) -> str:
     raise CniError(Code.INTERNAL, f"no free name for the host's end of a veth pair after {_TRIES} tries")
 
 
+@trace.step("veth")
 def make(host: Session, spec: VethSpec, undo: Undo, master: int = 0) -> None:
     """Make the pair; `undo` deletes it.
 
@@ -89,6 +92,7 @@ def make(host: Session, spec: VethSpec, undo: Undo, master: int = 0) -> None:
     try_sysctl("0", "ipv6", "conf", spec.name, "accept_ra")
 
 
+@trace.step("carrier")
 def wait_for_carrier(host: Session, name: str) -> Link:
     """The host's end once packets pass; on the kernels of today at the first look."""
     deadline = time.monotonic() + _CARRIER_TIMEOUT_S
@@ -105,6 +109,7 @@ def wait_for_carrier(host: Session, name: str) -> Link:
         time.sleep(0.001)
 
 
+@trace.step("forwarding")
 def forward(versions: Iterable[int]) -> None:
     """Let the host forward packets of these families, 4 and 6."""
     for version in set(versions):

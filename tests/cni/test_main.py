@@ -85,8 +85,8 @@ def fake_environment(directory: Path) -> dict[str, str]:
 
 
 def left(directory: Path) -> set[str]:
-    """What is in the directory, but for the empty lock directory."""
-    return {path.name for path in directory.rglob("*")} - {"locks"}
+    """What is in the directory, but for the empty lock directory and the trace of the request."""
+    return {path.name for path in directory.rglob("*")} - {"locks", "trace", "requests"}
 
 
 def test_the_version_is_that_of_the_project() -> None:
