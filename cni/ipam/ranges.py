@@ -154,7 +154,7 @@ def _subnet(text: str) -> Network:
     if interface.ip != network.network_address:
         raise ValueError(
             f"Network has host bits set. For a subnet mask of length {network.prefixlen} the network address is "
-            f"{network.network_address}"
+            f"{network.network_address}, found {interface}"
         )
     return network
 
