@@ -109,8 +109,11 @@ def _network_pool(request: Request, conf: IpamConf) -> "pb.NetworkPool | None":
 
 
 def _requested(request: Request) -> tuple[str, ...]:
-    """The addresses that the runtime asks for. MAC and GATEWAY in CNI_ARGS are the interface plugin's."""
-    return tuple(ip.split("/")[0] for ip in request.ips("MAC", "GATEWAY"))
+    """The addresses that the runtime asks for, each once. MAC and GATEWAY in CNI_ARGS are the interface plugin's.
+
+    podman's `network reload` of a container that has a fixed address names that address twice.
+    """
+    return tuple(dict.fromkeys(ip.split("/")[0] for ip in request.ips("MAC", "GATEWAY")))
 
 
 # The verbs

@@ -171,6 +171,8 @@ def test_the_capability_ip_ranges(lab: Lab, key: str) -> None:
     [
         ({"runtimeConfig": {"ips": ["10.1.9.9"]}}, ""),
         ({"runtimeConfig": {"Ips": ["10.1.9.9/16"]}}, "IP=10.1.7.7"),
+        # Twice the same, as podman's `network reload` says it.
+        ({"runtimeConfig": {"ips": ["10.1.9.9", "10.1.9.9/16"]}}, ""),
         ({"runtimeConfig": {"IPs": ["10.1.9.9"]}, "args": {"cni": {"ips": ["10.1.8.8"]}}}, "IP=10.1.7.7"),
         ({"args": {"cni": {"ips": ["10.1.9.9"]}}}, "IP=10.1.7.7"),
         ({}, "IP=10.1.9.9"),
