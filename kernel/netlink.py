@@ -279,15 +279,46 @@ class Socket:
                 break
         return iter(bodies)
 
-    def _dump(self, message: Message) -> tuple[list[bytes], bool]:
-        """The bodies, and whether the list is inconsistent."""
+    def begin_dump(self, message: Message) -> tuple[list[bytes], bool]:
+        """Ask for all objects and read the first part of the answer only: constant cost, however many there are.
+
+        The socket is good for nothing afterwards but to be closed.
+
+        Returns:
+            The bodies of the first few, at least one where there is any; whether these are all.
+        """
+        wanted = self._ask_for_all(message)
+        bodies: list[bytes] = []
+        complete = False
+        while not bodies and not complete:
+            for kind, flags, sequence, body in self._receive(message.what):
+                if sequence != wanted:
+                    continue
+                if kind == _ERROR:
+                    number, detail = _failure(flags, body)
+                    raise from_errno(message.what, number, detail)
+                if kind == _DONE:
+                    number = -_I32.unpack_from(body)[0] if len(body) >= 4 else 0
+                    if number > 0:
+                        raise from_errno(message.what, number)
+                    complete = True
+                else:
+                    bodies.append(body)
+        return bodies, complete
+
+    def _ask_for_all(self, message: Message) -> int:
+        """Send a dump request; its sequence number."""
         self._sequence += 1
-        wanted = self._sequence
         self._send(
-            _HEADER.pack(16 + len(message.body), message.kind, message.flags | REQUEST | ROOT_MATCH, wanted, 0)
+            _HEADER.pack(16 + len(message.body), message.kind, message.flags | REQUEST | ROOT_MATCH, self._sequence, 0)
             + message.body,
             message.what,
         )
+        return self._sequence
+
+    def _dump(self, message: Message) -> tuple[list[bytes], bool]:
+        """The bodies, and whether the list is inconsistent."""
+        wanted = self._ask_for_all(message)
         bodies: list[bytes] = []
         interrupted = False
         while True:
