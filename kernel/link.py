@@ -227,6 +227,16 @@ def rename(door: Door, index: int, name: str) -> None:
     door.rtnl.execute([Message(_SETLINK, 0, body, f"rename link {index} to {name}")])
 
 
+def move(door: Door, index: int, netns_fd: int, name: str) -> None:
+    """Move a link to another namespace under this name. It loses its addresses, routes and the up state.
+
+    Raises:
+        Exists: the name is taken there.
+    """
+    body = _IFINFO.pack(0, 0, index, 0, 0) + u32(_IFLA_NET_NS_FD, netns_fd) + string(_IFLA_IFNAME, name)
+    door.rtnl.execute([Message(_NEWLINK, 0, body, f"move link {index} to another namespace as {name}")])
+
+
 def delete(door: Door, name: str) -> bool:
     """Delete a link by name; False where there was none. A veth's other end goes with it."""
     body = _IFINFO.pack(0, 0, 0, 0, 0) + string(_IFLA_IFNAME, name)

@@ -1,0 +1,149 @@
+"""The shim: `python -m libnetwork`. It listens where Docker looks for plugins, and serves both of its protocols."""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from aiohttp import web
+
+from ipamd.client import Client
+from ipamd.errors import StartError
+from ipamd.listen import SocketPlace
+from kernel import paths
+from kernel.session import Session
+from libnetwork import conflist, http, messages
+from libnetwork.errors import DriverError
+from libnetwork.ipam_driver import IpamDriver
+from libnetwork.network_driver import NetworkDriver
+from libnetwork.staging import Staging
+from libnetwork.state import Endpoint, State
+from telemetry import log
+
+SOCKET = "/run/docker/plugins/netloom.sock"
+CNI_PATH = "/opt/cni/bin:/usr/lib/cni"
+_THREADS = 32
+_LISTEN_FDS_START = 3
+
+_logger = logging.getLogger("netloom-docker")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs until SIGTERM or SIGINT; 0 after a clean stop, 1 where it could not start."""
+    parser = argparse.ArgumentParser(prog="netloom-docker", description="Docker's network and IPAM plugin of Netloom.")
+    parser.add_argument("--socket", default=SOCKET, help=f"default: {SOCKET}")
+    parser.add_argument("--cni-path", default=CNI_PATH, help=f"where the plugins are; default: {CNI_PATH}")
+    parser.add_argument("--conf-dir", default=conflist.CONF_DIR, help=f"for -o conflist; default: {conflist.CONF_DIR}")
+    parser.add_argument("--log-level", default="info")
+    parser.add_argument("--log-format", default="text")
+    arguments = parser.parse_args(argv)
+    log.setup(arguments.log_level, arguments.log_format)
+    try:
+        asyncio.run(_run(arguments))
+    except (StartError, DriverError, paths.PathError) as error:
+        log.event(_logger, "error", "netloom-docker cannot start", error=str(error))
+        return 1
+    return 0
+
+
+async def _run(arguments: argparse.Namespace) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    state = State(os.path.join(paths.state_dir(os.environ), "docker"))
+    staging = Staging(paths.run_dir(os.environ))
+    staging.recover({endpoint.staging for endpoint in state.all(Endpoint)})
+    own = _ThreadsOwn(paths.ipamd_socket(os.environ))
+    network = NetworkDriver(
+        state, staging, own.session, tuple(arguments.cni_path.split(os.pathsep)), arguments.conf_dir
+    )
+    ipam = IpamDriver(state, own.client, own.session)
+    with ThreadPoolExecutor(_THREADS, "netloom-call") as executor, contextlib.ExitStack() as stack:
+        stack.callback(state.close)
+        runner = web.AppRunner(http.application(_calls(network, ipam), executor), access_log=None, shutdown_timeout=30)
+        await runner.setup()
+        inherited = _inherited()
+        if inherited is not None:
+            await web.SockSite(runner, inherited).start()
+        else:
+            place = stack.enter_context(SocketPlace(arguments.socket))
+            listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            listening.bind(place.address)
+            await web.SockSite(runner, listening).start()
+            place.publish(0o600, None, None)
+        log.event(_logger, "info", "serving Docker", socket=arguments.socket)
+        await stop.wait()
+        await runner.cleanup()
+
+
+def _calls(network: NetworkDriver, ipam: IpamDriver) -> dict[str, tuple[type, http.Handler]]:
+    def activate(_: messages.Empty) -> dict[str, Any]:
+        ipam.activate()
+        return {"Implements": ["NetworkDriver", "IpamDriver"]}
+
+    def ignore(_: messages.Empty) -> dict[str, Any]:
+        return {}
+
+    calls: dict[str, tuple[type, Callable[[Any], Any]]] = {
+        "Plugin.Activate": (messages.Empty, activate),
+        "NetworkDriver.GetCapabilities": (messages.Empty, network.capabilities),
+        "NetworkDriver.CreateNetwork": (messages.CreateNetwork, network.create_network),
+        "NetworkDriver.DeleteNetwork": (messages.NetworkRef, network.delete_network),
+        "NetworkDriver.CreateEndpoint": (messages.CreateEndpoint, network.create_endpoint),
+        "NetworkDriver.DeleteEndpoint": (messages.EndpointRef, network.delete_endpoint),
+        "NetworkDriver.EndpointOperInfo": (messages.EndpointRef, network.operational_info),
+        "NetworkDriver.Join": (messages.Join, network.join),
+        "NetworkDriver.Leave": (messages.EndpointRef, network.leave),
+        "NetworkDriver.ProgramExternalConnectivity": (messages.ProgramExternal, network.program),
+        "NetworkDriver.RevokeExternalConnectivity": (messages.EndpointRef, network.revoke),
+        "NetworkDriver.DiscoverNew": (messages.Empty, ignore),
+        "NetworkDriver.DiscoverDelete": (messages.Empty, ignore),
+        "IpamDriver.GetCapabilities": (messages.Empty, ipam.capabilities),
+        "IpamDriver.GetDefaultAddressSpaces": (messages.Empty, ipam.address_spaces),
+        "IpamDriver.RequestPool": (messages.RequestPool, ipam.request_pool),
+        "IpamDriver.ReleasePool": (messages.PoolRef, ipam.release_pool),
+        "IpamDriver.RequestAddress": (messages.RequestAddress, ipam.request_address),
+        "IpamDriver.ReleaseAddress": (messages.ReleaseAddress, ipam.release_address),
+    }
+    return calls
+
+
+class _ThreadsOwn:
+    """What each thread of the executor has for itself: neither may be shared."""
+
+    def __init__(self, ipamd_socket: str) -> None:
+        self._local = threading.local()
+        self._socket = ipamd_socket
+
+    def session(self) -> Session:
+        """The thread's door to the kernel."""
+        if not hasattr(self._local, "session"):
+            self._local.session = Session()
+        found: Session = self._local.session
+        return found
+
+    def client(self) -> Client:
+        """The thread's connection to ipamd."""
+        if not hasattr(self._local, "client"):
+            self._local.client = Client(self._socket)
+        found: Client = self._local.client
+        return found
+
+
+def _inherited() -> socket.socket | None:
+    """The socket that systemd listens on for us (sd_listen_fds(3))."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS") != "1":
+        return None
+    return socket.socket(fileno=_LISTEN_FDS_START)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

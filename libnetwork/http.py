@@ -1,0 +1,87 @@
+"""Docker's plugin protocol over HTTP: one POST per call, JSON in and out.
+
+A refusal is status 200 with {"Err": text}, which Docker shows to whoever typed the command; the IPAM protocol reads
+"Error" instead, so both are there. It is made here, once, from whatever a driver raises.
+
+Source: https://docs.docker.com/engine/extend/plugin_api/
+"""
+
+import asyncio
+import logging
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from ipamd.client import IpamError
+from kernel.errors import KernelError
+from libnetwork.errors import DriverError
+from telemetry import log
+
+_logger = logging.getLogger("netloom-docker")
+_CONTENT_TYPE = "application/vnd.docker.plugins.v1.2+json"
+_LARGEST = 4 << 20
+
+Handler = Callable[[Any], Mapping[str, Any]]
+
+
+def application(calls: Mapping[str, tuple[type, Handler]], executor: Executor) -> web.Application:
+    """The HTTP side of the shim.
+
+    Args:
+        calls: "NetworkDriver.Join" → the message's type and who answers it, in a thread of `executor`.
+        executor: where the drivers work: they wait for plugins and for the kernel.
+    """
+
+    async def serve(request: web.Request) -> web.Response:
+        name = request.match_info["call"]
+        found = calls.get(name)
+        if found is None:
+            return _answer(_refusal(f"netloom-docker knows no call {name}"), status=404)
+        kind, handler = found
+        body = await request.read()
+        began = time.monotonic()
+        answer = await asyncio.get_running_loop().run_in_executor(executor, _call, name, kind, handler, body)
+        log.event(
+            _logger,
+            "warning" if "Err" in answer else "debug",
+            name,
+            took_ms=round((time.monotonic() - began) * 1000, 1),
+            error=answer.get("Err", ""),
+        )
+        return _answer(answer)
+
+    app = web.Application(client_max_size=_LARGEST)
+    app.router.add_post("/{call}", serve)
+    return app
+
+
+def _call(name: str, kind: type, handler: Handler, body: bytes) -> Mapping[str, Any]:
+    try:
+        message: Any = msgspec.json.decode(body or b"{}", type=kind)
+    except msgspec.DecodeError as error:
+        return _refusal(f"{name}: {error}")
+    try:
+        return handler(message)
+    except DriverError as error:
+        notes = "".join(f"; also: {note}" for note in getattr(error, "__notes__", ()))
+        return _refusal(f"{error}{notes}")
+    except IpamError as error:
+        return _refusal(f"{name}: ipamd: {error.message}")
+    except (KernelError, OSError) as error:
+        return _refusal(f"{name}: {error}")
+    except Exception as error:  # noqa: BLE001 - whatever it is, Docker must get an answer
+        traceback.print_exc()
+        return _refusal(f"{name}: a fault of netloom-docker: {error!r}; its log has more")
+
+
+def _answer(answer: Mapping[str, Any], status: int = 200) -> web.Response:
+    return web.Response(body=msgspec.json.encode(answer), status=status, content_type=_CONTENT_TYPE)
+
+
+def _refusal(text: str) -> dict[str, str]:
+    return {"Err": text, "Error": text}

@@ -1,0 +1,241 @@
+"""Docker's remote IPAM driver, on ipamd: pools become named pools, addresses become allocations of the client "docker".
+
+Docker gives no key with an address, and after its restart it asks again for what it has (RequiresRequestReplay). So
+each pool and address counts as claimed once it was asked for; a new dockerd (Plugin.Activate) makes all of them
+unclaimed, and asking for an unclaimed one again succeeds. Asking for a claimed one is another's wish, and refused.
+
+A network's `--ip-range` is a pool of its own, since only addresses that nobody names come from it; the rest of the
+network, for gateways and `--ip`, is a second one.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_interface, ip_network
+from typing import Any
+
+import grpc
+
+from ipamd.client import Client, IpamError
+from kernel import route
+from kernel.session import Session
+from libnetwork.errors import DriverError
+from libnetwork.messages import Empty, PoolRef, ReleaseAddress, RequestAddress, RequestPool
+from libnetwork.state import Pool, State
+from protos.ipam.v1 import ipam_pb2 as pb
+
+CLIENT = "docker"
+DEFAULT_POOLS = tuple(f"172.{n}.0.0/16" for n in range(17, 32)) + tuple(f"192.168.{n}.0/20" for n in range(0, 256, 16))
+_SPACE = "netloom"
+_GATEWAY = "com.docker.network.gateway"
+
+AnyNetwork = IPv4Network | IPv6Network
+Answer = dict[str, Any]
+
+
+class IpamDriver:
+    """See the module. Every method may run in any thread; they take turns."""
+
+    def __init__(
+        self,
+        state: State,
+        client: Callable[[], Client],
+        session: Callable[[], Session],
+        default_pools: Iterable[str] = DEFAULT_POOLS,
+    ) -> None:
+        """`client` and `session` are the calling thread's."""
+        self._state = state
+        self._client = client
+        self._session = session
+        self._default_pools = tuple(ip_network(text) for text in default_pools)
+        self._turn = threading.Lock()
+        # After our own restart dockerd does not ask again: everything is somebody's.
+        self._unclaimed_pools: set[str] = set()
+        self._unclaimed: set[tuple[str, str]] = set()
+
+    def capabilities(self, _: Empty) -> Answer:
+        """Docker asks again for what it has when it starts."""
+        return {"RequiresMACAddress": False, "RequiresRequestReplay": True}
+
+    def address_spaces(self, _: Empty) -> Answer:
+        """Both names are one space."""
+        return {"LocalDefaultAddressSpace": _SPACE, "GlobalDefaultAddressSpace": _SPACE}
+
+    def activate(self) -> None:
+        """A dockerd has started: it will ask again for what it still has."""
+        with self._turn:
+            self._unclaimed_pools = {pool.id for pool in self._state.all(Pool)}
+            try:
+                held = list(self._client().list_allocations(pb.ListAllocationsRequest(client=CLIENT)))
+            except IpamError as error:
+                raise DriverError(f"ipamd: {error.message}") from error
+            self._unclaimed = {(one.key.network, _bare(address.cidr)) for one in held for address in one.addresses}
+
+    # Pools
+
+    def request_pool(self, asked: RequestPool) -> Answer:
+        """The pool that was named, or a free one."""
+        with self._turn:
+            if asked.pool:
+                pool = self._named(asked)
+            elif asked.v6:
+                raise DriverError("an IPv6 pool needs --subnet: there is no default one")
+            else:
+                pool = self._free()
+            self._make(pool)
+            self._state.put(pool)
+            self._unclaimed_pools.discard(pool.id)
+        return {"PoolID": pool.id, "Pool": pool.pool, "Data": {}}
+
+    def release_pool(self, asked: PoolRef) -> Answer:
+        """Forgets the pool, once nothing of it is held."""
+        with self._turn:
+            pool = self._state.find(Pool, asked.pool_id)
+            if pool is None:
+                return {}
+            for name in _names(pool):
+                try:
+                    self._client().delete_pool(name)
+                except IpamError as error:
+                    if error.code is not grpc.StatusCode.NOT_FOUND:
+                        raise DriverError(f"pool {pool.pool}: ipamd: {error.message}") from error
+            self._state.remove(Pool, pool.id)
+        return {}
+
+    def _named(self, asked: RequestPool) -> Pool:
+        network = _network(asked.pool, "--subnet")
+        sub = _network(asked.sub_pool, "--ip-range") if asked.sub_pool else None
+        if sub is not None and not (sub.version == network.version and sub.subnet_of(network)):  # type: ignore[arg-type]
+            raise DriverError(f"--ip-range {sub} does not lie in --subnet {network}")
+        pool = Pool(_id(network, sub), str(network), str(sub) if sub is not None else "")
+        for other in self._state.all(Pool):
+            if other.id == pool.id and pool.id in self._unclaimed_pools:
+                continue
+            if ip_network(other.pool).overlaps(network):
+                raise DriverError(f"pool {network} overlaps with {other.pool}, which another network has")
+        return pool
+
+    def _free(self) -> Pool:
+        taken = [*(ip_network(pool.pool) for pool in self._state.all(Pool)), *self._routed()]
+        for network in self._default_pools:
+            if not any(network.overlaps(other) for other in taken if other.version == network.version):
+                return Pool(_id(network, None), str(network))
+        raise DriverError(
+            f"none of the {len(self._default_pools)} default pools is free of other networks and of this host's "
+            "routes; name one with --subnet"
+        )
+
+    def _routed(self) -> Iterator[AnyNetwork]:
+        for found in route.all_routes(self._session(), 4):
+            if found.dst.prefixlen:
+                yield found.dst
+
+    def _make(self, pool: Pool) -> None:
+        first, *rest = _names(pool)
+        sub = pool.sub_pool or pool.pool
+        spec = pb.PoolSpec(cooldown_ms=0)
+        spec.range_sets.add(ranges=[pb.Range(subnet=pool.pool, gateway="none", **_bounds(pool, sub))])
+        specs = [(first, spec)]
+        for name in rest:
+            spec = pb.PoolSpec(cooldown_ms=0, excludes=[sub])
+            spec.range_sets.add(ranges=[pb.Range(subnet=pool.pool, gateway="none")])
+            specs.append((name, spec))
+        for name, one in specs:
+            try:
+                self._client().create_pool(name, one)
+            except IpamError as error:
+                raise DriverError(f"pool {pool.pool}: ipamd: {error.message}") from error
+
+    # Addresses
+
+    def request_address(self, asked: RequestAddress) -> Answer:
+        """The address that was named, or a free one; with the network's prefix length."""
+        with self._turn:
+            pool = self._state.get(Pool, asked.pool_id)
+            is_gateway = (asked.options or {}).get("RequestAddressType") == _GATEWAY
+            name, wanted = self._where(pool, asked.address, is_gateway)
+            if wanted and (name, wanted) in self._unclaimed:
+                self._unclaimed.discard((name, wanted))
+                return self._answer(pool, wanted)
+            holder = "gateway" if is_gateway else os.urandom(8).hex()
+            key = pb.AttachmentKey(client=CLIENT, network=name, container_id=holder, ifname="address")
+            if is_gateway and not wanted:
+                wanted = str(next(ip_network(pool.pool).hosts()))
+            try:
+                given = self._client().allocate(key, pools=[name], requested=[wanted] if wanted else [])
+            except IpamError as error:
+                raise DriverError(f"pool {pool.pool}: ipamd: {error.message}") from error
+            return self._answer(pool, _bare(given.addresses[0].cidr))
+
+    def release_address(self, asked: ReleaseAddress) -> Answer:
+        """Gives it back; one that nobody holds is no error."""
+        with self._turn:
+            pool = self._state.find(Pool, asked.pool_id)
+            if pool is None:
+                return {}
+            name, wanted = self._where(pool, asked.address, False)
+            client = self._client()
+            try:
+                for held in client.list_allocations(
+                    pb.ListAllocationsRequest(client=CLIENT, network=name, address=wanted)
+                ):
+                    client.release(held.key, generation=held.generation)
+            except IpamError as error:
+                raise DriverError(f"pool {pool.pool}: ipamd: {error.message}") from error
+            self._unclaimed.discard((name, wanted))
+        return {}
+
+    @staticmethod
+    def _where(pool: Pool, address: str, is_gateway: bool) -> tuple[str, str]:
+        """ipamd's pool for an address, and the address in canonical spelling."""
+        names = _names(pool)
+        if not address:
+            # Docker chooses the gateway itself where --ip-range is given, and says so.
+            return (names[-1] if is_gateway else names[0]), ""
+        try:
+            wanted = ip_address(address.partition("/")[0])
+        except ValueError as error:
+            raise DriverError(f"wanted an address, found {address!r}") from error
+        if wanted not in ip_network(pool.pool):
+            raise DriverError(f"address {wanted} does not lie in the network's subnet {pool.pool}")
+        inside = not pool.sub_pool or wanted in ip_network(pool.sub_pool)
+        return (names[0] if inside else names[-1]), str(wanted)
+
+    @staticmethod
+    def _answer(pool: Pool, address: str) -> Answer:
+        return {"Address": f"{address}/{ip_network(pool.pool).prefixlen}", "Data": {}}
+
+
+def _names(pool: Pool) -> tuple[str, ...]:
+    """ipamd's pools for one of Docker's: where addresses come from, and the rest where that is not all."""
+    return (pool.id, f"{pool.id}.rest") if pool.sub_pool and pool.sub_pool != pool.pool else (pool.id,)
+
+
+def _id(network: AnyNetwork, sub: AnyNetwork | None) -> str:
+    """The pool's name in ipamd, and its id towards Docker: ipamd takes letters, digits, - . _"""
+    whole = f"docker-{network}" + (f"-{sub}" if sub is not None and sub != network else "")
+    return whole.replace("/", "_").replace(":", ".")
+
+
+def _bounds(pool: Pool, sub: str) -> dict[str, str]:
+    """First and last address of the range; ipamd's own where it is the whole network."""
+    if sub == pool.pool:
+        return {}
+    network, whole = ip_network(sub), ip_network(pool.pool)
+    first, last = network.network_address, network.broadcast_address
+    if first == whole.network_address:
+        first += 1
+    if last == whole.broadcast_address and whole.version == 4:
+        last -= 1
+    return {"start": str(first), "end": str(last)}
+
+
+def _network(text: str, option: str) -> AnyNetwork:
+    try:
+        return ip_network(text)
+    except ValueError as error:
+        raise DriverError(f"{option} {text}: {error}") from error
+
+
+def _bare(cidr: str) -> str:
+    return str(ip_interface(cidr).ip)

@@ -1,0 +1,340 @@
+"""Docker's remote network driver: each call, what it does, and what Docker gets back.
+
+The way of a container, in Docker's order
+- CreateEndpoint: addresses and MAC are settled and written down. Docker repeats none of this, ever.
+- Join: the network's plugins run ADD in a staging namespace; the interface moves to dockerd's namespace, from where
+  Docker takes it, names it and gives it addresses and routes once more: a move loses them.
+- Program/RevokeExternalConnectivity: portmap alone, as its own chained ADD and DEL: which endpoint publishes changes
+  while a container runs.
+- Leave: Docker has yet to move the interface back, so nothing happens here.
+- DeleteEndpoint: DEL of all plugins, then whatever is left of the interface.
+
+When a call fails, Docker only releases the address after CreateEndpoint, and calls DeleteEndpoint after Join; errors of
+Leave and DeleteEndpoint it ignores.
+"""
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from ipaddress import ip_interface, ip_network
+from typing import Any
+
+import msgspec
+
+from kernel import link, netns, sysctl
+from kernel.errors import KernelError, NotFound
+from kernel.session import Session
+from libnetwork import conflist, options
+from libnetwork.errors import DriverError
+from libnetwork.messages import (
+    CreateEndpoint,
+    CreateNetwork,
+    Empty,
+    EndpointRef,
+    Join,
+    NetworkRef,
+    PortBinding,
+    ProgramExternal,
+)
+from libnetwork.staging import Staging
+from libnetwork.state import Endpoint, Network, State
+from telemetry import log
+
+_logger = logging.getLogger("netloom-docker")
+_PORTMAP = "com.docker.network.portmap"
+_PROTOCOLS = {6: "tcp", 17: "udp", 132: "sctp"}
+
+Answer = dict[str, Any]
+
+
+class NetworkDriver:
+    """See the module. Every method may run in any thread; those of one endpoint wait for one another."""
+
+    def __init__(
+        self, state: State, staging: Staging, session: Callable[[], Session], path: tuple[str, ...], conf_dir: str
+    ) -> None:
+        """`session`: the calling thread's; `path`: where the plugins' executables are."""
+        self._state = state
+        self._staging = staging
+        self._session = session
+        self._path = path
+        self._conf_dir = conf_dir
+        self._locks = Locks()
+
+    def capabilities(self, _: Empty) -> Answer:
+        """Local: Docker refuses global outside a swarm."""
+        return {"Scope": "local", "ConnectivityScope": "local"}
+
+    # Networks
+
+    def create_network(self, asked: CreateNetwork) -> Answer:
+        """Writes the network down; its bridge is made with the first container."""
+        found, unknown = options.parse(asked.options)
+        for option in unknown:
+            log.event(
+                _logger, "warning", "unknown option of Docker's is ignored", option=option, network=asked.network_id
+            )
+        pools = (*(asked.ipv4_data or ()), *(asked.ipv6_data or ()))
+        network = Network(
+            asked.network_id,
+            found,
+            tuple(pool.pool for pool in pools if pool.pool),
+            tuple(pool.gateway for pool in pools if pool.gateway),
+        )
+        self._check_bridge(network)
+        if found.conflist:
+            conflist.ports(network, self._path, self._conf_dir)  # refuses a name that no conflist has
+        self._state.put(network)
+        return {}
+
+    def delete_network(self, asked: NetworkRef) -> Answer:
+        """Forgets the network; a bridge that was made for it goes."""
+        network = self._state.find(Network, asked.network_id)
+        if network is None:
+            return {}
+        left = [endpoint.id for endpoint in self._state.all(Endpoint) if endpoint.network_id == network.id]
+        if left:
+            raise DriverError(f"network {network.id[:12]} still has {len(left)} endpoints, such as {left[0][:12]}")
+        nobody = Endpoint("none", network.id, (), "", "")
+        with contextlib.suppress(DriverError):
+            conflist.chain(network, nobody, self._path, self._conf_dir).gc([])
+        self._state.remove(Network, network.id)
+        return {}
+
+    def _check_bridge(self, network: Network) -> None:
+        if network.options.type != "bridge" or network.options.conflist:
+            return
+        wanted = conflist.bridge(network)
+        for other in self._state.all(Network):
+            if other.id != network.id and other.options.type == "bridge" and conflist.bridge(other) == wanted:
+                raise DriverError(
+                    f"option com.docker.network.bridge.name={wanted}: network {other.id[:12]} has this bridge"
+                )
+
+    # Endpoints
+
+    def create_endpoint(self, asked: CreateEndpoint) -> Answer:
+        """Settles addresses and MAC."""
+        network = self._state.get(Network, asked.network_id)
+        with self._locks.held(asked.endpoint_id):
+            wanted = asked.interface
+            addresses = tuple(a for a in (wanted.address, wanted.address_ipv6) if a) if wanted else ()
+            mac = wanted.mac_address if wanted else ""
+            endpoint = Endpoint(
+                asked.endpoint_id, network.id, addresses, mac or _mac(addresses), f"nl{asked.endpoint_id[:12]}"
+            )
+            answer: Answer = {}
+            if not mac:
+                answer["MacAddress"] = endpoint.mac
+            if not addresses:
+                # Docker has no IPAM here, and asks for the addresses now: so the ADD happens now.
+                endpoint = self._attach(network, endpoint)
+                for text in endpoint.addresses:
+                    answer["Address" if ip_interface(text).version == 4 else "AddressIPv6"] = text
+            self._state.put(endpoint)
+        return {"Interface": answer}
+
+    def join(self, asked: Join) -> Answer:
+        """Attaches, and tells Docker which interface to take and what to give it."""
+        network = self._state.get(Network, asked.network_id)
+        with self._locks.held(asked.endpoint_id):
+            endpoint = self._state.get(Endpoint, asked.endpoint_id)
+            if endpoint.result is None:
+                endpoint = self._attach(network, endpoint)
+            answer: Answer = {
+                "InterfaceName": {"SrcName": endpoint.ifname, "DstPrefix": network.options.prefix},
+                "StaticRoutes": _static_routes(endpoint),
+            }
+            if network.options.internal:
+                answer["DisableGatewayService"] = True
+            else:
+                gateways = _gateways(network, endpoint)
+                answer["Gateway"] = gateways.get(4, "")
+                answer["GatewayIPv6"] = gateways.get(6, "")
+                if not any(gateways.values()):
+                    answer["DisableGatewayService"] = True
+        return answer
+
+    def _attach(self, network: Network, endpoint: Endpoint) -> Endpoint:
+        """ADD in a staging namespace, and the interface out of it. On failure nothing is left."""
+        host = self._session()
+        chain = conflist.chain(network, endpoint, self._path, self._conf_dir)
+        runtime = {"mac": endpoint.mac} if endpoint.mac else {}
+        with self._staging.lent(host) as path:
+            # Before the ADD: whoever finds the shim dead in the middle knows what to undo.
+            self._state.put(msgspec.structs.replace(endpoint, staging=path))
+            try:
+                result = chain.add(endpoint.id, path, endpoint.ifname, runtime)
+                try:
+                    self._move_out(host, path, endpoint.ifname)
+                except KernelError as error:
+                    chain.delete(endpoint.id, path, endpoint.ifname, runtime, result)
+                    raise DriverError(f"endpoint {endpoint.id[:12]}: {error}") from error
+            except DriverError:
+                self._state.put(endpoint)
+                raise
+        attached = msgspec.structs.replace(
+            endpoint,
+            staging=path,
+            result=result,
+            addresses=endpoint.addresses or tuple(ip["address"] for ip in result.get("ips", ())),
+        )
+        self._state.put(attached)
+        if network.options.type == "ptp" and not network.options.conflist:
+            _answer_for_neighbours(result)
+        return attached
+
+    @staticmethod
+    def _move_out(host: Session, path: str, ifname: str) -> None:
+        with netns.opened(path) as where, host.visit(where) as inside:
+            found = link.get(inside, ifname)
+            link.set_down(inside, found.index)
+            link.move(inside, found.index, host.home_fd, ifname)
+
+    def operational_info(self, asked: EndpointRef) -> Answer:
+        """What `docker inspect` may show."""
+        self._state.get(Endpoint, asked.endpoint_id)
+        return {"Value": {}}
+
+    def leave(self, asked: EndpointRef) -> Answer:
+        """Nothing yet: Docker gives the interface back after this."""
+        del asked
+        return {}
+
+    def delete_endpoint(self, asked: EndpointRef) -> Answer:
+        """Detaches, and forgets the endpoint. What fails is told and kept for the next start to finish."""
+        with self._locks.held(asked.endpoint_id):
+            endpoint = self._state.find(Endpoint, asked.endpoint_id)
+            if endpoint is not None:
+                self._detach(endpoint)
+        return {}
+
+    def _detach(self, endpoint: Endpoint) -> None:
+        host = self._session()
+        network = self._state.find(Network, endpoint.network_id)
+        if endpoint.staging and network is not None:
+            if endpoint.ports is not None:
+                endpoint = self._revoke(network, endpoint)
+            chain = conflist.chain(network, endpoint, self._path, self._conf_dir)
+            # The interface is in dockerd's namespace by now, or gone: no namespace is named.
+            chain.delete(endpoint.id, "", endpoint.ifname, {}, endpoint.result)
+        with contextlib.suppress(NotFound):
+            link.delete(host, endpoint.ifname)
+        self._state.remove(Endpoint, endpoint.id)
+        self._staging.forget(lambda: {one.staging for one in self._state.all(Endpoint)})
+
+    # Published ports
+
+    def program(self, asked: ProgramExternal) -> Answer:
+        """Publishes the endpoint's ports: it has the container's default route."""
+        network = self._state.get(Network, asked.network_id)
+        bindings = _bindings(asked.options)
+        with self._locks.held(asked.endpoint_id):
+            endpoint = self._state.get(Endpoint, asked.endpoint_id)
+            if not bindings or network.options.type == "macvlan":
+                return {}
+            mappings = list(_mappings(bindings, network.options.host_binding))
+            conflist.ports(network, self._path, self._conf_dir).add(
+                endpoint.id, endpoint.staging, endpoint.ifname, {"portMappings": mappings}, endpoint.result
+            )
+            self._state.put(msgspec.structs.replace(endpoint, ports=tuple(bindings)))
+        return {}
+
+    def revoke(self, asked: EndpointRef) -> Answer:
+        """Publishes them no more."""
+        with self._locks.held(asked.endpoint_id):
+            endpoint = self._state.find(Endpoint, asked.endpoint_id)
+            network = self._state.find(Network, asked.network_id)
+            if endpoint is not None and network is not None and endpoint.ports is not None:
+                self._state.put(self._revoke(network, endpoint))
+        return {}
+
+    def _revoke(self, network: Network, endpoint: Endpoint) -> Endpoint:
+        mappings = list(_mappings(endpoint.ports or (), network.options.host_binding))
+        conflist.ports(network, self._path, self._conf_dir).delete(
+            endpoint.id, endpoint.staging, endpoint.ifname, {"portMappings": mappings}, endpoint.result
+        )
+        return msgspec.structs.replace(endpoint, ports=None)
+
+
+class Locks:
+    """One lock for each name that is in use."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._held: dict[str, tuple[threading.Lock, int]] = {}
+
+    @contextlib.contextmanager
+    def held(self, name: str) -> Iterator[None]:
+        """Wait for it, and have it for the duration of the block."""
+        with self._mutex:
+            lock, users = self._held.get(name, (threading.Lock(), 0))
+            self._held[name] = (lock, users + 1)
+        try:
+            with lock:
+                yield
+        finally:
+            with self._mutex:
+                lock, users = self._held.pop(name)
+                if users > 1:
+                    self._held[name] = (lock, users - 1)
+
+
+def _mac(addresses: Sequence[str]) -> str:
+    """As Docker makes them: 02:42 and the IPv4 address, so that one can be read off the other; else by chance."""
+    four = next((ip_interface(text).ip for text in addresses if ip_interface(text).version == 4), None)
+    tail = four.packed if four is not None else os.urandom(4)
+    return (b"\x02\x42" + tail).hex(":")
+
+
+def _gateways(network: Network, endpoint: Endpoint) -> dict[int, str]:
+    """By IP version: Docker's, else what the ADD's result has."""
+    found = {version: conflist.gateway_of(network, version) for version in (4, 6)}
+    have = {ip_interface(text).version for text in endpoint.addresses}
+    for ip in (endpoint.result or {}).get("ips", ()):
+        version = ip_interface(ip["address"]).version
+        found[version] = found[version] or ip.get("gateway", "")
+    return {version: gateway for version, gateway in found.items() if version in have}
+
+
+def _static_routes(endpoint: Endpoint) -> list[dict[str, Any]]:
+    """The result's routes but for defaults, which Docker makes of the gateway. Type 0 has a next hop, 1 is on-link."""
+    routes = []
+    for route in (endpoint.result or {}).get("routes", ()):
+        if ip_network(route["dst"], strict=False).prefixlen == 0:
+            continue
+        if route.get("gw"):
+            routes.append({"Destination": route["dst"], "RouteType": 0, "NextHop": route["gw"]})
+        else:
+            routes.append({"Destination": route["dst"], "RouteType": 1})
+    return routes
+
+
+def _answer_for_neighbours(result: Mapping[str, Any]) -> None:
+    """A container of type ptp takes its whole network for on-link; its host's end answers for the others."""
+    name = next(one["name"] for one in result["interfaces"] if not one.get("sandbox"))
+    sysctl.ensure("1", "ipv4", "conf", name, "proxy_arp")
+    sysctl.ensure("0", "ipv4", "neigh", name, "proxy_delay")  # up to 0.8 s otherwise
+
+
+def _bindings(given: Mapping[str, Any] | None) -> tuple[PortBinding, ...]:
+    try:
+        return msgspec.convert((given or {}).get(_PORTMAP) or (), tuple[PortBinding, ...])
+    except msgspec.ValidationError as error:
+        raise DriverError(f"{_PORTMAP}: {error}") from error
+
+
+def _mappings(bindings: Sequence[PortBinding], host_binding: str) -> Iterator[dict[str, Any]]:
+    """CNI's port mappings."""
+    for binding in bindings:
+        protocol = _PROTOCOLS.get(binding.proto)
+        if protocol is None:
+            raise DriverError(f"port {binding.port}: protocol {binding.proto} is none of tcp, udp, sctp")
+        yield {
+            "hostPort": binding.host_port,
+            "containerPort": binding.port,
+            "protocol": protocol,
+            "hostIP": binding.host_ip or host_binding,
+        }

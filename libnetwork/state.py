@@ -1,0 +1,146 @@
+"""What the shim must know after a restart: Docker repeats neither CreateNetwork nor CreateEndpoint nor Join.
+
+One file for each network, endpoint and pool, `<state dir>/docker/<kind>/<id>.json`, replaced as a whole and synced
+before Docker gets its answer. The shim is the only writer; a lock on the directory sees to that.
+"""
+
+import contextlib
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import msgspec
+
+from libnetwork.errors import DriverError
+from libnetwork.messages import PortBinding
+from libnetwork.options import NetworkOptions
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
+
+
+class Network(msgspec.Struct, frozen=True):
+    """A network as Docker created it. `pools` and `gateways` are CIDRs, IPv4 before IPv6."""
+
+    id: str
+    options: NetworkOptions
+    pools: tuple[str, ...] = ()
+    gateways: tuple[str, ...] = ()
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """A container's place in a network.
+
+    Attributes:
+        addresses: with prefix length; as Docker gave them, or as the CNI ADD did where Docker has no IPAM.
+        ifname: of the interface, in the staging namespace and in dockerd's.
+        staging: path of the namespace in which ADD ran; "" before.
+        result: of the ADD, as printed; None before.
+        ports: what is published now; None while nothing is.
+    """
+
+    id: str
+    network_id: str
+    addresses: tuple[str, ...]
+    mac: str
+    ifname: str
+    staging: str = ""
+    result: dict[str, Any] | None = None
+    ports: tuple[PortBinding, ...] | None = None
+
+
+class Pool(msgspec.Struct, frozen=True):
+    """A pool that Docker asked for. `sub_pool` is where addresses come from that nobody names."""
+
+    id: str
+    pool: str
+    sub_pool: str = ""
+
+
+T = TypeVar("T", Network, Endpoint, Pool)
+_KINDS: dict[type, str] = {Network: "networks", Endpoint: "endpoints", Pool: "pools"}
+
+
+class State:
+    """See the module. Its methods may be called from any thread."""
+
+    def __init__(self, directory: str) -> None:
+        """Makes the directories where they are missing. Raises DriverError where another shim has them."""
+        self._directory = directory
+        for path in (directory, *(os.path.join(directory, kind) for kind in _KINDS.values())):
+            os.makedirs(path, 0o700, exist_ok=True)
+        self._lock = os.open(os.path.join(directory, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise DriverError(f"{directory} is in use by another netloom-docker; stop it first") from None
+
+    def close(self) -> None:
+        """Lets another shim have the directory."""
+        os.close(self._lock)
+
+    def put(self, value: Network | Endpoint | Pool) -> None:
+        """Writes one; it is on disk when this returns."""
+        path = self._path(type(value), value.id)
+        temporary = f"{path}.tmp"
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, msgspec.json.encode(value))
+            os.fdatasync(fd)
+        finally:
+            os.close(fd)
+        os.rename(temporary, path)
+        self._sync(os.path.dirname(path))
+
+    def get(self, kind: type[T], id: str) -> T:  # noqa: A002 - Docker's word
+        """The one of this id. Raises DriverError where there is none."""
+        found = self.find(kind, id)
+        if found is None:
+            raise DriverError(
+                f"{kind.__name__.lower()} {id[:12]} is unknown to netloom-docker; it was made while another state "
+                f"directory than {self._directory} was in use: remove it in Docker and make it again"
+            )
+        return found
+
+    def find(self, kind: type[T], id: str) -> T | None:  # noqa: A002
+        """The one of this id, or None."""
+        return self._read(kind, self._path(kind, id))
+
+    def all(self, kind: type[T]) -> Iterator[T]:
+        """Every one of a kind."""
+        directory = os.path.join(self._directory, _KINDS[kind])
+        for name in sorted(os.listdir(directory)):
+            if name.endswith(".json"):
+                found = self._read(kind, os.path.join(directory, name))
+                if found is not None:
+                    yield found
+
+    def remove(self, kind: type[T], id: str) -> None:  # noqa: A002
+        """Forgets one; nothing where there is none."""
+        path = self._path(kind, id)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+            self._sync(os.path.dirname(path))
+
+    def _path(self, kind: type, id: str) -> str:  # noqa: A002
+        if not _ID.fullmatch(id):
+            raise DriverError(f"wanted an id of letters, digits and . _ -, found {id!r}")
+        return os.path.join(self._directory, _KINDS[kind], f"{id}.json")
+
+    @staticmethod
+    def _read(kind: type[T], path: str) -> T | None:
+        try:
+            with open(path, "rb") as file:
+                return msgspec.json.decode(file.read(), type=kind)
+        except FileNotFoundError:
+            return None
+
+    @staticmethod
+    def _sync(directory: str) -> None:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
