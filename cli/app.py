@@ -16,6 +16,7 @@ from cli.import_host_local import imports
 from cli.options import common
 from cli.pools import pools
 from cli.status import status
+from cli.trace import trace
 from kernel.version import VERSION
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -31,7 +32,7 @@ def netloom() -> None:
     """
 
 
-for _command in (status, gc, addresses, pools, completion):
+for _command in (status, gc, trace, addresses, pools, completion):
     netloom.add_command(_command)
 addresses.add_command(imports)
 

@@ -12,6 +12,7 @@ from tests.cli.conftest import ROOT, Ipamd, Netloom
 COMMANDS = [
     ["status"],
     ["gc"],
+    ["trace"],
     ["ip", "list"],
     ["ip", "show"],
     ["ip", "release"],
