@@ -3,6 +3,8 @@
 Rules of this file
 - Two tables are ours: `inet netloom` and `bridge netloom`. Their chains and sets never change while a version runs;
   everything per container is an element of a set. So the cost of a container does not grow with their number.
+- The one exception: what no element can say, a condition in nft's own words, is a chain of that attachment, which an
+  element of a verdict map leads to (`Chain`).
 - The tables are written by libnftables (in this process, no exec). It costs milliseconds, so it is done only when an
   element was refused because its set is missing.
 - Elements go through nfnetlink directly: libnftables' own element commands first read the plain interval sets of the
@@ -103,14 +105,14 @@ table inet {TABLE} {{
 	chain forward {{
 		type filter hook forward priority filter - 10; policy accept;
 		iifname @separated oifname @separated iifname . oifname != @same drop
+		iifname . oifname @isolated drop
 		ip saddr @accept4 goto accepted
 		ip6 saddr @accept6 goto accepted
-		iifname . oifname @isolated drop
 		ct state established,related ip daddr @accept4 goto accepted
 		ct state established,related ip6 daddr @accept6 goto accepted
+		icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} ip6 daddr @accept6 goto accepted
 		ct status dnat ip daddr . meta l4proto . th dport @published4 goto accepted
 		ct status dnat ip saddr . meta l4proto . th sport @published4 goto accepted
-		icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} ip6 daddr @accept6 goto accepted
 		ct status dnat ip6 daddr . meta l4proto . th dport @published6 goto accepted
 		ct status dnat ip6 saddr . meta l4proto . th sport @published6 goto accepted
 	}}
@@ -195,16 +197,20 @@ _SETS: dict[str, _Set] = {
     **_per_family(),
     "separated": _Set("inet", ("ifname",), shared=True),
     "same": _Set("inet", ("ifname", "ifname"), shared=True),
+    "isolated": _Set("inet", ("ifname", "ifname"), shared=True),
     "guarded": _Set("bridge", ("ifname",)),
     "allowed": _Set("bridge", ("ifname", "mac")),
-    "isolated": _Set("inet", ("ifname", "ifname"), shared=True),
 }
 
-_SUBSYSTEM = 10 << 8
-_GETSET = _SUBSYSTEM | 10
 # What makes our forward chain mark packets, by IP version.
 FORWARDING = {version: (f"accept{version}", f"published{version}") for version in (4, 6)}
 
+_SUBSYSTEM = 10 << 8
+_GETCHAIN, _DELCHAIN = _SUBSYSTEM | 4, _SUBSYSTEM | 5
+_GETRULE, _DELRULE = _SUBSYSTEM | 7, _SUBSYSTEM | 8
+_GETSET = _SUBSYSTEM | 10
+_CHAIN_TABLE, _CHAIN_NAME = 1, 3
+_RULE_TABLE, _RULE_CHAIN = 1, 2
 _SET_NAME = 2
 _NEWSETELEM, _GETSETELEM, _DELSETELEM = _SUBSYSTEM | 12, _SUBSYSTEM | 13, _SUBSYSTEM | 14
 _BATCH_BEGIN, _BATCH_END = 16, 17
@@ -218,6 +224,7 @@ _HEADER = struct.Struct(">BBH")
 # In one message: an attribute's length has 16 bits, and the largest element with its comment takes under 240 bytes.
 _BATCH_ELEMENTS = 256
 _TRIES = 3
+CHAIN_PREFIX = "c_"  # of attachments' chains
 _BATCH_BODY = struct.pack(">BBH", 0, 0, 10)
 
 
@@ -241,6 +248,14 @@ class Element:
         return _SETS[self.set].family
 
 
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A chain of one attachment, in table inet netloom: its name, and its rules in nft's syntax."""
+
+    name: str
+    rules: tuple[str, ...]
+
+
 def masquerade(address: str, owner: str) -> Element:
     """What makes the traffic of a container's address leave under the host's. `owner` is for the comment."""
     return Element(f"masq{ip_address(address).version}", (address,), owner)
@@ -256,7 +271,7 @@ def spoof_check(port: str, mac: str, owner: str) -> list[Element]:
     return [Element("allowed", (port, mac), owner), Element("guarded", (port,), owner)]
 
 
-def publish(
+def publish(  # noqa: PLR0913 - what a published port is
     host_ip: str,
     protocol: str,
     host_port: int,
@@ -266,6 +281,7 @@ def publish(
     *,
     snat: bool = True,
     all: bool = False,  # noqa: A002
+    chain: str = "",
 ) -> list[Element]:
     """What leads a port of the host to one of a container.
 
@@ -278,15 +294,15 @@ def publish(
         owner: for the comment.
         snat: hide the network's own containers, and the host as 127.0.0.1, behind the host's address.
         all: hide everybody.
+        chain: the chain that decides who gets there, and leads them; "" where everybody may.
     """
     version = ip_address(address).version
     target = (address, protocol, str(port))
     key = (protocol, str(host_port))
-    data = (address, str(port))
+    data = (chain,) if chain else (address, str(port))
+    kind = ("" if host_ip else "any") + ("cond" if chain else "dnat")
     elements = [
-        Element(f"dnat{version}", (host_ip, *key), owner, data)
-        if host_ip
-        else Element(f"anydnat{version}", key, owner, data),
+        Element(f"{kind}{version}", (host_ip, *key) if host_ip else key, owner, data),
         Element(f"published{version}", target, owner),
     ]
     if all:
@@ -424,13 +440,17 @@ def contains(outer: Element, inner: Element) -> bool:
 def converge(session: Session, sets: Iterable[str], elements: Iterable[Element]) -> tuple[int, int]:
     """Make the sets hold exactly these elements, in one transaction: no packet sees them in between.
 
-    The tables of the elements' families must be there.
+    The tables of the elements' families must be there. Of several elements with one key that which is there stays.
 
     Returns:
         How many elements were missing (or somebody else's), and how many too many.
     """
-    wanted = {(element.set, element.key): element for element in elements}
     present = {(element.set, element.key): element for name in sets for element in all_elements(session, name)}
+    wanted: dict[tuple[str, tuple[str, ...]], Element] = {}
+    for element in elements:
+        key = (element.set, element.key)
+        if key not in wanted or (key in present and _same(element, present[key])):
+            wanted[key] = element
     foreign = [present[key] for key in wanted.keys() & present.keys() if not _same(wanted[key], present[key])]
     missing = [e for key, e in wanted.items() if key not in present or not _same(e, present[key])]
     stale = [element for key, element in present.items() if key not in wanted]
@@ -455,26 +475,6 @@ def all_elements(session: Session, set_name: str) -> list[Element]:
     except NotFound:
         return []
     return [element for part in parts for element in _parse(set_name, part)]
-
-
-def element_sets() -> list[str]:
-    """The sets that hold what attachments want."""
-    return list(_SETS)
-
-
-def shared_sets(families: Collection[str] = tuple(_FAMILIES)) -> list[str]:
-    """Those of them whose elements belong to networks, not to single attachments."""
-    return [name for name, one in _SETS.items() if one.shared and one.family in families]
-
-
-def ensure_tables(session: Session, families: Collection[str]) -> None:
-    """Write our tables of these families where they are missing or of another version.
-
-    The elements of a table of another version go with it; `kernel.record` puts them back.
-    """
-    for family in sorted(families):
-        if not _current(session, family):
-            run(_removal(family) + _table(family), f"write the table {family} {TABLE}")
 
 
 def add_chain(session: Session, chain: Chain) -> None:
@@ -552,6 +552,26 @@ def schema() -> str:
     return SCHEMA if bit == mark.DEFAULT_BIT else f"{SCHEMA}_bit{bit}"
 
 
+def element_sets() -> list[str]:
+    """The sets that hold what attachments want."""
+    return list(_SETS)
+
+
+def shared_sets(families: Collection[str] = tuple(_FAMILIES)) -> list[str]:
+    """Those of them whose elements belong to networks, not to single attachments."""
+    return [name for name, one in _SETS.items() if one.shared and one.family in families]
+
+
+def ensure_tables(session: Session, families: Collection[str]) -> None:
+    """Write our tables of these families where they are missing or of another version.
+
+    The elements of a table of another version go with it; `kernel.record` puts them back.
+    """
+    for family in sorted(families):
+        if not _current(session, family):
+            run(_removal(family) + _table(family), f"write the table {family} {TABLE}")
+
+
 def _table(family: str) -> str:
     sets = "".join(
         f"\t{'map' if one.data else 'set'} {name} {{ type {one.declaration}; }}\n"
@@ -582,8 +602,19 @@ def _current(session: Session, family: str) -> bool:
     return True
 
 
-def run(commands: str, what: str) -> None:
-    """Let libnftables run commands in the calling thread's namespace, as one transaction.
+def check_table(session: Session) -> None:
+    """Whether table inet netloom is there, or could be made.
+
+    Raises:
+        KernelError: no; with the reason.
+    """
+    if not _current(session, "inet"):
+        run(_removal("inet") + _table("inet"), f"write the table inet {TABLE}", check=True)
+
+
+def run(commands: str, what: str, *, check: bool = False) -> None:
+    """Let libnftables run commands in the calling thread's namespace, as one transaction; `check`: only look whether
+    they could be run.
 
     Raises:
         KernelError: it is not installed, or it refused; with its own words.
@@ -594,6 +625,7 @@ def run(commands: str, what: str) -> None:
         raise KernelError(what, errno.ENOMEM, "libnftables gave no context")
     try:
         library.nft_ctx_buffer_error(context)
+        library.nft_ctx_set_dry_run(context, check)
         if library.nft_run_cmd_from_buffer(context, commands.encode()) != 0:
             words = library.nft_ctx_get_error_buffer(context) or b""
             first = words.decode(errors="replace").strip().splitlines()
@@ -619,6 +651,7 @@ def _library() -> ctypes.CDLL:
         library.nft_ctx_new.argtypes = [ctypes.c_uint32]
         library.nft_ctx_free.argtypes = [ctypes.c_void_p]
         library.nft_ctx_buffer_error.argtypes = [ctypes.c_void_p]
+        library.nft_ctx_set_dry_run.argtypes = [ctypes.c_void_p, ctypes.c_bool]
         library.nft_ctx_get_error_buffer.argtypes = [ctypes.c_void_p]
         library.nft_ctx_get_error_buffer.restype = ctypes.c_char_p
         library.nft_run_cmd_from_buffer.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
@@ -633,12 +666,18 @@ def _change(session: Session, removed: Sequence[Element], added: Sequence[Elemen
         NotFound: a table, or an element to be removed, is missing.
         Exists: an element with an owner is there.
     """
+    version = schema()
     messages = [
         Message(_NEWSETELEM, netlink.CREATE, _elements(family, version, [_MARKER]), f"check the table {family} {TABLE}")
         for family in sorted({element.family for element in (*removed, *added)})
     ]
     messages += _messages(_DELSETELEM, removed, "remove")
     messages += _messages(_NEWSETELEM, added, "add")
+    _transact(session, messages)
+
+
+def _transact(session: Session, messages: Sequence[Message]) -> None:
+    """Send a batch; the first failure is raised."""
     begin = Message(_BATCH_BEGIN, 0, _BATCH_BODY, "begin an nftables batch")
     end = Message(_BATCH_END, 0, _BATCH_BODY, "end an nftables batch")
     for error in session.netfilter.transact(begin, messages, end):
@@ -666,7 +705,6 @@ def _body(elements: Sequence[Element], *, data: bool = False) -> bytes:
     """The body of a message about elements of one set; `data`: with what a map has for the keys."""
     family = _SETS[elements[0].set].family
     return _elements(family, elements[0].set, [_item(element, data=data) for element in elements])
-    version = schema()
 
 
 def _elements(family: str, set_name: str, items: Iterable[Sequence[bytes]]) -> bytes:

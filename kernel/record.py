@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from kernel import nft
-from kernel.nft import Element
+from kernel.nft import Chain, Element
 from kernel.session import Session
 
 _VERSION = 1
@@ -59,6 +59,7 @@ class Record:
     bridge: str = ""  # the bridge it hangs on, "" for none
     elements: tuple[Element, ...] = ()  # of this attachment alone
     shared: tuple[Element, ...] = ()  # of all attachments of the network
+    chains: tuple[Chain, ...] = ()  # of this attachment alone; its elements lead there
     version: int = field(default=_VERSION)
 
 
@@ -91,7 +92,16 @@ class Records:
             # kernel takes it beside theirs, and confuses them when one is removed (nft_set_pipapo.c, pipapo_get).
             with self._locked(fcntl.LOCK_EX):
                 self._settle(session)
+        for chain in record.chains:
+            nft.add_chain(session, chain)
         nft.add(session, record.elements)
+
+    def restore(self, session: Session, key: Key) -> None:
+        """Put the elements of a record back that another record had taken over. Nothing where it is gone by now."""
+        with self._locked(fcntl.LOCK_EX):
+            record = self.read(key)
+            if record is not None:
+                nft.add(session, record.elements)
 
     def all(self) -> Iterator[Record]:
         """Every record of the host, in no order; what cannot be read is passed over."""
@@ -120,13 +130,14 @@ class Records:
         )
 
     def remove(self, session: Session, record: Record) -> None:
-        """Take the attachment's elements out of the kernel, then its record; the network's with the last one.
+        """Take the attachment's elements and chains from the kernel, then its record; the network's with the last one.
 
         A failure leaves the record, so that a second attempt knows what to do.
         """
         path, network = self._path(record.key), record.key.network
         with self._locked(fcntl.LOCK_SH):
             nft.delete(session, record.elements)
+            nft.delete_chains(session, (chain.name for chain in record.chains))
             others = _has_others(path)
             if others:
                 _unlink(path)
@@ -154,7 +165,13 @@ class Records:
             wanted = [element for record in records for element in record.elements]
             wanted += _widest(element for record in records for element in record.shared)
             nft.ensure_tables(session, {element.family for element in wanted})
-            return nft.converge(session, nft.element_sets(), wanted)
+            chains = {chain.name: chain for record in records for chain in record.chains}
+            for chain in chains.values():
+                if nft.count_rules(session, chain.name) != len(chain.rules):
+                    nft.add_chain(session, chain)
+            changed = nft.converge(session, nft.element_sets(), wanted)
+            nft.delete_chains(session, (name for name in nft.chains(session) if name not in chains))
+            return changed
 
     @contextmanager
     def hold(self) -> Iterator[None]:

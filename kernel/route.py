@@ -5,6 +5,7 @@ Sources: include/uapi/linux/rtnetlink.h, net/ipv4/fib_frontend.c, net/ipv6/route
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 from kernel import netlink
-from kernel.errors import NotFound
+from kernel.errors import KernelError, NotFound
 from kernel.netlink import Message, attr, attributes, nested, u32
 from kernel.session import Door
 
@@ -20,7 +21,7 @@ _NEWROUTE, _DELROUTE, _GETROUTE = 24, 25, 26
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_METRICS = 1, 4, 5, 6, 7, 8
 _RTA_MULTIPATH, _RTA_TABLE = 9, 15
 _RTAX_MTU, _RTAX_ADVMSS = 2, 8
-_RTN_UNICAST = 1
+_RTN_UNICAST, _RTN_LOCAL = 1, 2
 _RTPROT_BOOT = 3
 _FLAG_CLONED = 0x200
 MAIN = 254
@@ -88,6 +89,29 @@ def all_routes(door: Door, family: int, index: int = 0) -> list[Route]:
             found += _parse(answer)
     # A kernel without strict checking ignores the filter, and a route may have next hops over other links too.
     return [route for route in found if not index or route.index == index]
+
+
+def is_local(door: Door, address: AnyAddress) -> bool:
+    """Whether the host takes packets to this address for its own."""
+    answer = _look_up(door, address)
+    return answer is not None and _RTMSG.unpack_from(answer)[7] == _RTN_LOCAL
+
+
+def link_to(door: Door, address: AnyAddress) -> int:
+    """The index of the link over which packets to this address go; 0 where there is no route."""
+    answer = _look_up(door, address)
+    return _number(attributes(answer, _RTMSG.size).get(_RTA_OIF)) if answer is not None else 0
+
+
+def _look_up(door: Door, address: AnyAddress) -> bytes | None:
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    body = _RTMSG.pack(family, address.max_prefixlen, 0, 0, 0, 0, 0, 0, 0) + attr(_RTA_DST, address.packed)
+    try:
+        return door.rtnl.get(Message(_GETROUTE, 0, body, f"look up the route to {address}"))
+    except KernelError as error:
+        if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.ESRCH):
+            return None  # none, or one of type unreachable, prohibit, blackhole
+        raise
 
 
 def _pack(route: Route) -> bytes:

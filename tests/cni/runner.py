@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cni import delegate, skel, undo, versions
+from cni.chained import tuning_backup
 from cni.skel import Outcome
 from ipamd.client import Client
 from kernel import netlink, netns, nft, record, sysctl
@@ -87,13 +88,16 @@ def watch_everything() -> None:
     watch(netlink, "Socket", lambda *_args, **_more: "open a netlink socket")
     watch(sysctl, "read", lambda *parts: f"read sysctl {'.'.join(parts)}")
     watch(sysctl, "write", lambda value, *parts: f"set sysctl {'.'.join(parts)} to {value}")
-    watch(nft, "run", lambda _commands, what: what)
+    watch(nft, "run", lambda _commands, what, **_more: what)
     watch(netns, "cookie", lambda: "read the namespace's cookie")
     watch(record.Records, "write", lambda _self, _record: "write the record")
     watch(record.Records, "read", lambda _self, _key: "read the record")
     watch(Client, "allocate", lambda *_args, **_more: "allocate")
     watch(Client, "release", lambda *_args, **_more: "release")
     watch(delegate, "_communicate", lambda executable, *_more: f"execute {executable}")
+    watch(tuning_backup, "write", lambda _path, _backup: "write tuning's backup")
+    watch(tuning_backup, "replace", lambda _path, _backup: "replace tuning's backup")
+    watch(tuning_backup, "remove", lambda _path: "remove tuning's backup")
     watch(versions, "encode", lambda _result, _version: "encode the result")
     unwind = undo.Undo.unwind
 
