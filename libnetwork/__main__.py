@@ -20,7 +20,7 @@ from ipamd.errors import StartError
 from ipamd.listen import SocketPlace
 from kernel import paths
 from kernel.session import Session
-from libnetwork import conflist, http, messages
+from libnetwork import conflist, docker, http, messages, reconcile
 from libnetwork.errors import DriverError
 from libnetwork.ipam_driver import IpamDriver
 from libnetwork.network_driver import NetworkDriver
@@ -29,6 +29,8 @@ from libnetwork.state import Endpoint, State
 from telemetry import log
 
 SOCKET = "/run/docker/plugins/netloom.sock"
+DOCKER = "/var/run/docker.sock"
+NAME = "netloom"
 CNI_PATH = "/opt/cni/bin:/usr/lib/cni"
 _THREADS = 32
 _LISTEN_FDS_START = 3
@@ -42,6 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--socket", default=SOCKET, help=f"default: {SOCKET}")
     parser.add_argument("--cni-path", default=CNI_PATH, help=f"where the plugins are; default: {CNI_PATH}")
     parser.add_argument("--conf-dir", default=conflist.CONF_DIR, help=f"for -o conflist; default: {conflist.CONF_DIR}")
+    parser.add_argument("--docker", default=DOCKER, help=f"Docker's own socket; default: {DOCKER}")
+    parser.add_argument(
+        "--interval",
+        type=float,
+        default=reconcile.INTERVAL_S,
+        metavar="SECONDS",
+        help=f"between comparisons with what Docker has; default: {reconcile.INTERVAL_S:g}",
+    )
     parser.add_argument("--log-level", default="info")
     parser.add_argument("--log-format", default="text")
     arguments = parser.parse_args(argv)
@@ -66,6 +76,9 @@ async def _run(arguments: argparse.Namespace) -> None:
         state, staging, own.session, tuple(arguments.cni_path.split(os.pathsep)), arguments.conf_dir
     )
     ipam = IpamDriver(state, own.client, own.session)
+    with contextlib.suppress(DriverError):  # ipamd may start after us
+        await asyncio.to_thread(ipam.recover)
+    reconciler = reconcile.Reconciler(lambda: docker.look(arguments.docker, NAME), network, ipam, arguments.interval)
     with ThreadPoolExecutor(_THREADS, "netloom-call") as executor, contextlib.ExitStack() as stack:
         stack.callback(state.close)
         runner = web.AppRunner(http.application(_calls(network, ipam), executor), access_log=None, shutdown_timeout=30)
@@ -79,8 +92,10 @@ async def _run(arguments: argparse.Namespace) -> None:
             listening.bind(place.address)
             await web.SockSite(runner, listening).start()
             place.publish(0o600, None, None)
+        reconciler.start()
         log.event(_logger, "info", "serving Docker", socket=arguments.socket)
         await stop.wait()
+        await asyncio.to_thread(reconciler.stop)
         await runner.cleanup()
 
 

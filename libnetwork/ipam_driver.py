@@ -27,6 +27,7 @@ from protos.ipam.v1 import ipam_pb2 as pb
 CLIENT = "docker"
 DEFAULT_POOLS = tuple(f"172.{n}.0.0/16" for n in range(17, 32)) + tuple(f"192.168.{n}.0/20" for n in range(0, 256, 16))
 _SPACE = "netloom"
+_REST = ".rest"
 _GATEWAY = "com.docker.network.gateway"
 
 AnyNetwork = IPv4Network | IPv6Network
@@ -53,6 +54,16 @@ class IpamDriver:
         self._unclaimed_pools: set[str] = set()
         self._unclaimed: set[tuple[str, str]] = set()
 
+    def recover(self) -> None:
+        """After a start: a pool of which nothing is held was being requested when the shim ended; Docker asks again.
+
+        Every network has its gateway at least.
+        """
+        pools, held = self.owned()
+        with self._turn:
+            names = {name for name, _ in held}
+            self._unclaimed_pools = {id for id in pools if not names & {id, f"{id}{_REST}"}}  # noqa: A001
+
     def capabilities(self, _: Empty) -> Answer:
         """Docker asks again for what it has when it starts."""
         return {"RequiresMACAddress": False, "RequiresRequestReplay": True}
@@ -70,6 +81,26 @@ class IpamDriver:
             except IpamError as error:
                 raise DriverError(f"ipamd: {error.message}") from error
             self._unclaimed = {(one.key.network, _bare(address.cidr)) for one in held for address in one.addresses}
+
+    # What nobody owns
+
+    def owned(self) -> tuple[dict[str, str], set[tuple[str, str]]]:
+        """The pools, id to CIDR, and the addresses, each with ipamd's name of its pool."""
+        try:
+            held = list(self._client().list_allocations(pb.ListAllocationsRequest(client=CLIENT)))
+        except IpamError as error:
+            raise DriverError(f"ipamd: {error.message}") from error
+        addresses = {(one.key.network, _bare(address.cidr)) for one in held for address in one.addresses}
+        return {pool.id: pool.pool for pool in self._state.all(Pool)}, addresses
+
+    def discard_address(self, name: str, address: str) -> None:
+        """Release an address that Docker does not have."""
+        with self._turn:
+            self._release(name, address)
+
+    def discard_pool(self, id: str) -> None:  # noqa: A002 - Docker's word
+        """Remove a pool that Docker does not have."""
+        self.release_pool(PoolRef(id))
 
     # Pools
 
@@ -174,16 +205,18 @@ class IpamDriver:
             if pool is None:
                 return {}
             name, wanted = self._where(pool, asked.address, False)
-            client = self._client()
-            try:
-                for held in client.list_allocations(
-                    pb.ListAllocationsRequest(client=CLIENT, network=name, address=wanted)
-                ):
-                    client.release(held.key, generation=held.generation)
-            except IpamError as error:
-                raise DriverError(f"pool {pool.pool}: ipamd: {error.message}") from error
-            self._unclaimed.discard((name, wanted))
+            self._release(name, wanted)
         return {}
+
+    def _release(self, name: str, address: str) -> None:
+        client = self._client()
+        wanted = pb.ListAllocationsRequest(client=CLIENT, network=name, address=address)
+        try:
+            for held in list(client.list_allocations(wanted)):
+                client.release(held.key, generation=held.generation)
+        except IpamError as error:
+            raise DriverError(f"address {address}: ipamd: {error.message}") from error
+        self._unclaimed.discard((name, address))
 
     @staticmethod
     def _where(pool: Pool, address: str, is_gateway: bool) -> tuple[str, str]:
@@ -208,7 +241,7 @@ class IpamDriver:
 
 def _names(pool: Pool) -> tuple[str, ...]:
     """ipamd's pools for one of Docker's: where addresses come from, and the rest where that is not all."""
-    return (pool.id, f"{pool.id}.rest") if pool.sub_pool and pool.sub_pool != pool.pool else (pool.id,)
+    return (pool.id, f"{pool.id}{_REST}") if pool.sub_pool and pool.sub_pool != pool.pool else (pool.id,)
 
 
 def _id(network: AnyNetwork, sub: AnyNetwork | None) -> str:

@@ -16,6 +16,7 @@ Leave and DeleteEndpoint it ignores.
 import contextlib
 import logging
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from ipaddress import ip_interface, ip_network
@@ -24,9 +25,10 @@ from typing import Any
 import msgspec
 
 from kernel import link, netns, sysctl
-from kernel.errors import KernelError, NotFound
+from kernel.errors import KernelError
 from kernel.session import Session
 from libnetwork import conflist, options
+from libnetwork.chain import Chain
 from libnetwork.errors import DriverError
 from libnetwork.messages import (
     CreateEndpoint,
@@ -45,6 +47,8 @@ from telemetry import log
 _logger = logging.getLogger("netloom-docker")
 _PORTMAP = "com.docker.network.portmap"
 _PROTOCOLS = {6: "tcp", 17: "udp", 132: "sctp"}
+
+_PORT_TRIES = 32
 
 Answer = dict[str, Any]
 
@@ -113,6 +117,23 @@ class NetworkDriver:
                     f"option com.docker.network.bridge.name={wanted}: network {other.id[:12]} has this bridge"
                 )
 
+    # What nobody owns
+
+    def owned(self) -> tuple[set[str], set[str]]:
+        """The ids of all endpoints and of all networks."""
+        return {one.id for one in self._state.all(Endpoint)}, {one.id for one in self._state.all(Network)}
+
+    def discard_endpoint(self, id: str) -> None:  # noqa: A002 - Docker's word
+        """Remove an endpoint that Docker does not have."""
+        with self._locks.held(id):
+            endpoint = self._state.find(Endpoint, id)
+            if endpoint is not None:
+                self._detach(endpoint)
+
+    def discard_network(self, id: str) -> None:  # noqa: A002
+        """Remove a network that Docker does not have."""
+        self.delete_network(NetworkRef(id))
+
     # Endpoints
 
     def create_endpoint(self, asked: CreateEndpoint) -> Answer:
@@ -161,6 +182,9 @@ class NetworkDriver:
         """ADD in a staging namespace, and the interface out of it. On failure nothing is left."""
         host = self._session()
         chain = conflist.chain(network, endpoint, self._path, self._conf_dir)
+        if endpoint.staging:
+            # An earlier attempt that ended with the shim; Docker asks again.
+            self._undo(host, chain, endpoint)
         runtime = {"mac": endpoint.mac} if endpoint.mac else {}
         with self._staging.lent(host) as path:
             # Before the ADD: whoever finds the shim dead in the middle knows what to undo.
@@ -219,11 +243,18 @@ class NetworkDriver:
                 endpoint = self._revoke(network, endpoint)
             chain = conflist.chain(network, endpoint, self._path, self._conf_dir)
             # The interface is in dockerd's namespace by now, or gone: no namespace is named.
-            chain.delete(endpoint.id, "", endpoint.ifname, {}, endpoint.result)
-        with contextlib.suppress(NotFound):
-            link.delete(host, endpoint.ifname)
+            self._undo(host, chain, endpoint)
+        link.delete(host, endpoint.ifname)
         self._state.remove(Endpoint, endpoint.id)
         self._staging.forget(lambda: {one.staging for one in self._state.all(Endpoint)})
+
+    @staticmethod
+    def _undo(host: Session, chain: Chain, endpoint: Endpoint) -> None:
+        """DEL. The interface is in dockerd's namespace by now, or gone: then no namespace is named. Where an ADD did
+        not end, it may still be in the staging one."""
+        netns_path = "" if endpoint.result is not None else endpoint.staging
+        chain.delete(endpoint.id, netns_path, endpoint.ifname, {}, endpoint.result)
+        link.delete(host, endpoint.ifname)
 
     # Published ports
 
@@ -235,11 +266,21 @@ class NetworkDriver:
             endpoint = self._state.get(Endpoint, asked.endpoint_id)
             if not bindings or network.options.type == "macvlan":
                 return {}
-            mappings = list(_mappings(bindings, network.options.host_binding))
-            conflist.ports(network, self._path, self._conf_dir).add(
-                endpoint.id, endpoint.staging, endpoint.ifname, {"portMappings": mappings}, endpoint.result
-            )
-            self._state.put(msgspec.structs.replace(endpoint, ports=tuple(bindings)))
+            chain = conflist.ports(network, self._path, self._conf_dir)
+            for attempt in range(_PORT_TRIES):
+                chosen = tuple(_chosen(binding, attempt) for binding in bindings)
+                mappings = list(_mappings(chosen, network.options.host_binding))
+                # Before the ADD, so that a DEL follows whatever comes.
+                self._state.put(msgspec.structs.replace(endpoint, ports=chosen))
+                try:
+                    chain.add(
+                        endpoint.id, endpoint.staging, endpoint.ifname, {"portMappings": mappings}, endpoint.result
+                    )
+                    break
+                except DriverError:
+                    self._state.put(endpoint)
+                    if attempt == _PORT_TRIES - 1 or chosen == tuple(_chosen(one, attempt + 1) for one in bindings):
+                        raise
         return {}
 
     def revoke(self, asked: EndpointRef) -> Answer:
@@ -324,6 +365,17 @@ def _bindings(given: Mapping[str, Any] | None) -> tuple[PortBinding, ...]:
         return msgspec.convert((given or {}).get(_PORTMAP) or (), tuple[PortBinding, ...])
     except msgspec.ValidationError as error:
         raise DriverError(f"{_PORTMAP}: {error}") from error
+
+
+def _chosen(binding: PortBinding, attempt: int) -> PortBinding:
+    """The binding with one host port: the named one, the next of a range, or one that no process of the host has."""
+    if binding.host_port == 0:
+        kind = socket.SOCK_STREAM if binding.proto == socket.IPPROTO_TCP else socket.SOCK_DGRAM
+        with socket.socket(socket.AF_INET, kind) as probe:
+            probe.bind(("", 0))
+            return msgspec.structs.replace(binding, host_port=probe.getsockname()[1], host_port_end=0)
+    last = max(binding.host_port, binding.host_port_end)
+    return msgspec.structs.replace(binding, host_port=min(binding.host_port + attempt, last), host_port_end=0)
 
 
 def _mappings(bindings: Sequence[PortBinding], host_binding: str) -> Iterator[dict[str, Any]]:
