@@ -279,18 +279,19 @@ class Socket:
                 break
         return iter(bodies)
 
-    def begin_dump(self, message: Message) -> tuple[list[bytes], bool]:
-        """Ask for all objects and read the first part of the answer only: constant cost, however many there are.
+    def begin_dump(self, message: Message, enough: int = 1) -> list[bytes]:
+        """Ask for all objects and read only so much of the answer as has this many: the cost does not grow with what
+        there is beyond.
 
         The socket is good for nothing afterwards but to be closed.
 
         Returns:
-            The bodies of the first few, at least one where there is any; whether these are all.
+            The bodies of the first ones.
         """
         wanted = self._ask_for_all(message)
         bodies: list[bytes] = []
         complete = False
-        while not bodies and not complete:
+        while len(bodies) < enough and not complete:
             for kind, flags, sequence, body in self._receive(message.what):
                 if sequence != wanted:
                     continue
@@ -304,7 +305,7 @@ class Socket:
                     complete = True
                 else:
                     bodies.append(body)
-        return bodies, complete
+        return bodies
 
     def _ask_for_all(self, message: Message) -> int:
         """Send a dump request; its sequence number."""

@@ -341,7 +341,7 @@ def _holds_any(set_name: str) -> bool:
     body = _HEADER.pack(_FAMILIES["inet"], 0, 0) + string(_LIST_TABLE, TABLE) + string(_LIST_SET, set_name)
     try:
         with netlink.Socket(netlink.NETFILTER) as own:  # a list that is not read to its end
-            bodies, _ = own.begin_dump(Message(_GETSETELEM, 0, body, f"look into set {set_name}"))
+            bodies = own.begin_dump(Message(_GETSETELEM, 0, body, f"look into set {set_name}"))
     except NotFound:
         return False
     return any(_parse(set_name, one) for one in bodies)

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from kernel import nft
+from kernel import foreign, nft
 from kernel.nft import Chain, Element
 from kernel.session import Session
 
@@ -60,6 +60,8 @@ class Record:
     elements: tuple[Element, ...] = ()  # of this attachment alone
     shared: tuple[Element, ...] = ()  # of all attachments of the network
     chains: tuple[Chain, ...] = ()  # of this attachment alone; its elements lead there
+    admin_chain: str = ""  # of iptables, to be asked before what this attachment sends and gets passes
+    firewalld_zone: str = ""  # that the addresses are sources of
     version: int = field(default=_VERSION)
 
 
@@ -95,6 +97,7 @@ class Records:
         for chain in record.chains:
             nft.add_chain(session, chain)
         nft.add(session, record.elements)
+        foreign.ensure(session, _forwarded(record), _asked(record))
 
     def restore(self, session: Session, key: Key) -> None:
         """Put the elements of a record back that another record had taken over. Nothing where it is gone by now."""
@@ -138,6 +141,7 @@ class Records:
         with self._locked(fcntl.LOCK_SH):
             nft.delete(session, record.elements)
             nft.delete_chains(session, (chain.name for chain in record.chains))
+            foreign.settle(session, _forwarded(record))
             others = _has_others(path)
             if others:
                 _unlink(path)
@@ -171,7 +175,24 @@ class Records:
                     nft.add_chain(session, chain)
             changed = nft.converge(session, nft.element_sets(), wanted)
             nft.delete_chains(session, (name for name in nft.chains(session) if name not in chains))
+            self._let_pass(session, records)
             return changed
+
+    def let_pass(self, session: Session) -> None:
+        """Put the rules back that a reload of another firewall took away (kernel.foreign), where one is wanted."""
+        if any(nft.forwards(version) for version in nft.FORWARDING):
+            self._let_pass(session, self.all())
+
+    def _let_pass(self, session: Session, records: Iterable[Record]) -> None:
+        wanted: dict[int, set[str]] = {}
+        for record in records:
+            for version in _forwarded(record):
+                wanted.setdefault(version, set()).update(_asked(record))
+        for version in nft.FORWARDING:
+            if version in wanted:
+                foreign.ensure(session, (version,), sorted(wanted[version]))
+            else:
+                foreign.settle(session, (version,))
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -224,6 +245,16 @@ class Records:
                     if os.path.basename(marker) != _name(without):
                         wanted.append(element)
         nft.converge(session, sorted(touched), _widest(wanted))
+
+
+def _forwarded(record: Record) -> list[int]:
+    """The families, 4 and 6, whose packets other firewalls are to let pass for this attachment."""
+    sets = {element.set for element in record.elements}
+    return [version for version, names in nft.FORWARDING.items() if not sets.isdisjoint(names)]
+
+
+def _asked(record: Record) -> tuple[str, ...]:
+    return (record.admin_chain,) if record.admin_chain else ()
 
 
 def _widest(elements: Iterable[Element]) -> list[Element]:
