@@ -93,6 +93,7 @@ class HostError(AssertionError):
 _FURNITURE = frozenset(
     (
         *(f"/run/netloom/{name}" for name in ("attachments", "attachments.lock", "locks", "shared")),
+        *(f"/run/netloom/{name}" for name in ("ports", "ports.lock")),
         *(f"/run/netloom/{name}" for name in ("trace", "trace/requests", "trace/requests.1")),
         "/run/cni/tuning",
     )
@@ -373,8 +374,9 @@ class Host:
         path: str = CNI_BIN,
         env: Mapping[str, str | None] | None = None,
         timeout: float = 2 * PATIENCE_S,
+        directory: str = CNI_BIN,
     ) -> CniCall:
-        """Executes /opt/cni/bin/<type> as a runtime does: one execve, `conf` on stdin, only CNI_* and PATH set.
+        """Executes <directory>/<type> as a runtime does: one execve, `conf` on stdin, only CNI_* and PATH set.
 
         `env` adds variables, or removes them where the value is None.
         """
@@ -391,7 +393,7 @@ class Host:
         stdin = conf if isinstance(conf, bytes) else json.dumps(conf).encode()
         began = time.monotonic()
         done = self.run(
-            [f"{CNI_BIN}/{type}"],
+            [f"{directory}/{type}"],
             input=stdin,
             env={name: value for name, value in environment.items() if value is not None},
             check=False,
