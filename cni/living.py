@@ -38,6 +38,19 @@ class Observer:
                 pass  # gone, or something else by now
         return self.lives(inode, cookie)
 
+    def lives_at(self, path: str, inode: int, cookie: int) -> bool:
+        """Whether a namespace lives; looks at the path first, which spares looking at the whole host. As `attached`."""
+        if path:
+            try:
+                with netns.opened(path) as container:
+                    if container.identity.inode == inode:
+                        found = netns.cookie_at(container, self._host.home_fd)
+                        if not cookie or not found or found == cookie:
+                            return True
+            except KernelError:
+                pass  # gone, or something else by now
+        return self.lives(inode, cookie)
+
     def lives(self, inode: int, cookie: int) -> bool:
         """Whether a namespace lives anywhere on this host. An unknown one does not."""
         if not inode and not cookie:

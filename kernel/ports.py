@@ -109,9 +109,9 @@ def of_element(element: Element) -> Port | None:
 class Ports:
     """The claims of one host, in its run directory. Any number of processes may use them at once."""
 
-    def __init__(self, run_dir: str, records: Records) -> None:
-        self._directory = os.path.join(run_dir, "ports")
-        self._lock = os.path.join(run_dir, "ports.lock")
+    def __init__(self, records: Records) -> None:
+        self._directory = os.path.join(records.run_dir, "ports")
+        self._lock = os.path.join(records.run_dir, "ports.lock")
         self._records = records
 
     def take(self, record: Record) -> list[tuple[Port, Record]]:

@@ -74,6 +74,11 @@ class Records:
         self._lock = os.path.join(run_dir, "attachments.lock")
         self._run_dir = run_dir
 
+    @property
+    def run_dir(self) -> str:
+        """The host's run directory."""
+        return self._run_dir
+
     def write(self, record: Record) -> None:
         """Write or replace a record."""
         path = self._path(record.key)
