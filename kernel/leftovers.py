@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
-from kernel import link, liveness
+from kernel import deleter, link, liveness
 from kernel.liveness import LiveNetns
 from kernel.record import Record, Records
 from kernel.session import Session
@@ -78,14 +78,32 @@ def discard(host: Session, records: Records, record: Record) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
     records.remove(host, record)
+    if any(element.data for element in record.elements):  # of maps: published ports
+        _give_ports_back(host, records, record)
 
 
-def delete_port(host: Session, name: str) -> None:
+def _give_ports_back(host: Session, records: Records, record: Record) -> None:
+    """What follows once the record is gone: its claims end, another network of the same container may have the ports
+    now, and UDP clients must not go on sending to where it was."""
+    from kernel import conntrack, ports  # noqa: PLC0415 - only who has published ports pays for them
+
+    for key in ports.Ports(records).release(record):
+        records.restore(host, key)
+    targets = {
+        (one.key[0], int(one.key[2])) for one in record.elements if one.set[:-1] == "published" and "udp" in one.key
+    }
+    if targets:
+        conntrack.forget_target(host, targets)
+
+
+def delete_port(host: Session, name: str) -> bool:
     """Delete a link of one attachment, if it is there and of a kind that we make: the host's end of a veth pair, or
-    an ifb device."""
+    an ifb device. True where it did; a veth's other end is gone with it."""
     found = link.find(host, name)
-    if found is not None and found.kind in ("veth", "ifb"):
-        link.delete(host, name)
+    if found is None or found.kind not in ("veth", "ifb"):
+        return False
+    deleter.delete(host, found)
+    return True
 
 
 def delete_idle_bridge(host: Session, records: Records, name: str) -> bool:

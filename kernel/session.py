@@ -10,10 +10,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from kernel import netlink, netns
 from kernel.errors import from_oserror
+
+if TYPE_CHECKING:
+    from kernel.deleter import Deleter
 
 
 class Door(Protocol):
@@ -25,9 +28,13 @@ class Door(Protocol):
 
 
 class Session:
-    """An open door to the kernel, for one thread. Use as a context manager, or `close` it."""
+    """An open door to the kernel, for one thread. Use as a context manager, or `close` it.
 
-    def __init__(self) -> None:
+    `deleter`: who deletes links here, and does not end with the session; None: each deletion is waited for.
+    """
+
+    def __init__(self, deleter: Deleter | None = None) -> None:
+        self.deleter = deleter
         try:
             self.home_fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -70,7 +77,7 @@ class Session:
     def visit(self, where: netns.Netns) -> Iterator[Visit]:
         """A door to a container's namespace, for the duration of the block. The thread stays at home."""
         with netns.entered(where, self.home_fd):
-            visit = Visit(where, self.home_fd)
+            visit = Visit(where, self)
         try:
             yield visit
         finally:
@@ -83,11 +90,11 @@ class Visit:
     Made by `Session.visit`, in the namespace. `cookie` is the namespace's, 0 where the kernel has none.
     """
 
-    def __init__(self, where: netns.Netns, home_fd: int) -> None:
+    def __init__(self, where: netns.Netns, host: Session) -> None:
         self._rtnl = netlink.Socket(netlink.ROUTE)
         self.cookie = netns.cookie()
         self._where = where
-        self._home_fd = home_fd
+        self._host = host
 
     @property
     def rtnl(self) -> netlink.Socket:
@@ -101,5 +108,15 @@ class Visit:
     @contextmanager
     def inside(self) -> Iterator[None]:
         """Be there with the whole thread, for what no socket can do: sysctls. Sockets and sysctls only."""
-        with netns.entered(self._where, self._home_fd):
+        with netns.entered(self._where, self._host.home_fd):
             yield
+
+    @property
+    def deleter(self) -> Deleter | None:
+        """The session's."""
+        return self._host.deleter
+
+    def another_socket(self) -> netlink.Socket:
+        """One more rtnetlink socket of the container's namespace, for somebody else, who closes it."""
+        with self.inside():
+            return netlink.Socket(netlink.ROUTE)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from cni.errors import CniError, Code
 from cni.request import Request
-from kernel import link, netns
+from kernel import deleter, link, netns
 from kernel.errors import NotFound
 from kernel.link import Link
 from kernel.session import Session, Visit
@@ -86,6 +86,8 @@ def delete_interfaces(request: Request, host: Session, names: Sequence[str]) -> 
     try:
         with netns.opened(request.netns) as container, host.visit(container) as inside:
             for name in names:
-                link.delete(inside, name)
+                found = link.find(inside, name)
+                if found is not None:
+                    deleter.delete(inside, found)
     except (NotFound, netns.NotANamespace):
         return  # the namespace is gone, and the interface with it

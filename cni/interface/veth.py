@@ -137,11 +137,12 @@ def delete(request: Request, host: Session) -> None:
     """
     records = Records(paths.run_dir(request.environment))
     record = records.read(attachment.key(request))
+    gone: list[str] = []
     with Failures() as failures:
         if record is not None:
             for name in record.links:
-                failures.attempt(leftovers.delete_port, host, name)
-        if request.netns and (record is not None or not records.elsewhere(attachment.key(request))):
+                failures.attempt(_delete_port, host, name, gone)
+        if request.netns and not gone and (record is not None or not records.elsewhere(attachment.key(request))):
             # Where the host's end was not known: the record is lost, or another engine made it. But not where the name
             # is another network's: runtimes send a DEL after an ADD that was refused for just that.
             failures.attempt(container.delete_interfaces, request, host, (request.ifname,))
@@ -150,6 +151,11 @@ def delete(request: Request, host: Session) -> None:
         # After the link: nobody may get the address while a container can still send from it.
         if request.ipam_type:
             failures.attempt(delegate.delete, request, host)
+
+
+def _delete_port(host: Session, name: str, gone: list[str]) -> None:
+    if leftovers.delete_port(host, name):
+        gone.append(name)
 
 
 def collect(request: Request, host: Session, failures: Failures) -> list[Record]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from kernel import deleter
 from tests.hosts import Host, wait_until
 from tests.warm.service import COLD, SOCKET, Service, bridge
 from warm import wire
@@ -366,8 +367,9 @@ done
     after = serve(500)
     assert before.keys() == after.keys()
     for pid, (descriptors, threads, memory_kb) in after.items():
-        assert descriptors == before[pid][0]
-        assert threads == before[pid][1]
+        # A deletion may find the threads waiting that were enough before.
+        assert descriptors <= before[pid][0] + deleter.MOST
+        assert threads <= before[pid][1] + deleter.MOST
         assert memory_kb - before[pid][2] < 1024, "a leak of 1 KiB for each pair of requests would be seen here"
     assert service.cold() == []
     host.assert_clean(snapshot)
