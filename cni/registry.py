@@ -35,6 +35,7 @@ _ENTRIES = (
     Entry("ptp", "cni.interface.ptp", "interface"),
     Entry("macvlan", "cni.interface.macvlan", "interface"),
     Entry("loopback", "cni.interface.loopback", "interface"),
+    Entry("bandwidth", "cni.chained.bandwidth", "chained", oldest="0.3.0"),
     Entry("ipamd", "cni.ipam.ipamd", "ipam"),
     Entry("host-local", "cni.ipam.host_local", "ipam"),
     Entry("static", "cni.ipam.static", "ipam"),

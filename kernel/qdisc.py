@@ -58,8 +58,6 @@ _INGRESS_FILTERS = 0xFFFFFFF2  # ingress and clsact both know this one
 _PREFERENCE, _ETH_P_ALL = 1, 0x0003
 
 _U32_MAX = 2**32 - 1
-# Beyond that the kernel cuts a buffer that is given in ticks: it counts nanoseconds in 32 bits there (tbf_change).
-_MAX_TICKS = _U32_MAX // TICK_NS
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +73,13 @@ class Tbf:
     burst: int = 0
 
     def like(self, other: Tbf) -> bool:
-        """Whether the kernel's word for a bucket is this one, but for what is lost in counting ticks."""
+        """Whether the kernel's word for a bucket is this one, but for what is lost in counting ticks.
+
+        Of a buffer that there is no room for the reference cuts the upper bits off: then any will do.
+        """
         if (self.rate, self.limit) != (other.rate, other.limit):
             return False
-        return abs(self.buffer - other.buffer) <= 1 + self.buffer // 10_000
+        return self.buffer == _U32_MAX or abs(self.buffer - other.buffer) <= 1 + self.buffer // 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,23 +94,23 @@ class Qdisc:
 
 
 def bucket(rate: int, burst: int, packet: int) -> Tbf:
-    """The token bucket for a rate and a burst, reckoned as the reference does it.
+    """The token bucket for a rate and a burst, reckoned as the reference does it: in whole microseconds.
 
     Args:
         rate: bytes a second, at least 1.
-        burst: bytes.
-        packet: bytes of the largest packet of the link; a bucket that does not hold it would never let it pass, so
-            that much is the least.
-
-    The kernel holds 4.29 s worth of the rate at most, where the burst is not given in bytes; and it is not, so that
-    what runtimes give for "no burst of mine" (containerd: half a gigabyte) does not lift the limit for minutes.
+        burst: bytes. In ticks there is room for 274 seconds' worth; more becomes that much.
+        packet: bytes of the largest packet of the link. A bucket that does not hold it would never let it pass, so
+            that much is the least; it is told in bytes, which ticks and microseconds are too coarse for.
     """
-    limit = min(rate * LATENCY_MS // 1000 + max(burst, packet), _U32_MAX)
-    ticks = min(burst * 10**6 // rate * 1000 // TICK_NS, _MAX_TICKS)
-    if ticks * TICK_NS * rate // 10**9 >= packet:
+    size = max(burst, packet)
+    limit = min(rate * LATENCY_MS // 1000 + size, _U32_MAX)
+    ticks = min(burst * 10**6 // rate * 1000 // TICK_NS, _U32_MAX)
+    # What the kernel lets pass as one packet; the nanoseconds have 32 bits there (sch_tbf.c, tbf_change).
+    largest = min(ticks * TICK_NS, _U32_MAX) * rate // 10**9
+    if largest >= packet:
         return Tbf(rate, limit, ticks)
-    # As the kernel will tell it, whose field has 32 bits.
-    return Tbf(rate, limit, packet * 10**9 // rate // TICK_NS & _U32_MAX, packet)
+    # The ticks as the kernel tells them afterwards, whose field has 32 bits, too.
+    return Tbf(rate, limit, size * 10**9 // rate // TICK_NS & _U32_MAX, size)
 
 
 def tbf_message(link: Link, tbf: Tbf) -> Message:

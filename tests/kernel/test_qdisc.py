@@ -20,7 +20,6 @@ from tests.kernel import spaces
 from tests.kernel.spaces import Space
 
 PACKET = 1514
-TICKS_MAX = 67108863  # 2**32 - 1 nanoseconds
 
 
 def tc(*arguments: str) -> list[dict[str, Any]]:
@@ -37,15 +36,18 @@ def tc(*arguments: str) -> list[dict[str, Any]]:
         (2_000_000, 200_000, Tbf(2_000_000, 250_000, 1_562_500)),
         # Whole microseconds: 121126.
         (12_500, PACKET + 100, Tbf(12_500, 1926, 2_017_500)),
-        # containerd's burst of 2**32 - 1 bits is cut where the reference's is.
-        (1_250_000, 536_870_911, Tbf(1_250_000, 536_902_161, TICKS_MAX)),
+        # containerd's burst of 2**32 - 1 bits; at 10 Mbit/s there is no room for it.
+        (2_500_000, 536_870_911, Tbf(2_500_000, 536_933_411, 3_355_443_187)),
+        (1_250_000, 536_870_911, Tbf(1_250_000, 536_902_161, 2**32 - 1)),
         # Less than a packet is a packet, in bytes; a packet takes 1.5 ms, and 100 s.
         (1_000_000, 1, Tbf(1_000_000, 26_514, 23_656, PACKET)),
         (15, 57, Tbf(15, 1514, 1_577_083_333, PACKET)),
+        # The kernel would not let a packet pass that takes more than 4.29 s, however large the bucket is.
+        (100, 10_000, Tbf(100, 10_002, 1_562_500_000, 10_000)),
         # 1.5 microseconds would be one, and too little.
         (1_000_000_000, PACKET, Tbf(1_000_000_000, 25_001_514, 23, PACKET)),
         # Nothing overflows.
-        (2**61 - 1, 2**32 - 2, Tbf(2**61 - 1, 2**32 - 1, 0, PACKET)),
+        (2**61 - 1, 2**32 - 2, Tbf(2**61 - 1, 2**32 - 1, 0, 2**32 - 2)),
     ],
 )
 def test_a_bucket_is_the_references_but_holds_a_packet(rate: int, burst: int, wanted: Tbf) -> None:
@@ -55,7 +57,7 @@ def test_a_bucket_is_the_references_but_holds_a_packet(rate: int, burst: int, wa
 @given(st.integers(1, 2**61), st.integers(0, 2**32 - 2), st.integers(82, 65549))
 def test_every_bucket_holds_a_packet_and_fits_its_fields(rate: int, burst: int, packet: int) -> None:
     got = bucket(rate, burst, packet)
-    assert got.burst == packet or got.buffer * qdisc.TICK_NS * rate // 10**9 >= packet
+    assert got.burst >= packet or min(got.buffer * qdisc.TICK_NS, 2**32 - 1) * rate // 10**9 >= packet
     assert 0 <= got.buffer < 2**32
     assert 0 < got.limit < 2**32
     assert got.like(got)
@@ -64,6 +66,8 @@ def test_every_bucket_holds_a_packet_and_fits_its_fields(rate: int, burst: int, 
 def test_what_counts_as_the_same_bucket() -> None:
     one = Tbf(1000, 2000, 1_000_000)
     assert one.like(Tbf(1000, 2000, 1_000_050))
+    # The reference's upper bits were cut off.
+    assert Tbf(1000, 2000, 2**32 - 1).like(Tbf(1000, 2000, 5))
     for other in (Tbf(1001, 2000, 1_000_000), Tbf(1000, 2001, 1_000_000), Tbf(1000, 2000, 1_001_000)):
         assert not one.like(other)
 
@@ -108,6 +112,8 @@ def test_an_ifb_device(session: Session, ifb: Link) -> None:
         (1_000_000, 100_000, {"rate": 1_000_000, "burst": 100_000, "lat": 25_000}),
         (125_000, 1, {"rate": 125_000, "burst": 1_513, "lat": 25_000}),
         (15, 57, {"rate": 15, "burst": 1_513, "lat": 0}),
+        (2_500_000, 536_870_911, {"rate": 2_500_000, "burst": 536_870_909, "lat": 25_000}),
+        (100, 10_000, {"rate": 100, "burst": 10_000, "lat": 20_000}),
         (10**10, 10**8, {"rate": 10**10, "burst": 10**8, "lat": 25_000}),
     ],
 )
@@ -123,7 +129,7 @@ def test_a_shaper_is_what_tc_shows(session: Session, port: Link, rate: int, burs
     assert (entry["kind"], entry["handle"], entry["root"]) == ("tbf", "1:", True)
     options = entry["options"]
     assert options["rate"] == shown["rate"]
-    assert abs(options["burst"] - shown["burst"]) <= 1
+    assert abs(options["burst"] - shown["burst"]) <= 3
     assert abs(options["lat"] - shown["lat"]) <= 1
     with pytest.raises(Exists, match="limit the rate of link veth1"):
         session.rtnl.execute([qdisc.tbf_message(port, wanted)])
