@@ -35,6 +35,8 @@ _ENTRIES = (
     Entry("ptp", "cni.interface.ptp", "interface"),
     Entry("macvlan", "cni.interface.macvlan", "interface"),
     Entry("loopback", "cni.interface.loopback", "interface"),
+    Entry("portmap", "cni.chained.portmap", "chained"),
+    Entry("tuning", "cni.chained.tuning", "chained"),
     Entry("bandwidth", "cni.chained.bandwidth", "chained", oldest="0.3.0"),
     Entry("ipamd", "cni.ipam.ipamd", "ipam"),
     Entry("host-local", "cni.ipam.host_local", "ipam"),
