@@ -1,0 +1,1 @@
+"""podman and containerd, as Debian packages them, with our plugins."""

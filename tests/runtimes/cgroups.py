@@ -1,0 +1,62 @@
+"""The cgroups of the containers that tests start: all below one directory of each hierarchy.
+
+It bears the name of the run's scratch directory, so that it says whose it is, and those of a killed run are found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests import hosts
+
+_TOP = Path("/sys/fs/cgroup")
+
+
+def parent() -> str:
+    """What to give to a runtime as the parent of its cgroups."""
+    return f"/{hosts.scratch().name}"
+
+
+def found() -> list[str]:
+    """The cgroups of this run, without the one above all."""
+    return sorted(
+        {str(path.relative_to(top)) for top in _tops(parent()[1:]) for path in top.rglob("*") if path.is_dir()}
+    )
+
+
+def remove(name: str = "") -> None:
+    """Those of this run, or of the run whose scratch directory had that name. Their processes must have ended."""
+    for top in _tops(name or parent()[1:]):
+        for directory, _, _ in os.walk(top, topdown=False):
+            with contextlib.suppress(OSError):
+                os.rmdir(directory)
+
+
+def sweep() -> list[str]:
+    """Removes those of runs whose scratch directory is gone, and says which."""
+    names = {path.name for path in _tops(f"netloom-{os.geteuid()}-*")}
+    done = [name for name in sorted(names) if not any(Path(base, name).exists() for base in ("/tmp", "/dev/shm"))]
+    for name in done:
+        remove(name)
+    return [f"removed cgroups {name}" for name in done]
+
+
+def _tops(pattern: str) -> Iterator[Path]:
+    """Version 1 has a hierarchy for each controller, version 2 one, mounted there or at `unified`."""
+    yield from _TOP.glob(pattern)
+    yield from _TOP.glob(f"*/{pattern}")
+
+
+def has_version1() -> bool:
+    """Whether the machine has hierarchies of version 1 mounted at their places."""
+    return (_TOP / "pids").is_dir() or (_TOP / "cpu").is_dir()
+
+
+def forget(name: str) -> None:
+    """Removes one of this run that a runtime left behind. Its processes must have ended."""
+    for top in _tops(parent()[1:]):
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(top / name)

@@ -1,0 +1,260 @@
+"""A host with a runtime's own directories, our plugins before the workers, ipamd, and a network outside.
+
+Rules of this file
+- What a runtime keeps on disk, and its sockets, are the host's own, at the places where they are on a real host: no
+  option of a runtime is set but those that an operator sets.
+- All cgroups are below one directory that bears the name of the run (`images.CGROUPS`), so that a sweep finds those of
+  a killed one.
+- Each request that came the warm way is on record. There is no other way: what is not on record failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from tests.hosts import PROGRAM_PATH, ROOT, Host, HostError, Ipamd, Netns, Snapshot, wait_until
+from tests.runtimes import cgroups
+from tests.warm.service import COLD, Service
+
+NET_D = "/etc/cni/net.d"
+# What podman and containerd write, besides /run and /var/lib/cni. /dev/shm has podman's locks.
+_OWN = (
+    "/etc/containers",
+    "/etc/containerd",
+    "/opt/containerd",
+    "/var/lib/containers",
+    "/var/lib/containerd",
+    "/var/tmp",
+    "/dev/shm",
+)
+_REQUESTS = "/run/requests"
+_CACHE = "file /run/netloom/host-local/"  # host-local's index; the addresses themselves are in /var/lib/cni
+OUTSIDE = "192.0.2.2"  # who reaches the host from elsewhere
+HOST_OUTSIDE = "192.0.2.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request that a worker served."""
+
+    plugin: str
+    environment: Mapping[str, str]
+    conf: Mapping[str, Any]
+    status: int
+    stdout: str
+
+    @property
+    def verb(self) -> str:
+        return self.environment.get("CNI_COMMAND", "")
+
+    @property
+    def container_id(self) -> str:
+        return self.environment.get("CNI_CONTAINERID", "")
+
+    @property
+    def netns(self) -> str:
+        return self.environment.get("CNI_NETNS", "")
+
+    @property
+    def ifname(self) -> str:
+        return self.environment.get("CNI_IFNAME", "")
+
+    @property
+    def args(self) -> dict[str, str]:
+        """CNI_ARGS."""
+        return dict(pair.split("=", 1) for pair in self.environment.get("CNI_ARGS", "").split(";") if "=" in pair)
+
+    @property
+    def runtime_config(self) -> Mapping[str, Any]:
+        found = self.conf.get("runtimeConfig", {})
+        assert isinstance(found, dict)
+        return found
+
+    def result(self) -> dict[str, Any]:
+        found = json.loads(self.stdout)
+        assert isinstance(found, dict)
+        return found
+
+    def __str__(self) -> str:
+        network = self.conf.get("name", "")
+        return f"{self.verb} {self.plugin} {network} {self.ifname} of {self.container_id[:12]}: {self.status}"
+
+
+class RuntimeHost:
+    """Use as a context manager. `cgroup2`: the host has only cgroup v2, as newer systems do."""
+
+    def __init__(self, name: str, launcher: Path, cgroup2: bool = False) -> None:
+        self.host = Host(name, own=_OWN)
+        self.cgroup2 = cgroup2
+        self._launcher = launcher
+        self._before: Snapshot | None = None
+        self._service: Service | None = None
+        self.ipamd: Ipamd
+        self.outside: Netns
+
+    def __enter__(self) -> Self:
+        self.host.__enter__()
+        try:
+            self._set_up()
+        except BaseException:
+            self.__exit__(*sys.exc_info())
+            raise
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            if self._service is not None and self._service.process is not None:
+                self._service.stop()  # its children, too, so that what the host still finds running is a runtime's
+        finally:
+            try:
+                self.host.__exit__(*error)
+            finally:
+                cgroups.remove()
+
+    def _set_up(self) -> None:
+        host = self.host
+        for path in ("/var/tmp", "/dev/shm"):
+            host.path(path).chmod(0o1777)
+        if self.cgroup2:
+            host.run(["umount", "-R", "/sys/fs/cgroup"])
+            host.run(["mount", "-t", "cgroup2", "none", "/sys/fs/cgroup"])
+        self.ipamd = host.start_ipamd(pools={"cooldown_s": 0}, reclaim={"grace_s": 1, "interval_s": 1})
+        self._service = Service(host, self._launcher, ["--liveness-interval", "0.5"], "tests.runtimes.recording")
+        self.begin_service()
+        self.outside = host.netns("outside")
+        for command in (
+            f"ip link add outside type veth peer name eth0 netns {self.outside.name}",
+            f"ip addr add {HOST_OUTSIDE}/24 dev outside",
+            "ip link set outside up",
+            f"ip -n {self.outside.name} addr add {OUTSIDE}/24 dev eth0",
+            f"ip -n {self.outside.name} link set lo up",
+            f"ip -n {self.outside.name} link set eth0 up",
+            f"ip -n {self.outside.name} route add default via {HOST_OUTSIDE}",
+        ):
+            host.run(command.split())
+
+    @property
+    def service(self) -> Service:
+        assert self._service is not None
+        return self._service
+
+    def begin_service(self) -> None:
+        """Starts the master."""
+        self.service.start({**os.environ, "NETLOOM_TEST_REQUESTS": _REQUESTS})
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a runtime's process has: a cold way that is counted. Workers on a busy machine may be slow to accept."""
+        return {"PATH": PROGRAM_PATH, "HOME": "/root", "NETLOOM_CNI_WAIT_MS": "30000", "NETLOOM_CNI_COLD": COLD}
+
+    def run(self, argv: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        return self.host.run(argv, **{"env": self.environment, "cwd": "/", **options})
+
+    def ask(
+        self, address: str, port: int = 80, *, netns: Netns | None = None, protocol: str = "tcp", limit_s: float = 30
+    ) -> str:
+        """What the server there says, asked again until it does, from the host or a namespace. Raises HostError."""
+        program = [sys.executable, "-I", "-S", str(ROOT / "tests/runtimes/ask.py")]
+        done = (netns or self.host).run([*program, protocol, address, str(port), str(limit_s)], check=False)
+        if done.returncode != 0:
+            where = netns.name if netns else self.host.name
+            raise HostError(f"no answer from {address} {protocol} {port} to {where}: {done.stderr}")
+        return done.stdout.strip()
+
+    def silent(self, address: str, port: int = 80, *, netns: Netns | None = None, protocol: str = "tcp") -> bool:
+        """Whether nobody answers there."""
+        try:
+            self.ask(address, port, netns=netns, protocol=protocol, limit_s=0)
+        except HostError:
+            return True
+        return False
+
+    # What the workers were asked
+
+    def requests(self, container_id: str = "", verb: str = "") -> list[Request]:
+        """What was served, in order; VERSION only where it is asked for by name."""
+        file = self.host.path(_REQUESTS)
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        found = []
+        for line in lines:
+            entry = json.loads(line)
+            conf = json.loads(entry["stdin"]) if entry["stdin"] else {}
+            one = Request(entry["plugin"], entry["environment"], conf, entry["status"], entry["stdout"])
+            if one.container_id.startswith(container_id) and (one.verb == verb or (not verb and one.verb != "VERSION")):
+                found.append(one)
+        return found
+
+    def forget(self) -> None:
+        """The record of requests begins anew."""
+        self.host.path(_REQUESTS).unlink(missing_ok=True)
+
+    def verbs(self, container_id: str = "") -> list[str]:
+        """In order: `ADD bridge`."""
+        return [f"{request.verb} {request.plugin}" for request in self.requests(container_id)]
+
+    # Nothing may be left
+
+    def settle(self) -> None:
+        """What is there now is what has to be there after each scenario."""
+        self._before = self.snapshot()
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(self.host.snapshot().facts | frozenset(self._facts()))
+
+    def assert_clean(self, *passed_over: str) -> None:
+        """Waits until the host is as `settle` found it. Facts that begin with one of `passed_over` may differ."""
+        before = self._before
+        assert before is not None
+        difference: list[str] = []
+
+        def clean() -> bool:
+            nonlocal difference
+            now = self.snapshot()
+            difference = [f"+ {fact}" for fact in now.minus(before)] + [f"- {fact}" for fact in before.minus(now)]
+            difference = [line for line in difference if not line[2:].startswith((_CACHE, *passed_over))]
+            return not difference
+
+        wait_until(clean, "the host to be as it was before", lambda: "\n".join(["", *difference]), limit_s=20)
+
+    def _facts(self) -> Iterator[str]:
+        mounts = self.host.run(["cat", "/proc/self/mountinfo"]).stdout
+        for line in mounts.splitlines():
+            yield f"mount {line.split()[4]}"
+        for command in self.host.processes().values():
+            yield f"process {command}"
+        for cgroup in cgroups.found():
+            yield f"cgroup {cgroup}"
+
+    # The other side
+
+    def netloom(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        return self.host.run([sys.executable, "-m", "cli", *arguments], check=check)
+
+    def kill(self, pid: int, number: signal.Signals = signal.SIGKILL) -> None:
+        """A process of this host."""
+        if pid not in self.host.processes():
+            raise HostError(f"process {pid} is not one of this host")
+        os.kill(pid, number)
+
+    def conflist(self, name: str, plugins: Sequence[Mapping[str, Any]], version: str = "1.0.0", file: str = "") -> Path:
+        """Writes a network's configuration, and says where."""
+        path = self.host.path(f"{NET_D}/{file or name}.conflist")
+        path.write_text(json.dumps({"cniVersion": version, "name": name, "plugins": list(plugins)}), encoding="utf-8")
+        return path
+
+
+@contextlib.contextmanager
+def container(run: RuntimeHost, netns: str) -> Iterator[Netns]:
+    """The network namespace of a container, by its path, as one of ours."""
+    there = Netns(run.host, Path(netns).name)
+    there.path = netns
+    yield there
