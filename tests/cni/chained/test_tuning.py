@@ -79,9 +79,9 @@ class Container:
     def delete(self, keys: Mapping[str, Any], **more: Any) -> None:
         self.call("DEL", keys, **more).ok()
 
-    def refused(self, keys: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    def refused(self, keys: Mapping[str, Any], before: object = None, **more: Any) -> dict[str, Any]:
         """An ADD that must fail and change nothing; its error object."""
-        before = state(self.netns)
+        before = before or state(self.netns)
         answer = self.call("ADD", keys, **more)
         assert answer.code() > 0
         assert "Traceback" not in answer.stderr
@@ -465,12 +465,13 @@ WRONG: list[tuple[dict[str, Any], str, int, tuple[str, ...]]] = [
 def test_configurations_that_are_wrong(lab: Lab) -> None:
     facts = lab.host.snapshot()
     with container(lab) as one:
+        before = state(one.netns)
         for keys, args, code, words in WRONG:
             # Others are in order, and set before: they are undone.
             good: dict[str, Any] = {"allmulti": True, "sysctl": {"net.ipv4.conf.all.arp_filter": "1"}, **keys}
             if isinstance(good["sysctl"], dict):
                 good["sysctl"] = {"net.ipv4.conf.all.arp_filter": "1", **good["sysctl"]}
-            error = one.refused(good, args=args)
+            error = one.refused(good, before, args=args)
             assert error["code"] == code, error
             text = f"{error['msg']} {error.get('details', '')}"
             assert [word for word in words if word not in text] == [], error
@@ -865,7 +866,7 @@ SAME: list[dict[str, Any]] = [
 
 
 @needs_reference
-@pytest.mark.parametrize("version", ["0.2.0", "0.3.1", "1.0.0"])
+@pytest.mark.parametrize("version", ["0.2.0", "1.0.0"])
 def test_as_the_reference_does_it(lab: Lab, version: str) -> None:
     for keys in SAME:
         found: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]] = []
