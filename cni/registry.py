@@ -36,6 +36,7 @@ _ENTRIES = (
     Entry("macvlan", "cni.interface.macvlan", "interface"),
     Entry("loopback", "cni.interface.loopback", "interface"),
     Entry("portmap", "cni.chained.portmap", "chained"),
+    Entry("firewall", "cni.chained.firewall", "chained", oldest="0.4.0"),
     Entry("tuning", "cni.chained.tuning", "chained"),
     Entry("bandwidth", "cni.chained.bandwidth", "chained", oldest="0.3.0"),
     Entry("ipamd", "cni.ipam.ipamd", "ipam"),

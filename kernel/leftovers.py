@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from ipaddress import ip_network
 
 from kernel import deleter, link, liveness
 from kernel.liveness import LiveNetns
@@ -77,9 +78,22 @@ def discard(host: Session, records: Records, record: Record) -> None:
     for path in record.files:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
+    forget_sources(record)
     records.remove(host, record)
     if any(element.data for element in record.elements):  # of maps: published ports
         _give_ports_back(host, records, record)
+
+
+def forget_sources(record: Record) -> None:
+    """Take an attachment's addresses out of their zone, where firewalld runs."""
+    if not record.firewalld_zone:
+        return
+    from kernel import firewalld  # noqa: PLC0415 - few hosts have it, and every cold process would pay for the import
+
+    with firewalld.connected() as asked:
+        for element in record.elements if asked is not None else ():
+            if asked is not None and element.set in ("accept4", "accept6"):
+                asked.remove_source(record.firewalld_zone, str(ip_network(element.key[0])))
 
 
 def _give_ports_back(host: Session, records: Records, record: Record) -> None:

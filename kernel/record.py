@@ -249,7 +249,9 @@ class Records:
                     touched.add(element.set)
                     if os.path.basename(marker) != _name(without):
                         wanted.append(element)
-        nft.converge(session, sorted(touched), _widest(wanted))
+        # What has an owner is an attachment's own, and not ours to judge.
+        owned = [element for name in touched for element in nft.all_elements(session, name) if element.comment]
+        nft.converge(session, sorted(touched), [*owned, *_widest(wanted)])
 
 
 def _forwarded(record: Record) -> list[int]:
