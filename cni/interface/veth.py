@@ -148,6 +148,10 @@ def delete(request: Request, host: Session) -> None:
             failures.attempt(container.delete_interfaces, request, host, (request.ifname,))
         if record is not None:
             failures.attempt(records.remove, host, record)
+        else:
+            from cni import reference  # noqa: PLC0415 - what we attached ourselves has nothing of it
+
+            reference.forget(request, host, failures)
         # After the link: nobody may get the address while a container can still send from it.
         if request.ipam_type:
             failures.attempt(delegate.delete, request, host)
@@ -164,7 +168,10 @@ def collect(request: Request, host: Session, failures: Failures) -> list[Record]
     Returns:
         The records that the network had.
     """
+    from cni import reference  # noqa: PLC0415 - GC alone needs it
+
     found = attachment.collect(request, host, failures)
+    reference.collect(request, host, failures)
     if request.ipam_type:
         failures.attempt(delegate.gc, request, host)
     return found

@@ -96,6 +96,7 @@ class Reference:
     def __init__(self, host: Host, path: str = f"{REFERENCE}:{CNI_BIN}") -> None:
         self.host = host
         self.path = path
+        self.programs = ""  # a directory that comes first in PATH
 
     def __call__(
         self,
@@ -115,7 +116,7 @@ class Reference:
             "CNI_IFNAME": ifname,
             "CNI_ARGS": args,
             "CNI_PATH": self.path,
-            "PATH": PROGRAM_PATH,
+            "PATH": f"{self.programs}:{PROGRAM_PATH}" if self.programs else PROGRAM_PATH,
         }
         done = self.host.run([f"{REFERENCE}/{plugin}"], input=json.dumps(conf), env=environment, cwd="/", check=False)
         try:

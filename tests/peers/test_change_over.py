@@ -1,0 +1,198 @@
+"""A host changes over, and back, with containers running: what the reference attached Netloom detaches, and the
+reverse. What the reference left in the firewall goes with our DEL and GC."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from kernel import reference as left_by_reference
+from tests.cni.lab import REFERENCE, Lab
+from tests.hosts import IPV6, CniCall, Host, HostError, Netns, wait_until
+from tests.peers.twins import Reference
+
+pytestmark = [
+    pytest.mark.kernel,
+    pytest.mark.skipif(not os.path.exists(f"{REFERENCE}/bridge"), reason=f"no {REFERENCE}/bridge"),
+]
+RANGES = [[{"subnet": "10.1.0.0/16"}], *([[{"subnet": "fd00:1::/64"}]] if IPV6 else [])]
+IPAM = {"type": "host-local", "ranges": RANGES, "routes": [{"dst": "0.0.0.0/0"}]}
+BRIDGE = {"type": "bridge", "bridge": "br0", "isGateway": True, "ipMasq": True, "macspoofchk": True, "ipam": IPAM}
+PTP = {"type": "ptp", "ipMasq": True, "ipam": IPAM}
+MACVLAN = {"type": "macvlan", "master": "uplink0", "ipam": IPAM}
+STATIC = {"type": "bridge", "bridge": "br0", "ipam": {"type": "static", "addresses": [{"address": "10.1.0.5/16"}]}}
+PORTS = [
+    {"hostPort": 8080, "containerPort": 80, "protocol": "tcp"},
+    {"hostPort": 8081, "containerPort": 53, "protocol": "udp"},
+]
+PORTMAP = {"type": "portmap", "capabilities": {"portMappings": True}, "runtimeConfig": {"portMappings": PORTS}}
+FIREWALL = {"type": "firewall", "ingressPolicy": "same-bridge"}
+BANDWIDTH = {"type": "bandwidth", "egressRate": 8000000, "egressBurst": 800000}
+TUNING = {"type": "tuning", "mtu": 1400, "promisc": True}
+LISTS: dict[str, list[Mapping[str, Any]]] = {
+    "bridge": [BRIDGE],
+    "ptp": [PTP],
+    "macvlan": [MACVLAN],
+    "static": [STATIC],
+    "chain": [BRIDGE, BANDWIDTH, TUNING],
+}
+Runner = Any  # Lab.cni and Reference have the same arguments
+
+
+class Changing:
+    """A host with both."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        lab = Lab(host)
+        # Ours finds our IPAM plugins, theirs its own.
+        self.ours: Runner = lab.cni
+        self.theirs: Runner = Reference(host)
+        self.lab = lab
+
+    def attach(self, who: Runner, plugins: Sequence[Mapping[str, Any]], netns: Netns, name: str = "net") -> Any:
+        result: Any = None
+        for plugin in plugins:
+            conf = {"cniVersion": "1.0.0", "name": name, **plugin, **({"prevResult": result} if result else {})}
+            result = who("ADD", plugin["type"], conf, container_id=netns.name, netns=netns).result()
+        return result
+
+    def detach(
+        self,
+        who: Runner,
+        plugins: Sequence[Mapping[str, Any]],
+        netns: Netns,
+        result: Any,
+        name: str = "net",
+        path: str | None = None,
+    ) -> None:
+        for plugin in reversed(plugins):
+            conf = {"cniVersion": "1.0.0", "name": name, **plugin, **({"prevResult": result} if result else {})}
+            call: CniCall = who(
+                "DEL", plugin["type"], conf, container_id=netns.name, netns=netns if path is None else path
+            )
+            call.ok()
+
+    def collect(self, plugins: Sequence[Mapping[str, Any]], *valid: Netns, name: str = "net") -> None:
+        """Our GC."""
+        attachments = [{"containerID": one.name, "ifname": "eth0"} for one in valid]
+        for plugin in plugins:
+            conf = {"cniVersion": "1.1.0", "name": name, **plugin, "cni.dev/valid-attachments": attachments}
+            self.ours("GC", plugin["type"], conf).ok()
+
+    def left(self, netns: Netns, *words: str) -> list[str]:
+        """What still speaks of the container on the host: rules, chains, links, addresses given out."""
+        names = [netns.name, *words]
+        names += [left_by_reference.chain_name("net", netns.name, prefix) for prefix in ("", "DN-", "SN-")]
+        found = []
+        for command in (
+            ["nft", "list", "ruleset"],
+            ["iptables-legacy-save"],
+            ["ip6tables-legacy-save"],
+            ["ip", "-o", "link"],
+            ["sh", "-c", "grep -r . /var/lib/cni/networks /run/cni || true"],
+        ):
+            for line in self.host.run(command).stdout.splitlines():
+                if any(word in line for word in names) and "last_reserved_ip" not in line:
+                    found.append(line.strip())
+        return found
+
+
+@pytest.fixture(scope="module")
+def changing() -> Iterator[Changing]:
+    with Host("changing") as host:
+        host.run(["ip", "link", "add", "uplink0", "type", "veth", "peer", "name", "uplink1"])
+        host.run(["ip", "link", "set", "uplink0", "up"])
+        host.run(["ip", "link", "set", "uplink1", "up"])
+        changing = Changing(host)
+        changing.ours("VERSION", "bridge", b"")
+        yield changing
+
+
+@pytest.fixture
+def netns(changing: Changing) -> Iterator[Netns]:
+    one = changing.host.netns()
+    yield one
+    one.delete()
+
+
+def addresses(result: Mapping[str, Any]) -> list[str]:
+    return [ip["address"].split("/")[0] for ip in result["ips"]]
+
+
+@pytest.fixture(params=["nft", "legacy"])
+def iptables(request: pytest.FixtureRequest, changing: Changing) -> Iterator[str]:
+    """Which iptables the reference finds: both write to the kernel by other ways."""
+    if request.param == "legacy":
+        place = changing.host.path("/etc/netloom/legacy")
+        place.mkdir(exist_ok=True)
+        for name in ("iptables", "ip6tables"):
+            real = shutil.which(f"{name}-legacy", path="/usr/sbin:/sbin")
+            assert real is not None
+            link = place / name
+            link.unlink(missing_ok=True)
+            link.symlink_to(real)
+        changing.theirs.programs = "/etc/netloom/legacy"
+    yield str(request.param)
+    changing.theirs.programs = ""
+
+
+@pytest.mark.parametrize("how", ["plain", "without prevResult", "without namespace", "namespace gone"])
+@pytest.mark.parametrize("plugins", LISTS.values(), ids=LISTS)
+def test_what_the_reference_attached_we_detach(
+    changing: Changing, netns: Netns, plugins: list[Mapping[str, Any]], how: str
+) -> None:
+    result = changing.attach(changing.theirs, plugins, netns)
+    held = addresses(result)
+    assert changing.left(netns, *held)
+    path = None
+    if how == "without namespace":
+        path = ""
+    elif how == "namespace gone":
+        netns.delete()
+    changing.detach(changing.ours, plugins, netns, None if how == "without prevResult" else result, path=path)
+    # Links go some time after their namespace.
+    wait_until(lambda: changing.left(netns, *held) == [], "a clean host", lambda: str(changing.left(netns, *held)))
+    if how == "plain":
+        assert set(netns.links()) == {"lo"}
+    changing.detach(changing.ours, plugins, netns, None)
+
+
+@pytest.mark.parametrize("plugins", LISTS.values(), ids=LISTS)
+def test_what_we_attached_the_reference_detaches(
+    changing: Changing, netns: Netns, plugins: list[Mapping[str, Any]]
+) -> None:
+    result = changing.attach(changing.ours, plugins, netns)
+    masquerades = any(plugin.get("ipMasq") for plugin in plugins)
+    try:
+        changing.detach(changing.theirs, plugins, netns, result)
+    except HostError as error:
+        # It asks iptables to delete its rule, and that there is none is no error to iptables-legacy alone.
+        assert masquerades and "does not exist" in str(error)
+        changing.detach(changing.theirs, plugins, netns, result)
+    assert set(netns.links()) == {"lo"}
+    assert not list(changing.host.path("/var/lib/cni/networks").rglob("*[.:]*[.:]*"))
+    # Our own record and elements it does not know. They go with our GC, DEL or next ADD.
+    changing.collect(plugins)
+    assert [path for path in changing.host.path("/run/netloom/attachments").rglob("*") if path.is_file()] == []
+    assert changing.left(netns, *addresses(result)) == []
+
+
+def test_ipmasq_of_either_iptables(changing: Changing, netns: Netns, iptables: str) -> None:
+    other = changing.host.netns()
+    changing.attach(changing.theirs, [BRIDGE], other)
+    held = changing.attach(changing.theirs, [BRIDGE], netns)
+    chain = left_by_reference.chain_name("net", netns.name)
+    rules = changing.host.run([f"iptables-{'legacy' if iptables == 'legacy' else 'nft'}-save", "-t", "nat"]).stdout
+    assert f":{chain} " in rules
+    assert f"-j {chain}" in rules
+    changing.detach(changing.ours, [BRIDGE], netns, held)
+    assert changing.left(netns, *addresses(held)) == []
+    assert len(changing.left(other)) >= 3, "another container's stay"
+    changing.detach(changing.ours, [BRIDGE], other, None)
+    assert changing.left(other) == []
+    other.delete()
