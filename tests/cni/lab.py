@@ -14,13 +14,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cni.versions import SUPPORTED
 from tests.hosts import CNI_BIN, IPV6, PROGRAM_PATH, ROOT, CniCall, Host, Ipamd, Netns, Snapshot, wait_until
+from tests.warm.service import Service
 
 REFERENCE = "/usr/lib/cni"  # Debian's containernetworking-plugins
 WITH_CHECK = ("0.4.0", "1.0.0", "1.1.0")
+Way = Literal["in process", "warm", "cold"]
+LAUNCHERS = "/etc/netloom/launchers"
 FOUR = "10.1.0.0/16"
 SIX = "fd00:1::/64"
 
@@ -34,10 +37,18 @@ class Served(CniCall):
 
 
 class Lab:
-    """A host with a runner; one for all tests of a module, since each test leaves it as it was."""
+    """A host for all tests of a module, since each test leaves it as it was.
+
+    Requests are served in one of three ways: by a runner in which faults can be injected; as installed by launcher and
+    warm worker; or as installed without workers, where the launcher becomes a process that serves one request. Each
+    request through a launcher is asserted to have gone the way that was asked for. (With workers there is the master's
+    helper too, which here looks at nothing: tests break things to see who notices.)
+    """
 
     def __init__(self, host: Host, ipamd: Ipamd | None = None) -> None:
         self.host = host
+        self.way: Way = "in process"
+        self._service: Service | None = None
         self._ipamd = ipamd
         self._runner: subprocess.Popen[str] | None = None
         self._log = host.directory / "runner.log"
@@ -65,7 +76,10 @@ class Lab:
         env: Mapping[str, str | None] | None = None,
         faults: Sequence[Mapping[str, Any]] = (),
     ) -> Served:
-        """As `Host.cni`, but served by the runner."""
+        """As `Host.cni`, but served in the lab's way; with faults always by the runner, which alone knows of calls."""
+        if self.way != "in process" and not faults:
+            options = {"container_id": container_id, "netns": netns, "ifname": ifname, "args": args, "path": path}
+            return self._launched(verb, type, conf, {**options, "env": env or {}})
         environment: dict[str, str | None] = {
             "CNI_COMMAND": verb,
             "CNI_CONTAINERID": container_id,
@@ -98,6 +112,33 @@ class Lab:
             printed = None
         calls, undo_calls = tuple(answer["calls"]), tuple(answer["undo_calls"])
         return Served(verb, answer["status"], answer["stdout"], answer["stderr"], printed, 0.0, calls, undo_calls)
+
+    def serve(self, way: Way, launcher: Path | None = None) -> None:
+        """From now on requests are served so. Any way but "in process" needs the launcher at its first time."""
+        self.way = way
+        if way != "in process" and self._service is None:
+            assert launcher is not None
+            arguments = ["--workers", "2", "--liveness-interval", "3600"]
+            self._service = Service(self.host, launcher, arguments, "tests.warm.unwatched", LAUNCHERS)
+        if way == "warm" and self._service is not None and self._service.process is None:
+            self._service.start()
+
+    def close(self) -> None:
+        """Ends the workers, if there are any."""
+        if self._service is not None and self._service.process is not None:
+            assert self._service.stop() == 0, self._service.log()
+
+    def _launched(self, verb: str, plugin: str, conf: Mapping[str, Any] | bytes, options: dict[str, Any]) -> Served:
+        service = self._service
+        assert service is not None
+        service.forget_cold()
+        if self.way == "cold":
+            options["env"] = {"NETLOOM_CNI_SOCKET": "/nonexistent", **options["env"]}
+        answer = service.call(verb, conf, plugin, **options)
+        went = service.cold()
+        wanted = [f"{plugin} {verb}".strip()] if self.way == "cold" else []
+        assert [line.strip() for line in went] == wanted, f"{self.way} was wanted, went cold: {went}"
+        return Served(verb, answer.status, answer.stdout, answer.stderr, answer.json, answer.took_s)
 
     def _started_runner(self) -> subprocess.Popen[str]:
         if self._runner is None:

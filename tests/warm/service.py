@@ -22,8 +22,17 @@ SOCKET = "/run/netloom/cni.sock"
 class Service:
     """Use as a context manager. The host's teardown ends whatever is left of it."""
 
-    def __init__(self, host: Host, launcher: Path, arguments: Sequence[str] = (), module: str = "warm") -> None:
+    def __init__(
+        self,
+        host: Host,
+        launcher: Path,
+        arguments: Sequence[str] = (),
+        module: str = "warm",
+        directory: str = CNI_BIN,
+    ) -> None:
+        """`directory` is where the launchers go; one that is not CNI_BIN leaves that as it is."""
         self.host = host
+        self.directory = directory
         self.arguments = list(arguments)
         self.module = module
         self._log = host.directory / "warm.log"
@@ -31,12 +40,13 @@ class Service:
         plain, cold = host.path("/etc/netloom/plain"), host.path(COLD.rstrip("/"))
         shutil.copytree(host.path(CNI_BIN), plain)
         cold.mkdir()
+        host.path(directory).mkdir(exist_ok=True)
         for plugin in PLUGINS:
             script = f'#!/bin/sh\necho {plugin} "$CNI_COMMAND" >> {_COLD_LOG}\nexec /etc/netloom/plain/{plugin}\n'
             (cold / plugin).write_text(script, encoding="ascii")
             (cold / plugin).chmod(0o755)
-            target = host.path(CNI_BIN) / plugin
-            target.unlink()
+            target = host.path(directory) / plugin
+            target.unlink(missing_ok=True)
             shutil.copy(launcher, target)
 
     @property
@@ -86,7 +96,7 @@ class Service:
     def call(self, verb: str, conf: Mapping[str, Any] | bytes, plugin: str = "bridge", **options: Any) -> CniCall:
         """As Host.cni, with a cold way that is counted."""
         env = {"NETLOOM_CNI_COLD": COLD, "NETLOOM_CNI_WAIT_MS": "30000", **options.pop("env", {})}
-        return self.host.cni(verb, plugin, conf, env=env, **options)
+        return self.host.cni(verb, plugin, conf, env=env, directory=self.directory, **options)
 
     def cold(self) -> list[str]:
         """The requests that went cold, in words."""

@@ -60,7 +60,7 @@ def refused(lab: Lab, conf: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("version", SUPPORTED)
-def test_every_verb_as_a_process(lab: Lab, version: str) -> None:
+def test_every_verb(lab: Lab, version: str) -> None:
     host, netns = lab.host, lab.host.netns()
     conf = net(
         version,
@@ -73,7 +73,7 @@ def test_every_verb_as_a_process(lab: Lab, version: str) -> None:
         ipam=both(),
     )
     before = host.snapshot()
-    result = host.cni("ADD", "bridge", conf, netns=netns).result()
+    result = lab.cni("ADD", "bridge", conf, netns=netns).result()
 
     # What is printed.
     assert result["cniVersion"] == version
@@ -132,27 +132,27 @@ def test_every_verb_as_a_process(lab: Lab, version: str) -> None:
     # The other verbs.
     with_result = {**conf, "prevResult": result}
     if version in WITH_CHECK:
-        assert host.cni("CHECK", "bridge", with_result, netns=netns).stdout == ""
-        host.cni("CHECK", "bridge", with_result, netns=netns).ok()
+        assert lab.cni("CHECK", "bridge", with_result, netns=netns).stdout == ""
+        lab.cni("CHECK", "bridge", with_result, netns=netns).ok()
     else:
-        assert host.cni("CHECK", "bridge", with_result, netns=netns).code() == 1
+        assert lab.cni("CHECK", "bridge", with_result, netns=netns).code() == 1
     for verb, more in (
         ("GC", {"cni.dev/valid-attachments": [{"containerID": "c1", "ifname": "eth0"}]}),
         ("STATUS", {}),
     ):
-        answer = host.cni(verb, "bridge", {**conf, **more})
+        answer = lab.cni(verb, "bridge", {**conf, **more})
         if version == "1.1.0":
             answer.ok()
             assert answer.stdout == ""
         else:
             assert answer.code() == 1
     assert netns.ping("10.1.0.1") > 0
-    answer = host.cni("DEL", "bridge", with_result if version in WITH_CHECK else conf, netns=netns)
+    answer = lab.cni("DEL", "bridge", with_result if version in WITH_CHECK else conf, netns=netns)
     answer.ok()
     assert answer.stdout == ""
     assert set(netns.links()) == {"lo"}
     host.assert_clean(before, keep=["br0"])
-    host.cni("DEL", "bridge", conf, netns=netns).ok()
+    lab.cni("DEL", "bridge", conf, netns=netns).ok()
     netns.delete()
 
 

@@ -18,10 +18,10 @@ def conf(version: str = "1.1.0", **keys: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("version", SUPPORTED)
-def test_every_verb_as_a_process(lab: Lab, version: str) -> None:
+def test_every_verb(lab: Lab, version: str) -> None:
     with lab.space() as netns:
         before = lab.host.snapshot()
-        result = lab.host.cni("ADD", "loopback", conf(version), netns=netns, ifname="lo").result()
+        result = lab.cni("ADD", "loopback", conf(version), netns=netns, ifname="lo").result()
         assert result["cniVersion"] == version
         expected = ["127.0.0.1/8", *(["::1/128"] if IPV6 else [])]
         if version in ("0.1.0", "0.2.0"):
@@ -36,7 +36,7 @@ def test_every_verb_as_a_process(lab: Lab, version: str) -> None:
         assert netns.ping("127.0.0.1") > 0
 
         with_result = {**conf(version), "prevResult": result}
-        checked = lab.host.cni("CHECK", "loopback", with_result, netns=netns, ifname="lo")
+        checked = lab.cni("CHECK", "loopback", with_result, netns=netns, ifname="lo")
         assert (checked.status == 0) is (version in WITH_CHECK)
         for verb in ("GC", "STATUS"):
             served = lab.cni(verb, "loopback", {**conf(version), "cni.dev/valid-attachments": []})
@@ -44,7 +44,7 @@ def test_every_verb_as_a_process(lab: Lab, version: str) -> None:
         assert netns.ping("127.0.0.1") > 0
 
         for _ in range(2):
-            answer = lab.host.cni("DEL", "loopback", conf(version), netns=netns, ifname="lo")
+            answer = lab.cni("DEL", "loopback", conf(version), netns=netns, ifname="lo")
             answer.ok()
             assert answer.stdout == ""
         assert "UP" not in netns.links()["lo"]["flags"]
