@@ -1,4 +1,4 @@
-"""nftables events: whether somebody else took something out of our tables.
+"""nftables events: whether somebody took something out of our tables, or changed what another firewall forwards.
 
 The kernel tells each change of a transaction, then who made it (NFT_MSG_NEWGEN, with process id and name). What the
 reader misses (ENOBUFS) counts as a loss: it cannot know.
@@ -8,6 +8,7 @@ Sources: include/uapi/linux/netfilter/nf_tables.h, net/netfilter/nf_tables_api.c
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import select
 import socket
@@ -15,6 +16,7 @@ import struct
 from dataclasses import dataclass
 
 from kernel.errors import from_oserror
+from kernel.foreign import FILTER, FORWARD
 from kernel.netlink import NETFILTER, attributes, text
 from kernel.nft import TABLE
 
@@ -25,21 +27,34 @@ _SUBSYSTEM = 10 << 8
 _NEWGEN = _SUBSYSTEM | 15
 _DELSETELEM = _SUBSYSTEM | 14
 _LOSSES = frozenset(_SUBSYSTEM | number for number in (2, 5, 8, 11))  # table, chain, rule, set deleted
+_DELTABLE, _NEWCHAIN, _DELCHAIN, _DELRULE = (_SUBSYSTEM | number for number in (2, 3, 5, 8))
+_NEWTABLE, _NEWRULE = _SUBSYSTEM, _SUBSYSTEM | 6
+_IPTABLES = (2, 10)  # the families ip and ip6
+_FIREWALLD = "firewalld"  # its table, in any family
 _GEN_PID, _GEN_NAME = 2, 3
+_RULE_CHAIN = 2
 _HEADER = struct.Struct("=IHHII")
 _BUFFER = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One transaction that took something out of our tables.
+    """One transaction. `pid` is 0 where the kernel did not say.
 
-    `structure`: a table, chain, rule or set; else only elements. `pid` is 0 where the kernel did not say.
+    Attributes:
+        structure: it took a table, chain, rule or set of ours.
+        elements: it took elements of ours.
+        forward: what iptables forwards may have changed, or which chains its table filter has.
+        firewalld: firewalld made its table.
+        pid, process: who did it.
     """
 
-    structure: bool
-    pid: int
-    process: str
+    structure: bool = False
+    elements: bool = False
+    forward: bool = False
+    firewalld: bool = False
+    pid: int = 0
+    process: str = ""
 
 
 class Events:
@@ -58,7 +73,7 @@ class Events:
         except OSError as error:
             self._socket.close()
             raise from_oserror("listen to nftables events", error) from error
-        self._structure = self._elements = False
+        self._seen = Change()
 
     def close(self) -> None:
         """Close the socket. Closing twice is harmless."""
@@ -82,7 +97,7 @@ class Events:
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise from_oserror("read nftables events", error) from error
-                changes.append(Change(structure=True, pid=0, process=""))
+                changes.append(Change(structure=True, elements=True, forward=True, firewalld=True))
                 continue
             changes += self._parse(data)
 
@@ -95,14 +110,31 @@ class Events:
                 break
             body = attributes(data[offset : offset + size], 20)
             if kind == _NEWGEN:
-                if self._structure or self._elements:
-                    changes.append(Change(self._structure, _number(body.get(_GEN_PID)), text(body.get(_GEN_NAME))))
-                self._structure = self._elements = False
-            elif text(body.get(1)) == TABLE:  # the table's name is attribute 1 of each of these
-                self._structure |= kind in _LOSSES
-                self._elements |= kind == _DELSETELEM
+                if self._seen != Change():
+                    who = _number(body.get(_GEN_PID)), text(body.get(_GEN_NAME))
+                    changes.append(dataclasses.replace(self._seen, pid=who[0], process=who[1]))
+                self._seen = Change()
+            else:
+                self._see(kind, data[offset + 16], body)
             offset += (size + 3) & ~3
         return changes
+
+    def _see(self, kind: int, family: int, body: dict[int, bytes]) -> None:
+        """Note what one message tells."""
+        table = text(body.get(1))  # of chains, rules, sets and elements, too, the table's name is attribute 1
+        seen = self._seen
+        if table == TABLE:
+            if kind in _LOSSES:
+                seen = dataclasses.replace(seen, structure=True)
+            elif kind == _DELSETELEM:
+                seen = dataclasses.replace(seen, elements=True)
+        elif table == FILTER and family in _IPTABLES:
+            of_forward = kind in (_NEWRULE, _DELRULE) and text(body.get(_RULE_CHAIN)) == FORWARD
+            if of_forward or kind in (_NEWCHAIN, _DELCHAIN, _DELTABLE):
+                seen = dataclasses.replace(seen, forward=True)
+        elif table == _FIREWALLD and kind == _NEWTABLE:
+            seen = dataclasses.replace(seen, firewalld=True)
+        self._seen = seen
 
 
 def _number(data: bytes | None) -> int:

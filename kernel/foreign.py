@@ -35,12 +35,11 @@ from kernel.errors import KernelError, NotFound, from_oserror
 from kernel.netlink import Message, attr, attribute_list, attributes, nested, string, text
 from kernel.session import Session
 
+FILTER, FORWARD = "filter", "FORWARD"  # iptables' table and chain
 ADMIN_CHAIN = "CNI-ADMIN"  # the reference's default for iptablesAdminChainName
 
 _FAMILIES = {4: 2, 6: 10}  # NFPROTO_IPV4, NFPROTO_IPV6
 _NAMES = {1: "inet", 2: "ip", 10: "ip6"}
-_FORWARD = "FORWARD"
-_FILTER = "filter"
 _ACCEPTED = "netloom lets pass"  # the beginning of our accept rule's comment; the mark follows
 _ADMIN = "netloom asks first:"  # that of the jump to an administrator's chain, whose name follows
 _TRIES = 50
@@ -105,8 +104,9 @@ class _Chain:
 # What the rest of us calls
 
 
-def ensure(session: Session, versions: Iterable[int] = (4, 6), admin_chains: Collection[str] = ()) -> None:
-    """See that what our forward chain marked passes the iptables of the calling thread's namespace.
+def ensure(session: Session, versions: Iterable[int] = (4, 6), admin_chains: Collection[str] = ()) -> bool:
+    """See that what our forward chain marked passes the iptables of the calling thread's namespace; True where
+    something had to be done for it.
 
     Args:
         session: at home.
@@ -116,18 +116,20 @@ def ensure(session: Session, versions: Iterable[int] = (4, 6), admin_chains: Col
     Raises:
         KernelError: the kernel, or iptables-legacy, refused.
     """
+    changed = False
     for version in versions:
-        chain = _find_chain(session, version, _FORWARD)
+        chain = _find_chain(session, version, FORWARD)
         if chain is not None:
-            _ensure(session, version, chain, _existing(session, version, admin_chains))
+            changed |= _ensure(session, version, chain, _existing(session, version, admin_chains))
         if _legacy_in_use(version):
-            _ensure_legacy(version, admin_chains)
+            changed |= _ensure_legacy(version, admin_chains)
+    return changed
 
 
 def settle(session: Session, versions: Iterable[int] = (4, 6)) -> None:
     """Take our rules out again where no attachment of the family wants them any more."""
     for version in versions:
-        chain, legacy = _find_chain(session, version, _FORWARD), _legacy_in_use(version)
+        chain, legacy = _find_chain(session, version, FORWARD), _legacy_in_use(version)
         if (chain is None and not legacy) or nft.forwards(version):
             continue
         asked = remove(session, (version,))
@@ -140,7 +142,7 @@ def remove(session: Session, versions: Iterable[int] = (4, 6)) -> list[str]:
     """Take our rules out of iptables; the administrators' chains that they called."""
     asked: list[str] = []
     for version in versions:
-        chain = _find_chain(session, version, _FORWARD)
+        chain = _find_chain(session, version, FORWARD)
         if chain is not None and chain.rules:
             asked += _change(session, version, None)
         if _legacy_in_use(version):
@@ -151,11 +153,11 @@ def remove(session: Session, versions: Iterable[int] = (4, 6)) -> list[str]:
 def missing(session: Session, versions: Iterable[int] = (4, 6)) -> str:
     """What lacks our rule though it needs one, in words; "" where all is well."""
     for version in versions:
-        chain = _find_chain(session, version, _FORWARD)
+        chain = _find_chain(session, version, FORWARD)
         if chain is not None and _needs(chain, (), top := _top(version)) and not _is_right(top, ()):
-            return f"{_FORWARD} of table {_NAMES[_FAMILIES[version]]} {_FILTER}"
+            return f"{FORWARD} of table {_NAMES[_FAMILIES[version]]} {FILTER}"
         if _legacy_in_use(version) and _legacy_lacks(_list_legacy(version), ()):
-            return f"{_FORWARD} of {_LEGACY_PROGRAMS[version]}"
+            return f"{FORWARD} of {_LEGACY_PROGRAMS[version]}"
     return ""
 
 
@@ -174,7 +176,7 @@ def droppers(session: Session) -> list[Dropper]:
         family = _NAMES.get(body[0], "")
         if not family or hook is None or int.from_bytes(hook, "big") != _HOOK_FORWARD:
             continue
-        iptables = family != "inet" and (table, chain) == (_FILTER, _FORWARD)
+        iptables = family != "inet" and (table, chain) == (FILTER, FORWARD)
         if not iptables and _number(parts.get(_CHAIN_POLICY), 1) == _DROP and not _lets_pass(body[0], table, chain):
             found.append(Dropper(family, table, chain))
     return found
@@ -196,12 +198,14 @@ def _lets_pass(family: int, table: str, chain: str) -> bool:
 # iptables-nft's chains
 
 
-def _ensure(session: Session, version: int, chain: _Chain, admin_chains: Collection[str]) -> None:
+def _ensure(session: Session, version: int, chain: _Chain, admin_chains: Collection[str]) -> bool:
     if not chain.drops and not chain.rules and not admin_chains:
-        return
+        return False
     top = _top(version)
-    if _needs(chain, admin_chains, top) and not _is_right(top, admin_chains):
-        _change(session, version, admin_chains)
+    if not _needs(chain, admin_chains, top) or _is_right(top, admin_chains):
+        return False
+    _change(session, version, admin_chains)
+    return True
 
 
 def _needs(chain: _Chain, admin_chains: Collection[str], top: Sequence[_Rule]) -> bool:
@@ -225,7 +229,7 @@ def _change(session: Session, version: int, admin_chains: Collection[str] | None
     Returns:
         The administrators' chains that were called before.
     """
-    family, where = _FAMILIES[version], f"{_FORWARD} of table {_NAMES[_FAMILIES[version]]} {_FILTER}"
+    family, where = _FAMILIES[version], f"{FORWARD} of table {_NAMES[_FAMILIES[version]]} {FILTER}"
     for _ in range(_TRIES):
         generation = _generation(session)
         try:
@@ -258,7 +262,7 @@ def _change(session: Session, version: int, admin_chains: Collection[str] | None
 
 def _find_chain(session: Session, version: int, name: str) -> _Chain | None:
     """A chain of table filter; None where there is none."""
-    body = _HEADER.pack(_FAMILIES[version], 0, 0) + string(_CHAIN_TABLE, _FILTER) + string(_CHAIN_NAME, name)
+    body = _HEADER.pack(_FAMILIES[version], 0, 0) + string(_CHAIN_TABLE, FILTER) + string(_CHAIN_NAME, name)
     try:
         found = attributes(session.netfilter.get(Message(_GETCHAIN, 0, body, f"look for chain {name}")), _HEADER.size)
     except NotFound:
@@ -273,7 +277,7 @@ def _existing(session: Session, version: int, chains: Collection[str]) -> list[s
 
 def _locate(family: int, handle: int = 0) -> bytes:
     """The beginning of a message about rules of FORWARD, or about one of them."""
-    body = _HEADER.pack(family, 0, 0) + string(_RULE_TABLE, _FILTER) + string(_RULE_CHAIN, _FORWARD)
+    body = _HEADER.pack(family, 0, 0) + string(_RULE_TABLE, FILTER) + string(_RULE_CHAIN, FORWARD)
     return body + attr(_RULE_HANDLE, handle.to_bytes(8, "big")) if handle else body
 
 
@@ -300,7 +304,7 @@ def _top(version: int) -> list[_Rule]:
 def _parse(bodies: Iterable[bytes]) -> Iterator[_Rule]:
     for body in bodies:
         found = attributes(body, _HEADER.size)
-        if text(found.get(_RULE_CHAIN)) == _FORWARD:
+        if text(found.get(_RULE_CHAIN)) == FORWARD:
             yield _Rule(_number(found.get(_RULE_HANDLE), 0), _comment(found))
 
 
@@ -395,38 +399,39 @@ def _legacy_in_use(version: int) -> bool:
     """Whether iptables-legacy has a table filter in the calling thread's namespace."""
     try:
         with open(_LEGACY_TABLES[version], "rb") as file:
-            return _FILTER.encode() in file.read().split()
+            return FILTER.encode() in file.read().split()
     except OSError:
         return False
 
 
-def _ensure_legacy(version: int, admin_chains: Collection[str]) -> None:
+def _ensure_legacy(version: int, admin_chains: Collection[str]) -> bool:
     listed = _list_legacy(version)
     existing = [name for name in admin_chains if f"-N {name}" in listed]
     if not _legacy_lacks(listed, existing):
-        return
+        return False
     asked = _remove_legacy(version)
     # Each goes to the top: the last one first.
-    _legacy(version, "-I", _FORWARD, *_legacy_accept())
+    _legacy(version, "-I", FORWARD, *_legacy_accept())
     for name in reversed(list(dict.fromkeys([*asked, *existing]))):
-        _legacy(version, "-I", _FORWARD, *_legacy_call(name))
+        _legacy(version, "-I", FORWARD, *_legacy_call(name))
+    return True
 
 
 def _legacy_lacks(listed: Sequence[str], admin_chains: Collection[str]) -> bool:
-    rules = [line for line in listed if line.startswith(f"-A {_FORWARD} ")]
+    rules = [line for line in listed if line.startswith(f"-A {FORWARD} ")]
     ours = [_Rule(0, comment) for line in rules if (comment := _legacy_comment(line))]
     foreign = len(rules) > sum(rule.ours for rule in ours)
-    drops = f"-P {_FORWARD} DROP" in listed
+    drops = f"-P {FORWARD} DROP" in listed
     return (drops or foreign or bool(admin_chains)) and not _is_right(ours, admin_chains)
 
 
 def _remove_legacy(version: int) -> list[str]:
     asked = []
     for line in _list_legacy(version):
-        rule = _Rule(0, _legacy_comment(line) if line.startswith(f"-A {_FORWARD} ") else "")
+        rule = _Rule(0, _legacy_comment(line) if line.startswith(f"-A {FORWARD} ") else "")
         if rule.ours:
             own = _legacy_call(rule.admin_chain) if rule.admin_chain else _legacy_accept(rule.comment)
-            _legacy(version, "-D", _FORWARD, *own)
+            _legacy(version, "-D", FORWARD, *own)
             asked += [rule.admin_chain] if rule.admin_chain else []
     return asked
 

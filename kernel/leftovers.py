@@ -91,9 +91,14 @@ def forget_sources(record: Record) -> None:
     from kernel import firewalld  # noqa: PLC0415 - few hosts have it, and every cold process would pay for the import
 
     with firewalld.connected() as asked:
-        for element in record.elements if asked is not None else ():
-            if asked is not None and element.set in ("accept4", "accept6"):
-                asked.remove_source(record.firewalld_zone, str(ip_network(element.key[0])))
+        if asked is not None:
+            for source in sources(record):
+                asked.remove_source(record.firewalld_zone, source)
+
+
+def sources(record: Record) -> list[str]:
+    """An attachment's addresses as firewalld has them, "10.1.0.2/32"."""
+    return [str(ip_network(element.key[0])) for element in record.elements if element.set in ("accept4", "accept6")]
 
 
 def _give_ports_back(host: Session, records: Records, record: Record) -> None:

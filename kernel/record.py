@@ -183,21 +183,23 @@ class Records:
             self._let_pass(session, records)
             return changed
 
-    def let_pass(self, session: Session) -> None:
-        """Put the rules back that a reload of another firewall took away (kernel.foreign), where one is wanted."""
-        if any(nft.forwards(version) for version in nft.FORWARDING):
-            self._let_pass(session, self.all())
+    def let_pass(self, session: Session) -> bool:
+        """Put the rules back that a reload of another firewall took away (kernel.foreign), where one is wanted; True
+        where it had to."""
+        return any(nft.forwards(version) for version in nft.FORWARDING) and self._let_pass(session, self.all())
 
-    def _let_pass(self, session: Session, records: Iterable[Record]) -> None:
+    def _let_pass(self, session: Session, records: Iterable[Record]) -> bool:
         wanted: dict[int, set[str]] = {}
         for record in records:
             for version in _forwarded(record):
                 wanted.setdefault(version, set()).update(_asked(record))
+        changed = False
         for version in nft.FORWARDING:
             if version in wanted:
-                foreign.ensure(session, (version,), sorted(wanted[version]))
+                changed |= foreign.ensure(session, (version,), sorted(wanted[version]))
             else:
                 foreign.settle(session, (version,))
+        return changed
 
     @contextmanager
     def hold(self) -> Iterator[None]:

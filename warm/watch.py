@@ -4,6 +4,8 @@
   sees them all, and ipamd is not root.
 - It puts back what somebody took out of our nftables tables (`nft flush ruleset`, a reloaded firewall), from the
   attachment records, at once when the kernel tells of it, and at its own start.
+- It puts back the rule that stands in front of another firewall's drops, when that one was loaded anew, and the sources
+  that firewalld forgot. Of iptables-legacy no event tells: it is looked at from time to time.
 
 A process of its own, because both may take long on a busy host and neither may hold up a request.
 """
@@ -11,12 +13,12 @@ A process of its own, because both may take long on a busy host and neither may 
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from cni.living import boot_id
 from cni.registry import PLUGINS
 from ipamd.client import Client, IpamError
-from kernel import nft
+from kernel import firewalld, foreign, leftovers, nft
 from kernel.errors import KernelError
 from kernel.events import Change, Events
 from kernel.liveness import observe
@@ -49,14 +51,23 @@ class Watch:
             if time.monotonic() >= due:
                 due = time.monotonic() + self._liveness_s
                 self._attempt("report of living namespaces", self._report)
-            changes = [change for change in self._events.wait(due - time.monotonic()) if _takes_from_us(change)]
+                if foreign.legacy_in_use():
+                    self._let_pass("iptables-legacy")
+            changes = [change for change in self._events.wait(due - time.monotonic()) if _concerns_us(change)]
             if changes:
                 time.sleep(_SETTLE_S)
-                changes += self._events.wait(0)
-                self._rebuild(
-                    f"change by {changes[0].process or 'somebody'} (process {changes[0].pid})",
-                    anew=any(change.structure and not _is_ours(change) for change in changes),
-                )
+                self._see_to(changes + self._events.wait(0))
+
+    def _see_to(self, changes: Sequence[Change]) -> None:
+        """What came in a moment. The first is one of those that concern us."""
+        others = [change for change in changes if not _is_ours(change)]
+        why = f"change by {changes[0].process or 'somebody'} (process {changes[0].pid})"
+        if any(_takes_from_us(change) for change in changes):
+            self._rebuild(why, anew=any(change.structure for change in others))
+        elif any(change.forward for change in others):
+            self._let_pass(why)
+        if any(change.firewalld for change in others):
+            self._attempt("return of addresses to firewalld's zones", self._add_sources)
 
     def _rebuild(self, why: str, *, anew: bool = False) -> None:
         """`anew`: a chain or rule may be missing in a table that is there, which only writing the table again mends.
@@ -70,6 +81,23 @@ class Watch:
                 _say(f"{why}: put {missing} elements back into nftables, took {stale} out")
 
         self._attempt("repair of nftables", rebuild)
+
+    def _let_pass(self, why: str) -> None:
+        def let_pass() -> None:
+            if self._records.let_pass(self._session):
+                _say(f"{why}: put the rule that lets our packets pass back into iptables")
+
+        self._attempt("return of the rule in front of another firewall's", let_pass)
+
+    def _add_sources(self) -> None:
+        wanted = [record for record in self._records.all() if record.firewalld_zone]
+        if not wanted:
+            return
+        with firewalld.connected() as asked:
+            if asked is not None:
+                for record in wanted:
+                    for source in leftovers.sources(record):
+                        asked.add_source(record.firewalld_zone, source)
 
     def _report(self) -> None:
         at = pb.Instant(boot_id=boot_id(), boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME))
@@ -90,12 +118,16 @@ class Watch:
         self._complained = complaint
 
 
+def _concerns_us(change: Change) -> bool:
+    return _takes_from_us(change) or ((change.forward or change.firewalld) and not _is_ours(change))
+
+
 def _takes_from_us(change: Change) -> bool:
     """Elements that one of ours took away were no longer wanted. Who of ours writes the tables anew has lost what was
     in them."""
     if change.pid == os.getpid():
         return False
-    return change.structure or not _is_ours(change)
+    return change.structure or (change.elements and not _is_ours(change))
 
 
 def _is_ours(change: Change) -> bool:

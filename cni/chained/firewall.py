@@ -232,6 +232,10 @@ def delete(request: Request, host: Session) -> None:
     with Failures() as failures:
         if record is not None:
             failures.attempt(leftovers.discard, host, records, record)
+        else:
+            from cni import reference  # noqa: PLC0415 - what we attached ourselves has nothing of it
+
+            reference.forget(request, host, failures)
 
 
 # CHECK
@@ -254,9 +258,10 @@ def check(request: Request, host: Session) -> None:
     if where:
         raise verify.broken(f"{where} drops, and lacks the rule that lets pass", "run `netloom gc --rebuild`")
     with _firewalld(conf) as asked:
-        for source in wishes.sources if asked is not None else ():
-            if asked is not None and not asked.has_source(conf.zone, source):
-                raise verify.broken(f"{source} is no source of firewalld's zone {conf.zone}", "run DEL and ADD")
+        if asked is not None:
+            for source in wishes.sources:
+                if not asked.has_source(conf.zone, source):
+                    raise verify.broken(f"{source} is no source of firewalld's zone {conf.zone}", "run DEL and ADD")
 
 
 # GC and STATUS
@@ -265,8 +270,11 @@ def check(request: Request, host: Session) -> None:
 def gc(request: Request, host: Session) -> None:
     """Remove what attachments left that the runtime does not know any more."""
     parse(request)
+    from cni import reference  # noqa: PLC0415 - GC alone needs it
+
     with Failures() as failures:
         attachment.collect(request, host, failures)
+        reference.collect(request, host, failures)
 
 
 def status(request: Request, host: Session) -> None:
