@@ -266,11 +266,10 @@ def delete(request: Request, host: Session) -> None:
     """Remove the ifb device; success where there is nothing left to do."""
     records = Records(paths.run_dir(request.environment))
     record = records.read(attachment.key(request))
-    with Failures() as failures:
-        if record is not None:
-            failures.attempt(leftovers.discard, host, records, record)
-        if record is None or _name(request) not in record.links:
-            failures.attempt(_delete_unrecorded, request, host, records)
+    if record is not None:
+        leftovers.discard(host, records, record)
+    else:
+        _delete_unrecorded(request, host, records)
 
 
 def _delete_unrecorded(request: Request, host: Session, records: Records) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -83,10 +84,20 @@ def add(lab: Lab, one: Attached, conf: dict[str, Any], **more: Any) -> Served:
 
 
 @contextlib.contextmanager
+def attached(lab: Lab, below: dict[str, Any], **more: Any) -> Iterator[Attached]:
+    """A container with an interface whose addresses are no longer tentative: routes come with that."""
+    with lab.attached(below, below["type"], **more) as one:
+        for interface in one.result["interfaces"]:
+            if not interface.get("sandbox"):
+                wait_until(partial(reference.settled, lab.host, interface["name"]), "the end of detection")
+        yield one
+
+
+@contextlib.contextmanager
 def limited(lab: Lab, conf: dict[str, Any], below: dict[str, Any] | None = None, **more: Any) -> Iterator[Limited]:
     """A container with a limit for the duration of the block; what was below it goes after it."""
     below = below or below_conf(conf["cniVersion"])
-    with lab.attached(below, below["type"], **more) as one:
+    with attached(lab, below, **more) as one:
         it = Limited(lab, one, conf, add(lab, one, conf, **more).result(), more.get("ifname", "eth0"))
         try:
             yield it
@@ -242,7 +253,7 @@ def test_a_rate_without_a_burst_has_one(lab: Lab, rate_bits: int, burst: int) ->
 
 def test_a_burst_smaller_than_a_packet_lets_packets_pass(lab: Lab) -> None:
     conf = conf_of(ingressRate=10 * MBIT, ingressBurst=1, egressRate=10 * MBIT, egressBurst=8 * 57)
-    with lab.attached(below_conf(), "ptp") as one:
+    with attached(lab, below_conf()) as one:
         answer = add(lab, one, conf)
         it = Limited(lab, one, conf, answer.result())
         assert "$.ingressRate: its burst of 1 bytes is raised to 1514" in answer.stderr
@@ -278,7 +289,7 @@ def test_a_burst_smaller_than_a_packet_lets_packets_pass(lab: Lab) -> None:
     ],
 )
 def test_bad_values(lab: Lab, keys: dict[str, Any], says: str) -> None:
-    with lab.attached(below_conf(), "ptp") as one:
+    with attached(lab, below_conf()) as one:
         before = lab.host.snapshot()
         for verb in ("ADD", "CHECK"):
             conf = {**conf_of(**keys), "prevResult": one.result}
@@ -487,7 +498,7 @@ def test_a_second_add_touches_nothing(lab: Lab) -> None:
 
 def test_after_a_missed_del_the_add_begins_anew(lab: Lab) -> None:
     host = lab.host
-    with lab.attached(below_conf(), "ptp", container_id="again") as one:
+    with attached(lab, below_conf(), container_id="again") as one:
         add(lab, one, conf_of(**LIMITS)).ok()
     # bandwidth was not asked to remove anything.
     (old,) = ifbs(host)
@@ -550,7 +561,7 @@ def test_a_link_of_another_kind_is_left_alone(lab: Lab) -> None:
 def test_del_with_little_left(lab: Lab) -> None:
     host = lab.host
     for how in ("no netns", "vanished", "no prevResult", "no record", "nonsense"):
-        with lab.attached(below_conf(), "ptp") as one:
+        with attached(lab, below_conf()) as one:
             before = host.snapshot()
             it = Limited(lab, one, conf_of(**LIMITS), add(lab, one, conf_of(**LIMITS)).result())
             more: dict[str, Any] = {"container_id": one.container_id, "netns": one.netns}
@@ -595,7 +606,7 @@ def gc(lab: Lab, *container_ids: str, name: str = "net") -> Served:
 def test_gc_removes_what_died(lab: Lab) -> None:
     host = lab.host
     with limited(lab, conf_of(**LIMITS)) as living:
-        with lab.attached(below_conf(), "ptp") as one:
+        with attached(lab, below_conf()) as one:
             add(lab, one, conf_of(**LIMITS)).ok()
         # Its namespace is gone, and nobody sent a DEL.
         assert len(ifbs(host)) == 2
@@ -610,7 +621,7 @@ def test_gc_removes_what_died(lab: Lab) -> None:
 
 
 def test_the_operators_gc_removes_what_died(lab: Lab) -> None:
-    with lab.attached(below_conf(), "ptp") as one:
+    with attached(lab, below_conf()) as one:
         add(lab, one, conf_of(**LIMITS)).ok()
     assert len(ifbs(lab.host)) == 1
     lab.host.run([sys.executable, "-m", "cli", "gc"])
@@ -621,7 +632,7 @@ def test_the_operators_gc_removes_what_died(lab: Lab) -> None:
 def test_gc_removes_devices_of_the_reference_that_lead_nowhere(lab: Lab) -> None:
     host = lab.host
     orphan, used, foreign = "bwp0123456789ab", "bwp0123456789ac", "bwpcali012345"
-    with limited(lab, conf_of(**LIMITS)) as living, lab.attached(below_conf(), "ptp") as one:
+    with limited(lab, conf_of(**LIMITS)) as living, attached(lab, below_conf()) as one:
         # Another's filter leads to it; the record knows it; it has another name: none of these goes.
         for name in (orphan, used, foreign):
             host.run(["ip", "link", "add", name, "type", "ifb"])
@@ -703,7 +714,7 @@ def test_check_finds_what_is_broken(lab: Lab) -> None:
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_fault_at_each_step_leaves_nothing(lab: Lab, when: str) -> None:
     conf = conf_of(**LIMITS)
-    with lab.attached(below_conf(), "ptp") as one:
+    with attached(lab, below_conf()) as one:
         (port,) = (i["name"] for i in one.result["interfaces"] if not i.get("sandbox"))
         with_result = {**conf, "prevResult": one.result}
 
@@ -805,7 +816,7 @@ def test_as_the_reference_does_it(lab: Lab, version: str, keys: dict[str, Any]) 
     conf, below = conf_of(version, **keys), below_conf(version, mtu=1450)
     found = []
     for ours in (True, False):
-        with lab.attached(below, "ptp", container_id="twin") as one:
+        with attached(lab, below, container_id="twin") as one:
             if ours:
                 result = add(lab, one, conf).result()
             else:
@@ -828,10 +839,10 @@ def test_as_the_reference_does_it(lab: Lab, version: str, keys: dict[str, Any]) 
 def test_a_burst_that_there_is_no_room_for(lab: Lab) -> None:
     """The reference cuts the upper bits of the buffer off, and gets any burst; ours is the largest that there is."""
     conf = conf_of(ingressRate=8 * MBIT, ingressBurst=2**32 - 1)
-    with lab.attached(below_conf(), "ptp") as one:
+    with attached(lab, below_conf()) as one:
         add(lab, one, conf).ok()
         (ours,) = qdiscs(lab.host, one.result["interfaces"][0]["name"])
-    with lab.attached(below_conf(), "ptp") as one:
+    with attached(lab, below_conf()) as one:
         it = Limited(lab, one, conf, reference.call(lab, "ADD", {**conf, "prevResult": one.result}, one.netns))
         (theirs,) = qdiscs(lab.host, it.port)
         it.call("CHECK").ok()
@@ -843,7 +854,7 @@ def test_a_burst_that_there_is_no_room_for(lab: Lab) -> None:
 def test_switching_to_the_reference_and_back(lab: Lab) -> None:
     conf = conf_of(**LIMITS)
     # Ours, then the reference's DEL. The record stays until GC, or the next ADD or DEL.
-    with lab.attached(below_conf(), "ptp", container_id="moved") as one:
+    with attached(lab, below_conf(), container_id="moved") as one:
         result = add(lab, one, conf).result()
         reference.call(lab, "DEL", {**conf, "prevResult": result}, one.netns, "moved")
         assert ifbs(lab.host) == []
@@ -851,13 +862,13 @@ def test_switching_to_the_reference_and_back(lab: Lab) -> None:
     assert not list(lab.host.path("/run/netloom/attachments").rglob("*.bandwidth"))
     # The reference's, then our DEL, also without anything to go by but names.
     for netns in ("", "/run/netns/gone"):
-        with lab.attached(below_conf(), "ptp", container_id="moved") as one:
+        with attached(lab, below_conf(), container_id="moved") as one:
             reference.call(lab, "ADD", {**conf, "prevResult": one.result}, one.netns, "moved")
             assert ifbs(lab.host) == [ifb_name("moved")]
             lab.cni("DEL", "bandwidth", conf, netns=netns, container_id="moved").ok()
             assert ifbs(lab.host) == []
     # The reference's first interface lives; ours is the second one of the container.
-    with lab.attached(below_conf(), "ptp", container_id="moved") as one:
+    with attached(lab, below_conf(), container_id="moved") as one:
         theirs = reference.call(lab, "ADD", {**conf, "prevResult": one.result}, one.netns, "moved")
         more: dict[str, Any] = {"netns": one.netns, "container_id": "moved", "ifname": "net1"}
         second = lab.cni("ADD", "ptp", below_conf(), **more).result()
@@ -866,13 +877,15 @@ def test_switching_to_the_reference_and_back(lab: Lab) -> None:
         lab.cni("CHECK", "bandwidth", {**conf, "prevResult": result}, **more).ok()
         Limited(lab, one, conf, theirs).call("CHECK").ok()
         assert one.netns.ping("10.1.0.1") > 0
-        Limited(lab, one, conf, theirs).call("DEL").ok()
         lab.cni("DEL", "bandwidth", {**conf, "prevResult": result}, **more).ok()
+        assert ifbs(lab.host) == [ifb_name("moved")]
+        Limited(lab, one, conf, theirs).call("CHECK").ok()
+        Limited(lab, one, conf, theirs).call("DEL").ok()
         lab.cni("DEL", "ptp", below_conf(), **more).ok()
     assert ifbs(lab.host) == []
 
 
 @reference.needs_reference
 def test_the_reference_refuses_a_rate_without_a_burst(lab: Lab) -> None:
-    with lab.attached(below_conf(), "ptp") as one, pytest.raises(HostError, match="burst must also be set"):
+    with attached(lab, below_conf()) as one, pytest.raises(HostError, match="burst must also be set"):
         reference.call(lab, "ADD", {**conf_of(egressRate=MBIT), "prevResult": one.result}, one.netns)
