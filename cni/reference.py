@@ -4,12 +4,14 @@ and GC. The how is in kernel/reference.py; this file says what each of our plugi
 To be called where an attachment has no record of ours: what we attached, the reference has no part in.
 """
 
+import contextlib
 from ipaddress import ip_interface
 
 from cni.chained import chain
 from cni.failures import Failures
 from cni.request import Request
-from kernel import leftovers, link, reference
+from kernel import addr, leftovers, link, netns, reference
+from kernel.errors import NotFound
 from kernel.session import Session
 
 
@@ -24,9 +26,8 @@ def forget(request: Request, host: Session, failures: Failures) -> None:
         failures.attempt(reference.remove_spoof_check, host, owner)
     if request.plugin == "portmap":
         failures.attempt(reference.remove_published, host, owner)
-    if request.plugin == "firewall" and request.prev_result is not None:
-        addresses = [ip_interface(ip.address).ip for ip in request.prev_result.ips]
-        failures.attempt(reference.remove_accepted, host, addresses)
+    if request.plugin == "firewall":
+        failures.attempt(_forget_addresses, request, host)
 
 
 def _delete_port(request: Request, host: Session) -> None:
@@ -36,6 +37,22 @@ def _delete_port(request: Request, host: Session) -> None:
         found = link.find(host, known.name)
         if found is not None and found.kind == "veth" and found.mac == known.mac.lower():
             leftovers.delete_port(host, known.name)
+
+
+def _forget_addresses(request: Request, host: Session) -> None:
+    """The rules name nothing but the address: the result's, or else those that the interface still has."""
+    found = []
+    if request.prev_result is not None:
+        found = [ip_interface(ip.address).ip for ip in request.prev_result.ips]
+    elif request.netns:
+        with (
+            contextlib.suppress(NotFound, netns.NotANamespace),
+            netns.opened(request.netns) as sandbox,
+            host.visit(sandbox) as inside,
+        ):
+            eth = link.get(inside, request.ifname)
+            found = [one.interface.ip for one in addr.all_addresses(inside, eth.index)]
+    reference.remove_accepted(host, (address for address in found if not address.is_link_local))
 
 
 def collect(request: Request, host: Session, failures: Failures) -> None:

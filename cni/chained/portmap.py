@@ -418,12 +418,17 @@ def delete(request: Request, host: Session) -> None:
     with Failures() as failures:
         if record is not None:
             failures.attempt(leftovers.discard, host, records, record)
-        elif request.prev_result is not None:
-            failures.attempt(_delete_unrecorded, request, host)
+        else:
+            from cni import reference  # noqa: PLC0415 - what we attached ourselves has nothing of it
+
+            reference.forget(request, host, failures)
+            if request.prev_result is not None:
+                failures.attempt(_delete_unrecorded, request, host)
 
 
 def _delete_unrecorded(request: Request, host: Session) -> None:
-    """Where the record was lost: what the configuration tells, as far as it is this attachment's by its comment."""
+    """Where the record was lost, or the reference did the ADD: what the configuration tells, as far as it is this
+    attachment's by its comment; and UDP flows to where the container was."""
     try:
         conf, mappings = parse(request)
         wanted = plan(request, conf, mappings, chain.previous(request))
@@ -432,6 +437,11 @@ def _delete_unrecorded(request: Request, host: Session) -> None:
         return
     nft.delete(host, wanted.elements)
     nft.delete_chains(host, (one.name for one in wanted.chains))
+    targets = {
+        (one.key[0], int(one.key[2])) for one in wanted.elements if one.set[:-1] == "published" and "udp" in one.key
+    }
+    if targets:
+        conntrack.forget_target(host, targets)
 
 
 # CHECK
@@ -495,8 +505,11 @@ def _check_loopback(host: Session, address: AnyAddress) -> None:
 def gc(request: Request, host: Session) -> None:
     """Remove what attachments left that the runtime does not know any more."""
     parse(request)
+    from cni import reference  # noqa: PLC0415 - GC alone needs it
+
     with Failures() as failures:
         attachment.collect(request, host, failures)
+        reference.collect(request, host, failures)
         failures.attempt(Ports(Records(paths.run_dir(request.environment))).prune)
 
 

@@ -38,7 +38,7 @@ LISTS: dict[str, list[Mapping[str, Any]]] = {
     "ptp": [PTP],
     "macvlan": [MACVLAN],
     "static": [STATIC],
-    "chain": [BRIDGE, BANDWIDTH, TUNING],
+    "chain": [BRIDGE, PORTMAP, FIREWALL, BANDWIDTH, TUNING],
 }
 Runner = Any  # Lab.cni and Reference have the same arguments
 
