@@ -382,11 +382,21 @@ def _prev_result(verb: Command, config: Mapping[str, object], version: str) -> R
     if document is None or verb in (Command.GC, Command.STATUS):
         return None
     try:
-        return versions.decode(document, version, "$.prevResult")
+        result = versions.decode(document, version, "$.prevResult")
     except CniError:
         if verb is Command.DEL:
             return None
         raise
+    own = document.get("cniVersion") if isinstance(document, Mapping) else None
+    if verb is not Command.DEL and isinstance(own, str) and own and not versions.same_shape(own, version):
+        # As the reference: whoever made it was given another configuration, so it is not this attachment's.
+        raise CniError(
+            Code.INVALID_CONFIG,
+            f"invalid network config: $.prevResult.cniVersion: expected a result of version {version}, the "
+            f"configuration's, found {found(own)}",
+            "the runtime must hand on the result that the plugin before this one printed",
+        )
+    return result
 
 
 def _valid_attachments(stdin: bytes) -> tuple[Attachment, ...]:

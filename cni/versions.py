@@ -38,6 +38,11 @@ def at_least(version: str, other: str) -> bool:
     return SUPPORTED.index(version) >= SUPPORTED.index(other)
 
 
+def same_shape(version: str, other: str) -> bool:
+    """Whether results of two supported versions have one shape."""
+    return all((version in shape) is (other in shape) for shape in (_NESTED, _VERSIONED))
+
+
 def incompatible(version: str, supported: tuple[str, ...]) -> CniError:
     """The answer to a configuration of a version that the plugin does not speak, in the reference's words."""
     listed = " ".join(f'"{one}"' for one in supported)

@@ -142,7 +142,8 @@ def validate(spec: PoolSpec) -> Layout:
             raise InvalidArgumentError(f"range_sets[{i}]: wanted at least one range, found none")
         if len({r.version for r in ranges}) > 1:
             raise InvalidArgumentError(
-                f"range_sets[{i}]: IPv4 and IPv6 ranges in one set, which gives one address; make a set for each family"
+                f"range_sets[{i}]: IPv4 and IPv6 ranges in one set, which gives one address; make a set for each "
+                f"family of {', '.join(map(str, ranges))}"
             )
     _refuse_overlaps([r for ranges in range_sets for r in ranges])
     layout = Layout(range_sets, _holes(range_sets, spec.excludes))

@@ -14,6 +14,7 @@ Configuration keys and results are those of the reference plugin; differences ha
 
 import contextlib
 import dataclasses
+import errno
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
 from typing import Annotated
 
@@ -29,7 +30,7 @@ from cni.request import Request
 from cni.result import DNS, Interface, IPConfig, Result, Route
 from cni.undo import Undo
 from kernel import addr, leftovers, link, netns, nft, paths
-from kernel.errors import Exists
+from kernel.errors import Exists, KernelError
 from kernel.link import Link, VethSpec
 from kernel.record import Record, Records
 from kernel.session import Session
@@ -205,6 +206,10 @@ def _ensure_bridge(host: Session, conf: BridgeConf) -> Link:
             veth.try_sysctl("0", "ipv6", "conf", conf.bridge, "accept_ra")
         except Exists:
             pass  # another ADD was faster
+        except KernelError as error:
+            if error.errno != errno.EINVAL or not conf.mtu:
+                raise
+            raise veth.refused_mtu(conf.mtu, error) from error
         bridge = link.get(host, conf.bridge)
     if bridge.kind != "bridge":
         raise config.refused(

@@ -102,6 +102,8 @@ def _network_pool(request: Request, conf: IpamConf) -> "pb.NetworkPool | None":
         raise _invalid("pool is missing", "name a pool in `pool`, or give `subnet` or `ranges` as for host-local")
     spec = pb.PoolSpec(excludes=conf.exclude)
     for ranges in sets:
+        if not ranges:
+            raise _invalid("ranges: found an empty range set, []", "want at least one range in each set")
         spec.range_sets.add(
             ranges=[pb.Range(subnet=r.subnet, start=r.range_start, end=r.range_end, gateway=r.gateway) for r in ranges]
         )

@@ -98,7 +98,10 @@ def parse(sets: Sequence[tuple[str, Sequence[RangeConf]]], version: str) -> tupl
     for number, one in enumerate(parsed):
         for other in range(number + 1, len(parsed)):
             if any(_overlap(left, right) for left in one.ranges for right in parsed[other].ranges):
-                raise _invalid(f"range set {number} overlaps with {other}", f"{one} and {parsed[other]}")
+                here, there = sets[number][0], sets[other][0]
+                raise _invalid(
+                    f"range set {number} overlaps with {other}", f"{one} at {here}, {parsed[other]} at {there}"
+                )
     return parsed
 
 
@@ -120,7 +123,7 @@ def _check_set(found: Sequence[Range]) -> None:
     if not found:
         raise ValueError("empty range set")
     if len({one.first.version for one in found}) > 1:
-        raise ValueError("mixed address families")
+        raise ValueError(f"mixed address families: {', '.join(map(str, found))}")
     for index, one in enumerate(found):
         for other in found[index + 1 :]:
             if _overlap(one, other):

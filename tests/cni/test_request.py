@@ -413,14 +413,42 @@ PREVIOUS = Result((Interface("eth0", sandbox="/run/netns/x"),), (IPConfig("10.0.
 
 @pytest.mark.parametrize("verb", ATTACHMENT_VERBS)
 @pytest.mark.parametrize("version", versions.SUPPORTED)
-def test_prev_result_is_read_in_any_version(verb: str, version: str) -> None:
+def test_prev_result_is_read_in_the_configurations_version(verb: str, version: str) -> None:
     document = versions.encode(PREVIOUS, version)
     expected = versions.decode(document, version)
-    assert request(verb, prevResult=document).prev_result == expected
     if verb == "CHECK" and not versions.at_least(version, "0.4.0"):
         return
+    assert request(verb, cniVersion=version, prevResult=document).prev_result == expected
     del document["cniVersion"]
     assert request(verb, cniVersion=version, prevResult=document).prev_result == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "result", "allowed"),
+    [
+        ("1.0.0", "1.1.0", True),
+        ("1.1.0", "1.0.0", True),
+        ("0.3.0", "0.4.0", True),
+        ("0.4.0", "0.3.1", True),
+        ("0.1.0", "0.2.0", True),
+        ("1.0.0", "0.4.0", False),
+        ("0.4.0", "1.0.0", False),
+        ("1.1.0", "0.2.0", False),
+        ("0.2.0", "0.3.0", False),
+    ],
+)
+def test_prev_result_of_another_version(config: str, result: str, allowed: bool) -> None:
+    document = versions.encode(PREVIOUS, result)
+    expected = versions.decode(document, result)
+    assert request("DEL", cniVersion=config, prevResult=document).prev_result == expected
+    if allowed:
+        assert request("ADD", cniVersion=config, prevResult=document).prev_result == expected
+        return
+    error = refusal("ADD", cniVersion=config, prevResult=document)
+    assert error.code == 7
+    assert "$.prevResult.cniVersion" in error.msg
+    assert f'"{result}"' in error.msg
+    assert config in error.msg
 
 
 @pytest.mark.parametrize("verb", ATTACHMENT_VERBS)
