@@ -144,7 +144,7 @@ def remove(session: Session, versions: Iterable[int] = (4, 6)) -> list[str]:
     for version in versions:
         chain = _find_chain(session, version, FORWARD)
         if chain is not None and chain.rules:
-            asked += _change(session, version, None)
+            asked += _change(session, version, None)[1]
         if _legacy_in_use(version):
             asked += _remove_legacy(version)
     return asked
@@ -204,8 +204,7 @@ def _ensure(session: Session, version: int, chain: _Chain, admin_chains: Collect
     top = _top(version)
     if not _needs(chain, admin_chains, top) or _is_right(top, admin_chains):
         return False
-    _change(session, version, admin_chains)
-    return True
+    return _change(session, version, admin_chains)[0]
 
 
 def _needs(chain: _Chain, admin_chains: Collection[str], top: Sequence[_Rule]) -> bool:
@@ -222,12 +221,12 @@ def _is_right(rules: Sequence[_Rule], admin_chains: Collection[str]) -> bool:
     return all(_admin_comment(name) in before for name in admin_chains)
 
 
-def _change(session: Session, version: int, admin_chains: Collection[str] | None) -> list[str]:
+def _change(session: Session, version: int, admin_chains: Collection[str] | None) -> tuple[bool, list[str]]:
     """Put our rules on top of FORWARD: calls of these chains and of those that were called before, and the accept
     rule. None: take ours out.
 
     Returns:
-        The administrators' chains that were called before.
+        Whether there was something to do, and the administrators' chains that were called before.
     """
     family, where = _FAMILIES[version], f"{FORWARD} of table {_NAMES[_FAMILIES[version]]} {FILTER}"
     for _ in range(_TRIES):
@@ -235,11 +234,11 @@ def _change(session: Session, version: int, admin_chains: Collection[str] | None
         try:
             rules = _rules(version)
         except NotFound:
-            return []
+            return False, []
         ours = [rule for rule in rules if rule.ours]
         asked = [rule.admin_chain for rule in ours if rule.admin_chain]
         if not ours if admin_chains is None else _is_right(rules, admin_chains):
-            return asked
+            return False, asked
         messages = [
             Message(_DELRULE, 0, _locate(family, rule.handle), f"remove our rule from {where}") for rule in ours
         ]
@@ -254,7 +253,7 @@ def _change(session: Session, version: int, admin_chains: Collection[str] | None
         end = Message(_BATCH_END, 0, _BATCH_BODY, "end an nftables batch")
         failures = [error for error in session.netfilter.transact(begin, messages, end) if error is not None]
         if not failures:
-            return asked
+            return True, asked
         if failures[0].errno not in (errno.ERESTART, errno.ENOENT):
             raise failures[0]
     raise KernelError(f"change {where}", errno.EAGAIN, f"others changed nftables {_TRIES} times meanwhile")

@@ -66,7 +66,9 @@ def _read() -> int:
         table = tomllib.loads(data.decode()).get("cni", {})
     except (ValueError, RecursionError) as error:
         raise KernelError(what, errno.EINVAL, str(error)) from error
-    bit = table.get(KEY, DEFAULT_BIT) if isinstance(table, dict) else table
+    if not isinstance(table, dict):
+        raise KernelError(what, errno.EINVAL, f"cni: want a table, found {table!r}")
+    bit = table.get(KEY, DEFAULT_BIT)
     if isinstance(bit, bool) or not isinstance(bit, int) or not 0 <= bit <= 31:
         raise KernelError(what, errno.EINVAL, f"cni.{KEY}: want a whole number from 0 to 31, found {bit!r}")
     return bit
