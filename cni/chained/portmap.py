@@ -248,6 +248,10 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
     """
     conf, mappings = parse(request)
     result = chain.previous(request)
+    if mappings and not _networks(request, result):
+        # The reference publishes nothing then, and says nothing.
+        addresses = [ip.address for ip in result.ips]
+        raise config.refused("prevResult.ips", addresses, f"want an address of {request.ifname}, for its portMappings")
     wanted = plan(request, conf, mappings, result)
     records = Records(paths.run_dir(request.environment))
     left = records.read(attachment.key(request))
