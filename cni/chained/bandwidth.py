@@ -38,7 +38,7 @@ from kernel.session import Session
 _CAPABILITY = "bandwidth"
 _PREFIX = "bwp"  # the reference's
 _NAME_LENGTH = 15
-_OURS = re.compile(rf"{_PREFIX}[0-9a-f]{{{_NAME_LENGTH - len(_PREFIX)}}}", re.ASCII)
+_NAME = rf"{_PREFIX}[0-9a-f]{{{_NAME_LENGTH - len(_PREFIX)}}}"
 
 _MAX_BURST = (2**32 - 1) * 8  # bits, and less than that, as the reference
 # The default burst. Tokens may come as seldom as the slowest timer that Linux is built with ticks (100 times a second),
@@ -357,7 +357,7 @@ def _collect_orphans(request: Request, host: Session) -> None:
 def _orphans(request: Request, host: Session) -> dict[int, str]:
     """Index and name of the ifb devices that have a name of ours, no record and no filter."""
     # Ours are looked for after the devices: each has its record first.
-    found = {one.index: one.name for one in link.all_links(host) if one.kind == "ifb" and _OURS.fullmatch(one.name)}
+    found = {one.index: one.name for one in link.all_links(host) if one.kind == "ifb" and re.fullmatch(_NAME, one.name)}
     if not found:
         return {}
     records = Records(paths.run_dir(request.environment))
