@@ -9,6 +9,7 @@ import click
 
 from cli import output
 from cli.addresses import addresses
+from cli.attach import attach, detach
 from cli.completion import PROGRAM, VARIABLE, completion
 from cli.failure import EPILOG, Failure, Status
 from cli.gc import gc
@@ -32,7 +33,7 @@ def netloom() -> None:
     """
 
 
-for _command in (status, gc, trace, addresses, pools, completion):
+for _command in (status, gc, trace, attach, detach, addresses, pools, completion):
     netloom.add_command(_command)
 addresses.add_command(imports)
 

@@ -29,7 +29,6 @@ from libnetwork.state import Endpoint, State
 from telemetry import log
 
 SOCKET = "/run/docker/plugins/netloom.sock"
-DOCKER = "/var/run/docker.sock"
 NAME = "netloom"
 CNI_PATH = "/opt/cni/bin:/usr/lib/cni"
 _THREADS = 32
@@ -44,13 +43,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--socket", default=SOCKET, help=f"default: {SOCKET}")
     parser.add_argument("--cni-path", default=CNI_PATH, help=f"where the plugins are; default: {CNI_PATH}")
     parser.add_argument("--conf-dir", default=conflist.CONF_DIR, help=f"for -o conflist; default: {conflist.CONF_DIR}")
-    parser.add_argument("--docker", default=DOCKER, help=f"Docker's own socket; default: {DOCKER}")
+    parser.add_argument("--docker", default=docker.SOCKET, help=f"Docker's own socket; default: {docker.SOCKET}")
     parser.add_argument(
         "--interval",
         type=float,
         default=reconcile.INTERVAL_S,
         metavar="SECONDS",
         help=f"between comparisons with what Docker has; default: {reconcile.INTERVAL_S:g}",
+    )
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=reconcile.GRACE_S,
+        metavar="SECONDS",
+        help=f"how long Docker must not have a thing before it is removed; default: {reconcile.GRACE_S:g}",
     )
     parser.add_argument("--log-level", default="info")
     parser.add_argument("--log-format", default="text")
@@ -78,7 +84,9 @@ async def _run(arguments: argparse.Namespace) -> None:
     ipam = IpamDriver(state, own.client, own.session)
     with contextlib.suppress(DriverError):  # ipamd may start after us
         await asyncio.to_thread(ipam.recover)
-    reconciler = reconcile.Reconciler(lambda: docker.look(arguments.docker, NAME), network, ipam, arguments.interval)
+    reconciler = reconcile.Reconciler(
+        lambda: docker.look(arguments.docker, NAME), network, ipam, arguments.interval, arguments.grace
+    )
     with ThreadPoolExecutor(_THREADS, "netloom-call") as executor, contextlib.ExitStack() as stack:
         stack.callback(state.close)
         runner = web.AppRunner(http.application(_calls(network, ipam), executor), access_log=None, shutdown_timeout=30)

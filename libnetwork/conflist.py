@@ -17,7 +17,7 @@ CONF_DIR = "/etc/cni/net.d"
 def chain(network: Network, endpoint: Endpoint, path: tuple[str, ...], conf_dir: str = CONF_DIR) -> Chain:
     """What attaches one endpoint. Published ports are not among it: they come and go while it stays attached."""
     if network.options.conflist:
-        document = _read(network.options.conflist, conf_dir)
+        document = read(network.options.conflist, conf_dir)
         plugins = tuple(plugin for plugin in document["plugins"] if plugin.get("type") != "portmap")
         if endpoint.addresses:
             plugins = ({**plugins[0], "ipam": static(network, endpoint)}, *plugins[1:])
@@ -35,7 +35,7 @@ def ports(network: Network, path: tuple[str, ...], conf_dir: str = CONF_DIR) -> 
     """What publishes the ports of an endpoint."""
     plugin: Mapping[str, Any] = {"type": "portmap", "snat": True}
     if network.options.conflist:
-        document = _read(network.options.conflist, conf_dir)
+        document = read(network.options.conflist, conf_dir)
         plugin = next((one for one in document["plugins"] if one.get("type") == "portmap"), plugin)
     return Chain(name(network), ({**plugin, "capabilities": {"portMappings": True}},), path)
 
@@ -90,13 +90,17 @@ def _interface(network: Network, endpoint: Endpoint) -> dict[str, Any]:
             return common | {"master": options.parent, "mode": options.macvlan_mode}
 
 
-def _read(wanted: str, directory: str) -> dict[str, Any]:
-    """The conflist of this name, from whichever file has it."""
+def read(wanted: str, directory: str) -> dict[str, Any]:
+    """The conflist of this name, from whichever file of the directory has it.
+
+    Raises:
+        DriverError: there is none, or the directory cannot be read.
+    """
     names = []
     try:
         files = sorted(os.listdir(directory))
     except OSError as error:
-        raise DriverError(f"option conflist={wanted}: {directory}: {error.strerror}") from error
+        raise DriverError(f"conflist {wanted}: {directory}: {error.strerror}") from error
     for file in files:
         if not file.endswith(".conflist"):
             continue
@@ -111,5 +115,5 @@ def _read(wanted: str, directory: str) -> dict[str, Any]:
         if names[-1] == wanted:
             return document
     raise DriverError(
-        f"option conflist={wanted}: no .conflist in {directory} has this name; there are {', '.join(names) or 'none'}"
+        f"conflist {wanted}: no .conflist in {directory} has this name; there are {', '.join(names) or 'none'}"
     )

@@ -5,7 +5,9 @@ import json
 import socket
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
+SOCKET = "/var/run/docker.sock"
 _TIMEOUT_S = 10.0
 
 
@@ -62,22 +64,37 @@ def look(path: str, driver: str) -> Truth:
     )
 
 
+def container(path: str, name: str) -> tuple[str, int] | None:
+    """The id and the process id of a running container, by name or id; None where there is none.
+
+    Raises:
+        DockerAwayError: the daemon cannot be asked.
+    """
+    status, found = _ask(path, f"/containers/{quote(name, safe='')}/json")
+    if status == 404:
+        return None
+    pid = found.get("State", {}).get("Pid", 0) if isinstance(found, dict) else 0
+    return (str(found["Id"]), pid) if pid else None
+
+
 def _get(path: str, what: str) -> list[dict[str, Any]]:
+    status, found = _ask(path, what)
+    if status != 200 or not isinstance(found, list):
+        raise DockerAwayError(f"GET {what}: status {status}: {str(found)[:200]}")
+    return found
+
+
+def _ask(path: str, what: str) -> tuple[int, Any]:
     connection = _Connection(path)
     try:
         connection.request("GET", what, headers={"Host": "docker"})
         answer = connection.getresponse()
         body = answer.read()
-        if answer.status != 200:
-            raise DockerAwayError(f"GET {what}: status {answer.status}: {body[:200].decode(errors='replace')}")
-        found = json.loads(body)
+        return answer.status, json.loads(body)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise DockerAwayError(f"Docker at {path}: {error}") from error
     finally:
         connection.close()
-    if not isinstance(found, list):
-        raise DockerAwayError(f"GET {what}: wanted a list, found {type(found).__name__}")
-    return found
 
 
 class _Connection(http.client.HTTPConnection):

@@ -2,12 +2,13 @@
 
 Docker does not repeat a call that it gave up on, so after a crash of either side there are endpoints, networks, pools
 and addresses that nobody will ever delete. The truth is asked of Docker's API. Nothing is removed while that cannot be
-reached, nor what only one look found missing: a container that is being connected is in our files before it is in
-Docker's list.
+reached, nor before it was missing for a while: a container that is being started is in our files seconds before it is
+in Docker's list.
 """
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -18,8 +19,8 @@ from libnetwork.network_driver import NetworkDriver
 from telemetry import log
 
 _logger = logging.getLogger("netloom-docker")
-INTERVAL_S = 30.0
-_FIRST_S = 2.0  # between the looks after a start, when much may be left over
+INTERVAL_S = 20.0
+GRACE_S = 60.0
 
 Thing = tuple[str, str]
 
@@ -33,12 +34,15 @@ class Reconciler:
         network: NetworkDriver,
         ipam: IpamDriver,
         interval_s: float = INTERVAL_S,
+        grace_s: float = GRACE_S,
     ) -> None:
+        """`grace_s`: how long something must be missing, in every look, before it is removed."""
         self._look = look
         self._network = network
         self._ipam = ipam
         self._interval_s = interval_s
-        self._missing: set[Thing] = set()
+        self._grace_s = grace_s
+        self._missing: dict[Thing, float] = {}  # since when
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="netloom-reconcile", daemon=True)
         self._complaint = ""
@@ -53,17 +57,15 @@ class Reconciler:
         self._thread.join()
 
     def _run(self) -> None:
-        looks = 0
-        while not self._stop.wait(_FIRST_S if looks < 2 else self._interval_s):
+        while not self._stop.wait(self._interval_s):
             try:
                 self.once()
             except docker.DockerAwayError as error:
-                looks = 0
+                self._missing.clear()
                 self._complain(str(error))
             except Exception as error:  # noqa: BLE001 - the next look may fare better
                 self._complain(repr(error))
             else:
-                looks += 1
                 self._complaint = ""
 
     def _complain(self, text: str) -> None:
@@ -92,14 +94,16 @@ class Reconciler:
         for pool, cidr in pools.items():
             if cidr not in truth.pools:
                 missing["pool", pool] = partial(self._ipam.discard_pool, pool)
+        now = time.monotonic()
+        self._missing = {thing: self._missing.get(thing, now) for thing in missing}
         removed = []
-        for thing in [thing for thing in missing if thing in self._missing]:
+        for thing in [thing for thing, since in self._missing.items() if now - since >= self._grace_s]:
             try:
                 missing[thing]()
             except DriverError as error:
                 log.event(_logger, "warning", "cannot remove what Docker does not have", thing=thing, error=str(error))
             else:
                 removed.append(thing)
+                del self._missing[thing]
                 log.event(_logger, "info", "removed what Docker does not have", kind=thing[0], name=thing[1])
-        self._missing = set(missing) - set(removed)
         return removed

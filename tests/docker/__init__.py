@@ -1,0 +1,1 @@
+"""A real dockerd with the Docker shim, on a host of its own."""

@@ -1,0 +1,4 @@
+from tests.runtimes.conftest import swept
+from tests.warm.conftest import launcher
+
+__all__ = ["launcher", "swept"]

@@ -1,0 +1,181 @@
+"""dockerd and the shim on a host of the tests, at the places where they are on a real host."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.hosts import Host, HostError, wait_until
+from tests.runtimes import cgroups, images
+from tests.runtimes.runtime_host import _OWN, RuntimeHost
+
+STATE = "/var/lib/netloom/docker"
+_DOCKER_OWN = ("/var/lib/docker", "/etc/docker")
+
+
+class Docker(RuntimeHost):
+    """Use as a context manager: a host with ipamd, warm workers, the shim and dockerd, and one image."""
+
+    def __init__(self, name: str, launcher: Path, dockerd: Sequence[str] = ()) -> None:
+        super().__init__(name, launcher)
+        self.host = Host(name, own=(*_OWN, *_DOCKER_OWN))
+        self._arguments = list(dockerd)
+        self.grace = "60"  # seconds; what a busy machine takes to start a container
+        self.dockerd: subprocess.Popen[str] | None = None
+        self.shim: subprocess.Popen[str] | None = None
+
+    def _set_up(self) -> None:
+        super()._set_up()
+        self.host.path("/run/docker/plugins").mkdir(parents=True)
+        self.start_shim()
+        self.start_dockerd()
+        archive = self.host.directory / "root.tar"
+        archive.write_bytes(images.root_tar())
+        self.docker("import", "-c", f"CMD {json.dumps(images.SERVE)}", str(archive), images.NAME)
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            if self.dockerd is not None:
+                with contextlib.suppress(HostError, subprocess.TimeoutExpired):
+                    self.remove_all()
+                self.stop_dockerd()
+            self.stop_shim()
+        finally:
+            super().__exit__(*error)
+
+    # The shim
+
+    def start_shim(self, *arguments: str) -> None:
+        """Returns when it serves."""
+        argv = [
+            sys.executable,
+            "-m",
+            "libnetwork",
+            "--log-level",
+            "debug",
+            "--interval",
+            "1",
+            "--grace",
+            self.grace,
+            *arguments,
+        ]
+        with (self.host.directory / "shim.log").open("a", encoding="utf-8") as log:
+            served = self.shim_log().count("serving Docker")
+            self.shim = self.host.popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        wait_until(lambda: self._is_up(served), "the shim", self.shim_log)
+
+    def _is_up(self, served: int) -> bool:
+        assert self.shim is not None
+        if self.shim.poll() is not None:
+            raise HostError(f"the shim ended with status {self.shim.returncode}: {self.shim_log()[-4000:]}")
+        return self.shim_log().count("serving Docker") > served
+
+    def stop_shim(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Its exit status."""
+        if self.shim is None:
+            return 0
+        process, self.shim = self.shim, None
+        process.send_signal(number)
+        return process.wait(60)
+
+    def shim_log(self) -> str:
+        file = self.host.directory / "shim.log"
+        return file.read_text(encoding="utf-8") if file.exists() else ""
+
+    # dockerd
+
+    def start_dockerd(self) -> None:
+        """Returns when it answers."""
+        for pid_file in ("/run/docker.pid", "/run/docker/containerd/containerd.pid"):
+            self.host.path(pid_file).unlink(missing_ok=True)
+        # vfs needs nothing of the file system below.
+        argv = ["dockerd", "--storage-driver", "vfs", "--cgroup-parent", cgroups.parent(), *self._arguments]
+        with (self.host.directory / "dockerd.log").open("a", encoding="utf-8") as log:
+            self.dockerd = self.host.popen(
+                argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment, cwd="/"
+            )
+        wait_until(lambda: self.docker("version", check=False).returncode == 0, "dockerd", self._dockerd_log)
+
+    def stop_dockerd(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Returns when it and its containerd have ended."""
+        assert self.dockerd is not None
+        process, self.dockerd = self.dockerd, None
+        process.send_signal(number)
+        process.wait(60)
+        wait_until(
+            lambda: not any(command.startswith("containerd --config") for command in self.host.processes().values()),
+            "the end of dockerd's containerd",
+        )
+
+    def _dockerd_log(self) -> str:
+        return (self.host.directory / "dockerd.log").read_text(encoding="utf-8")[-4000:]
+
+    # What an operator types
+
+    def docker(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """`docker ARGUMENTS`."""
+        return self.run(["docker", *arguments], check=check)
+
+    def network(self, name: str, *arguments: str, ipam: str = "netloom") -> str:
+        """`docker network create -d netloom`; its id. `ipam` "": Docker's own."""
+        driver = ["--ipam-driver", ipam] if ipam else []
+        return self.docker("network", "create", "-d", "netloom", *driver, *arguments, name).stdout.strip()
+
+    def start(self, name: str, *arguments: str, command: Sequence[str] = ()) -> str:
+        """A container that serves its host name on port 80; its id."""
+        done = self.docker("run", "-d", "--name", name, "--hostname", name, *arguments, images.NAME, *command)
+        return done.stdout.strip()
+
+    def inside(self, container: str, *command: str, check: bool = True) -> str:
+        """What a program prints in a container."""
+        return self.docker("exec", container, *command, check=check).stdout.strip()
+
+    def inspect(self, container: str) -> dict[str, Any]:
+        (found,) = json.loads(self.docker("inspect", container).stdout)
+        assert isinstance(found, dict)
+        return found
+
+    def address(self, container: str, network: str) -> str:
+        """The IPv4 address that Docker says the container has."""
+        return str(self.inspect(container)["NetworkSettings"]["Networks"][network]["IPAddress"])
+
+    def remove_all(self) -> None:
+        """Every container, and every network that is not Docker's own."""
+        containers = self.docker("ps", "-aq").stdout.split()
+        if containers:
+            self.docker("rm", "-f", *containers)
+        networks = self.docker("network", "ls", "-q", "-f", "type=custom").stdout.split()
+        if networks:
+            self.docker("network", "rm", *networks)
+
+    # What the shim and ipamd know
+
+    def state(self) -> dict[str, list[str]]:
+        """The ids in the shim's state, by kind."""
+        top = self.host.path(STATE)
+        return {
+            kind: sorted(path.stem for path in (top / kind).glob("*.json"))
+            for kind in ("networks", "endpoints", "pools")
+        }
+
+    def held(self) -> list[str]:
+        """The addresses that ipamd has given away."""
+        listed = json.loads(self.netloom("ip", "list", "--json").stdout)["allocations"]
+        return sorted(address["cidr"] for one in listed for address in one["addresses"])
+
+    def _facts(self) -> Iterator[str]:
+        # Docker makes and removes its own directories' mounts as it likes; staging namespaces stay for the next one.
+        for fact in super()._facts():
+            if "/run/netloom/staging/" not in fact and not fact.startswith("process dockerd"):
+                yield fact
+        for kind, ids in self.state().items():
+            for one in ids:
+                yield f"{kind} {one}"
+        for address in self.held():
+            yield f"address {address}"
