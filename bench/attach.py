@@ -1,7 +1,7 @@
 """ADD, DEL and VERSION as a runtime executes them: ours on one host, Debian's reference plugins on another.
 
-- Both get the same configuration (spec 1.0.0, IPv4, a bridge that is the default gateway) but for the IPAM plugin:
-  ipamd, whose answers are durable, against host-local, which does not sync. Both keep their files in the same place.
+- Both get the same configuration (spec 1.0.0, IPv4; a bridge is the default gateway) but for the IPAM plugin: ipamd,
+  whose answers are durable, against host-local, which does not sync. Both keep their files in the same place.
 - One round: one side's ADDs and then its DELs, with the result as prevResult, then the other's; the order of the sides
   changes from round to round. Namespaces are made beforehand and used again. The first ADD on a host, which makes
   bridge and tables, is not counted.
@@ -33,26 +33,34 @@ _PARALLEL = "time per call: from the first start to the last end, divided by the
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """One network of both sides."""
+    """One network of both sides; `title` is what its rows are called."""
 
+    title: str
     name: str
     subnet: str
-    masquerade: bool
+    type: str
+    keys: Mapping[str, Any]
 
     def conf(self, ipam: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "cniVersion": "1.0.0",
             "name": self.name,
-            "type": "bridge",
-            "bridge": f"br-{self.name}",
-            "isDefaultGateway": True,
-            "ipMasq": self.masquerade,
+            "type": self.type,
+            **self.keys,
             "ipam": {**ipam, "ranges": [[{"subnet": self.subnet}]]},
         }
 
 
-PLAIN = Network("plain", "10.77.0.0/16", masquerade=False)
-MASQUERADED = Network("masq", "10.78.0.0/16", masquerade=True)
+def _bridge(title: str, name: str, subnet: str, masquerade: bool) -> Network:
+    keys = {"bridge": f"br-{name}", "isDefaultGateway": True, "ipMasq": masquerade}
+    return Network(title, name, subnet, "bridge", keys)
+
+
+MASTER = "up0"  # macvlan's, on each host
+PLAIN = _bridge("bridge", "plain", "10.77.0.0/16", masquerade=False)
+MASQUERADED = _bridge("bridge ipMasq", "masq", "10.78.0.0/16", masquerade=True)
+PTP = Network("ptp", "ptp", "10.79.0.0/16", "ptp", {})
+MACVLAN = Network("macvlan", "macvlan", "10.80.0.0/16", "macvlan", {"master": MASTER})
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +75,17 @@ class Work:
 
 
 def _cold(network: Network) -> Work:
-    name = "bridge ipMasq" if network.masquerade else "bridge"
+    name = network.title
     note = f"{_NO_LIMIT}; {_DURABLE}"
     return Work(network, 1, 5, Spec(f"{name} ADD, cold", "ms", note=note), Spec(f"{name} DEL, cold", "ms", note=note))
 
 
-def _warm(network: Network, add: tuple[float, float] | None, delete: tuple[float, float] | None, width: int) -> Work:
+Bounds = tuple[float, float | None]
+
+
+def _warm(network: Network, add: Bounds | None, delete: Bounds | None, width: int) -> Work:
     """`add` and `delete` are (limit, aim) of the ratio."""
-    name = "bridge ipMasq" if network.masquerade else "bridge"
+    name = network.title
     specs = []
     for verb, bounds in (("ADD", add), ("DEL", delete)):
         limit, aim = bounds or (None, None)
@@ -90,6 +101,8 @@ COLD_VERSION = Spec("VERSION, cold", "ms", note=_NO_LIMIT)
 WARM = (
     _warm(PLAIN, (0.65, 0.40), (1.0, 0.9), 1),
     _warm(MASQUERADED, (0.35, 0.20), (0.40, 0.25), 1),
+    _warm(PTP, (0.80, 0.6), (1.0, None), 1),
+    _warm(MACVLAN, (0.80, 0.6), (1.0, None), 1),
     _warm(PLAIN, (0.70, 0.40), None, 8),
     _warm(PLAIN, (0.70, 0.40), (0.70, 0.40), 32),
     _warm(MASQUERADED, None, None, 32),
@@ -172,7 +185,7 @@ def measure(plan: Plan, place: Path, wanted: Callable[[Spec], bool], say: Callab
     if not any(wanted(spec) for spec in specs()):
         return
     with ExitStack() as hosts:
-        peer = _peer(hosts, place)
+        peer = peer_side(hosts, place)
         yield from _measure_warm(hosts, peer, plan, place, wanted, say)
         if any(wanted(spec) for work in COLD for spec in (work.add, work.delete)) or wanted(COLD_VERSION):
             ours = _cold_side(hosts, place)
@@ -195,7 +208,7 @@ def _measure_warm(
     if not mine:
         return
     try:
-        ours = _side(hosts, "warm", CNI_BIN, {"type": "ipamd"}, place, lambda host, at: warm.start(host, at, hosts))
+        ours = side(hosts, "warm", CNI_BIN, {"type": "ipamd"}, place, lambda host, at: warm.start(host, at, hosts))
     except (BenchError, HostError, OSError) as error:
         # Where there is no warm way at all nobody is to fail for it; where there is one, it must start.
         yield from (absent(spec, str(error), excused=not warm.exists()) for spec in mine)
@@ -203,33 +216,36 @@ def _measure_warm(
     yield from _compare(plan, ours, peer, WARM, WARM_VERSION, _VERSIONS, wanted, say)
 
 
-def _peer(hosts: ExitStack, place: Path) -> Side:
+def peer_side(hosts: ExitStack, place: Path, name: str = "peer") -> Side:
+    """A host with Debian's reference plugins. Raises BenchError where there are none."""
     if not Path(PEER_BIN, "bridge").exists():
         raise BenchError(f"no {PEER_BIN}/bridge: apt-get install -y containernetworking-plugins")
-    ipam = {"type": "host-local", "dataDir": str(place / "host-local")}
-    return _side(hosts, "peer", PEER_BIN, ipam, place, None)
+    ipam = {"type": "host-local", "dataDir": str(place / name / "host-local")}
+    return side(hosts, name, PEER_BIN, ipam, place, None)
 
 
 def _cold_side(hosts: ExitStack, place: Path) -> Side:
-    return _side(hosts, "cold", CNI_BIN, {"type": "ipamd"}, place, lambda _host, _place: None)
+    return side(hosts, "cold", CNI_BIN, {"type": "ipamd"}, place, lambda _host, _place: None)
 
 
-def _side(
+def side(
     hosts: ExitStack,
     name: str,
     binaries: str,
     ipam: Mapping[str, Any],
     place: Path,
-    prepare: Callable[[Host, Path], None] | None,
+    prepare: Callable[[Host, Path], object] | None,
 ) -> Side:
     """A host with its namespaces. `prepare` is for ours: it runs after ipamd is there."""
     host = hosts.enter_context(Host(name, plugins=name == "cold"))
     if prepare is not None:
         host.start_ipamd(store={"path": str(place / name / "ipamd.db")})
         prepare(host, place)
-    side = Side(name, host, runner(host), binaries, ipam)
-    side.namespaces = [host.netns(f"c{index}") for index in range(NAMESPACES)]
-    return side
+    host.run(["ip", "link", "add", MASTER, "up", "type", "veth", "peer", "name", f"{MASTER}-peer"])
+    host.run(["ip", "link", "set", f"{MASTER}-peer", "up"])
+    one = Side(name, host, runner(host), binaries, ipam)
+    one.namespaces = [host.netns(f"c{index}") for index in range(NAMESPACES)]
+    return one
 
 
 def _compare(
@@ -257,13 +273,13 @@ def _compare_work(plan: Plan, ours: Side, peer: Side, work: Work, wanted: Callab
     deleted: dict[str, list[list[float]]] = {ours.name: [], peer.name: []}
     count = plan.samples(work.count) if work.width == 1 else max(work.width, plan.samples(work.count))
     try:
-        for side in (ours, peer):
-            side.prove(work.network)
+        for one in (ours, peer):
+            one.prove(work.network)
         for sides in rounds(plan, ours, peer):
-            for side in sides:
-                took = side.attach_and_detach(work.network, count, work.width)
-                added[side.name].append(took[0])
-                deleted[side.name].append(took[1])
+            for one in sides:
+                took = one.attach_and_detach(work.network, count, work.width)
+                added[one.name].append(took[0])
+                deleted[one.name].append(took[1])
     except (BenchError, HostError) as error:
         yield from (absent(spec, str(error), excused=False) for spec in (work.add, work.delete) if wanted(spec))
         return
@@ -277,8 +293,8 @@ def _compare_version(plan: Plan, ours: Side, peer: Side, spec: Spec, full: int) 
     conf = {"cniVersion": "1.0.0", "type": "bridge"}
     try:
         for sides in rounds(plan, ours, peer):
-            for side in sides:
-                took[side.name].append(side.run([side.call("VERSION", conf)] * plan.samples(full), 1)[0])
+            for one in sides:
+                took[one.name].append(one.run([one.call("VERSION", conf)] * plan.samples(full), 1)[0])
     except BenchError as error:
         return absent(spec, str(error), excused=False)
     return finished(plan, spec, took[ours.name], took[peer.name])

@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from tests.hosts import CNI_BIN, ROOT, Host, wait_until
 
 _SOURCE = ROOT / "warm" / "launcher.c"
 _MASTER = ROOT / "warm" / "host.py"
-_SOCKET = "/run/netloom/cni.sock"
+SOCKET = "/run/netloom/cni.sock"
 _STOP_S = 90
 _NO_COLD_WAY = "/nonexistent/cold-is-not-measured-here"
 
@@ -30,8 +31,10 @@ def exists() -> bool:
     return _SOURCE.exists() and _MASTER.exists()
 
 
-def start(host: Host, place: Path, until: ExitStack) -> None:
-    """Installs the launchers and returns once the master's socket takes connections; the end of `until` stops it.
+def start(
+    host: Host, place: Path, until: ExitStack, arguments: Sequence[str] = (), path: str = SOCKET
+) -> subprocess.Popen[str]:
+    """Installs the launchers and returns the master once its socket takes connections; the end of `until` stops it.
 
     Raises BenchError, HostError.
     """
@@ -39,10 +42,13 @@ def start(host: Host, place: Path, until: ExitStack) -> None:
         raise BenchError(f"there is no warm way yet ({_SOURCE.relative_to(ROOT)}, {_MASTER.relative_to(ROOT)})")
     launcher = _compiled(place)
     for plugin in PLUGINS:
-        shutil.copy2(launcher, host.path(CNI_BIN) / plugin)
+        new = host.path(CNI_BIN) / f"{plugin}.new"
+        shutil.copy2(launcher, new)
+        new.replace(host.path(CNI_BIN) / plugin)
     log = host.directory / "master.log"
-    with log.open("w", encoding="utf-8") as file:
-        master = host.popen([sys.executable, "-m", "warm"], stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+    argv = [sys.executable, "-m", "warm", "--socket", path, *arguments]
+    with log.open("a", encoding="utf-8") as file:
+        master = host.popen(argv, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
     until.callback(_stop, master)
 
     def said() -> str:
@@ -51,9 +57,31 @@ def start(host: Host, place: Path, until: ExitStack) -> None:
     def serving() -> bool:
         if master.poll() is not None:
             raise BenchError(f"the warm master ended with status {master.returncode}: {said()}")
-        return answers(host.path(_SOCKET))
+        return answers(host.path(path)) and len(workers(master.pid)) > 0
 
     wait_until(serving, "the warm master", said)
+    return master
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process started and that are left (proc(5), children)."""
+    try:
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return [int(child) for child in text.split()]
+
+
+def workers(master: int) -> list[int]:
+    """The workers of a master."""
+    return [pid for pid in children(master) if "worker" in _title(pid)]
+
+
+def _title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(encoding="ascii")
+    except OSError:
+        return ""
 
 
 def _stop(master: subprocess.Popen[str]) -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as main
-from bench.addresses import OTHER_LOAD, Catalogue, counters
-from bench.attach import specs
+from bench.addresses import OTHER_LOAD, counters
 from bench.host import BenchError
 from bench.stats import Row, Spec
 
@@ -17,6 +16,7 @@ ROWS = [
     Row("a", "ms", 1.0, 2.0, 0.5, 0.65, 0.4, (0.4, 0.6), 1.5, 2.5, "lower", 9, "n"),
     Row("b", "1/s", 10.0, limit=20.0, better="higher"),
 ]
+SPECS = main._specs(main._plan(main.arguments([])))
 
 
 def test_rows_survive_the_file(tmp_path: Path) -> None:
@@ -102,12 +102,12 @@ def test_a_pattern_is_a_part_of_a_name_or_has_wildcards() -> None:
 def test_list_names_every_row_with_its_limit(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(specs()) + len(Catalogue(1).specs)
+    assert len(lines) == len(SPECS)
     assert any(line.startswith("ipamd allocations, 8 clients, 100,000 taken") and ">= 2000" in line for line in lines)
 
 
 def test_names_of_rows_are_unique() -> None:
-    names = [spec.name for spec in [*specs(), *Catalogue(100_000).specs]]
+    names = [spec.name for spec in SPECS]
     assert len(set(names)) == len(names)
 
 
