@@ -242,6 +242,55 @@ BANDWIDTH = [
     Case("bandwidth-alone", [bandwidth(IN)], error=("prevResult",)),
 ]  # fmt: skip
 
+
+def portmap(**keys: Any) -> Mapping[str, Any]:
+    return {"type": "portmap", "capabilities": {"portMappings": True}, **keys}
+
+
+def published(name: str, *ports: Mapping[str, Any], version: str = "1.0.0", **keys: Any) -> Case:
+    error = keys.pop("error", ())
+    plugins = [bridge(isGateway=True, ipam=keys.pop("ipam", host_local())), portmap(**keys)]
+    return Case(name, plugins, version, runtime={"portMappings": list(ports)}, error=error)
+
+
+TCP = {"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}
+UDP = {"hostPort": 5353, "containerPort": 53, "protocol": "udp"}
+PORTMAP = [
+    Case("portmap-nothing", [bridge(isGateway=True, ipam=host_local()), portmap()]),
+    published("portmap-tcp", TCP),
+    published("portmap-tcp-and-udp-0.3.1", TCP, UDP, version="0.3.1"),
+    published("portmap-dual-0.4.0", TCP, UDP, version="0.4.0", ipam=dual()),
+    published("portmap-sctp", {**TCP, "protocol": "sctp"}),
+    published("portmap-host-address", {**TCP, "hostIP": "127.0.0.1"}),
+    published("portmap-masq-all", TCP, masqAll=True),
+    published("portmap-without-snat", TCP, snat=False),
+    Case("portmap-of-ptp", [ptp(ipam=host_local(routes=DEFAULTS)), portmap()], runtime={"portMappings": [TCP]}),
+    published("portmap-port-0", {**TCP, "hostPort": 0}, error=("hostPort", "0")),
+    published("portmap-container-port-too-large", {**TCP, "containerPort": 65536}, error=("containerPort", "65536")),
+    published("portmap-unknown-protocol", {**TCP, "protocol": "icmp"}, error=("protocol", "icmp")),
+    published("portmap-invalid-host-address", {**TCP, "hostIP": "127.0.0.999"}, error=("hostIP", "127.0.0.999")),
+    Case("portmap-without-address", [bridge(), portmap()], runtime={"portMappings": [TCP]}, error=("ips",)),
+    Case("portmap-alone", [portmap()], runtime={"portMappings": [TCP]}, error=("prevResult",)),
+]  # fmt: skip
+
+
+def firewall(**keys: Any) -> Mapping[str, Any]:
+    return {"type": "firewall", **keys}
+
+
+FIREWALL = [
+    Case("firewall-plain", [bridge(isGateway=True, ipam=host_local()), firewall()]),
+    Case("firewall-0.4.0-dual", [bridge(isGateway=True, ipam=dual()), firewall(backend="iptables")], "0.4.0"),
+    Case("firewall-same-bridge", [bridge(isGateway=True, ipam=host_local()), firewall(ingressPolicy="same-bridge")]),
+    Case("firewall-admin-chain", [ptp(ipam=host_local()), firewall(iptablesAdminChainName="MINE")]),
+    Case("firewall-old-version", [bridge(ipam=host_local()), firewall()], "0.3.1", error=("0.3.1",)),
+    Case("firewall-unknown-policy", [bridge(ipam=host_local()), firewall(ingressPolicy="closed")],
+         error=("ingressPolicy", "closed")),
+    Case("firewall-alone", [firewall()], error=("prevResult",)),
+    Case("standard-chain", [bridge(isDefaultGateway=True, ipMasq=True, hairpinMode=True, ipam=host_local()), portmap(),
+                            firewall(), tuning()], runtime={"portMappings": [TCP]}),
+]  # fmt: skip
+
 GROUPS: dict[str, list[Case]] = {
     "bridge": BRIDGE,
     "bridge-errors": BRIDGE_ERRORS,
@@ -251,6 +300,8 @@ GROUPS: dict[str, list[Case]] = {
     "ipam": IPAM,
     "tuning": TUNING,
     "bandwidth": BANDWIDTH,
+    "portmap": PORTMAP,
+    "firewall": FIREWALL,
 }
 _NEEDS_IPV6 = (SIX.partition("/")[0], "::/0")
 

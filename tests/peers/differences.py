@@ -44,6 +44,7 @@ class Accepted:
 
 
 _LIFETIMES = r"preferred_life_time \d+ scope global valid_life_time \d+"
+_CHAINED = ("portmap", "firewall", "tuning", "bandwidth")
 _INTERFACE = ("bridge", "ptp", "macvlan")
 
 ACCEPTED: tuple[Accepted, ...] = (
@@ -67,7 +68,7 @@ ACCEPTED: tuple[Accepted, ...] = (
         "The specification.",
     ),
     Accepted(
-        (*_INTERFACE, "tuning", "bandwidth", "host-local", "static"),
+        (*_INTERFACE, *_CHAINED, "host-local", "static"),
         r"(ADD|DEL) \S+( again)? code",
         "2|4|7|100",
         "999",
@@ -76,7 +77,7 @@ ACCEPTED: tuple[Accepted, ...] = (
         "[Errors](errors.md); the texts name key, value and remedy.",
     ),
     Accepted(
-        (*_INTERFACE, "bandwidth", "host-local"),
+        (*_INTERFACE, *_CHAINED, "host-local"),
         r"DEL \S+( again)? (code|exit status)",
         f"0|{ABSENT}",
         "1|999",
@@ -85,12 +86,12 @@ ACCEPTED: tuple[Accepted, ...] = (
         "There is nothing to remove, and a failing DEL keeps the runtime from removing the rest.",
     ),
     Accepted(
-        ("bridge", "ptp", "tuning", "bandwidth"),
+        ("bridge", "ptp", *_CHAINED),
         r"CHECK \S+ (code|exit status)",
         f"0|{ABSENT}",
         "1|2|999",
         "CHECK fails directly after ADD: bridge without `ipam`, a route without `gw`, a sysctl with `IFNAME`; "
-        "bandwidth without a rate crashes",
+        "portmap with one address, or with one of each family; bandwidth without a rate crashes",
         "CHECK succeeds",
         "The specification.",
     ),
@@ -103,12 +104,21 @@ ACCEPTED: tuple[Accepted, ...] = (
         "CHECK fails",
         "The specification.",
     ),
+    Accepted(
+        ("portmap",),
+        r"ADD portmap (code|exit status)",
+        "1|7",
+        f"0|{ABSENT}",
+        "publishes nothing, and says nothing, where `hostIP` is no address or prevResult has none of the container",
+        "error 7",
+        "Nobody would know.",
+    ),
     # What a refused ADD leaves.
     Accepted(
-        (*_INTERFACE, "host-local", "loopback"),
+        (*_INTERFACE, "portmap", "host-local", "loopback"),
         r"after (ADD|DEL): ((host|container) link .* kind|file .*|(host|container) sysctl ipv[46]\..*"
         r"|container (link lo flags|address ::1/128 dev lo|route .* dev lo .*))",
-        ABSENT,
+        f"{ABSENT}|0",
         "(?!absent).*",
         "a refused ADD leaves links, the bridge, forwarding, host-local's files, or `lo` up",
         "all is as before",

@@ -133,6 +133,11 @@ class Outcome:
     facts: Facts
     messages: tuple[str, ...]
 
+    @property
+    def refused(self) -> bool:
+        """Whether an ADD failed."""
+        return any(what.startswith("ADD ") and what.endswith(" code") for what in self.facts)
+
 
 @dataclass(frozen=True, slots=True)
 class Difference:
@@ -266,9 +271,13 @@ class Twins:
             for key in keys
             if ours.facts.get(key) != theirs.facts.get(key)
         ]
+        if ours.refused != theirs.refused:
+            # What one of them made, and the verbs after that, have nothing to be compared with.
+            found = [one for one in found if not _AFTERWARDS.match(one.what)]
         return _without_consequences(found), (ours, theirs)
 
 
+_AFTERWARDS = re.compile(r"after ADD: |CHECK |ADD \S+ result ")
 _KIND = re.compile(r"(after \w+: \w+) link (.+) kind")
 
 
