@@ -20,19 +20,35 @@ pytestmark = [
     pytest.mark.skipif(not os.path.exists(f"{REFERENCE}/bridge"), reason=f"no {REFERENCE}/bridge"),
 ]
 RANGES = [[{"subnet": "10.1.0.0/16"}], *([[{"subnet": "fd00:1::/64"}]] if IPV6 else [])]
-IPAM = {"type": "host-local", "ranges": RANGES, "routes": [{"dst": "0.0.0.0/0"}]}
-BRIDGE = {"type": "bridge", "bridge": "br0", "isGateway": True, "ipMasq": True, "macspoofchk": True, "ipam": IPAM}
-PTP = {"type": "ptp", "ipMasq": True, "ipam": IPAM}
-MACVLAN = {"type": "macvlan", "master": "uplink0", "ipam": IPAM}
-STATIC = {"type": "bridge", "bridge": "br0", "ipam": {"type": "static", "addresses": [{"address": "10.1.0.5/16"}]}}
+IPAM: dict[str, Any] = {"type": "host-local", "ranges": RANGES, "routes": [{"dst": "0.0.0.0/0"}]}
+BRIDGE: dict[str, Any] = {
+    "type": "bridge",
+    "bridge": "br0",
+    "isGateway": True,
+    "ipMasq": True,
+    "macspoofchk": True,
+    "ipam": IPAM,
+}
+PTP: dict[str, Any] = {"type": "ptp", "ipMasq": True, "ipam": IPAM}
+MACVLAN: dict[str, Any] = {"type": "macvlan", "master": "uplink0", "ipam": IPAM}
+STATIC: dict[str, Any] = {
+    "type": "bridge",
+    "bridge": "br0",
+    "ipam": {"type": "static", "addresses": [{"address": "10.1.0.5/16"}]},
+}
 PORTS = [
     {"hostPort": 8080, "containerPort": 80, "protocol": "tcp"},
     {"hostPort": 8081, "containerPort": 53, "protocol": "udp"},
 ]
-PORTMAP = {"type": "portmap", "capabilities": {"portMappings": True}, "runtimeConfig": {"portMappings": PORTS}}
-FIREWALL = {"type": "firewall", "ingressPolicy": "same-bridge"}
-BANDWIDTH = {"type": "bandwidth", "egressRate": 8000000, "egressBurst": 800000}
-TUNING = {"type": "tuning", "mtu": 1400, "promisc": True}
+PORTMAP: dict[str, Any] = {
+    "type": "portmap",
+    "capabilities": {"portMappings": True},
+    "runtimeConfig": {"portMappings": PORTS},
+}
+FIREWALL: dict[str, Any] = {"type": "firewall", "ingressPolicy": "same-bridge"}
+BANDWIDTH: dict[str, Any] = {"type": "bandwidth", "egressRate": 8000000, "egressBurst": 800000}
+TUNING: dict[str, Any] = {"type": "tuning", "mtu": 1400, "promisc": True}
+OTHER: dict[str, Any] = {"hostPort": 9090, "containerPort": 90, "protocol": "tcp"}
 LISTS: dict[str, list[Mapping[str, Any]]] = {
     "bridge": [BRIDGE],
     "ptp": [PTP],
@@ -83,6 +99,10 @@ class Changing:
         for plugin in plugins:
             conf = {"cniVersion": "1.1.0", "name": name, **plugin, "cni.dev/valid-attachments": attachments}
             self.ours("GC", plugin["type"], conf).ok()
+
+    def links_into(self, netns: Netns) -> list[str]:
+        """The host's links whose other end is in that namespace."""
+        return [line for line in self.host.run(["ip", "-o", "link"]).stdout.splitlines() if netns.name in line]
 
     def left(self, netns: Netns, *words: str) -> list[str]:
         """What still speaks of the container on the host: rules, chains, links, addresses given out."""
@@ -196,3 +216,79 @@ def test_ipmasq_of_either_iptables(changing: Changing, netns: Netns, iptables: s
     changing.detach(changing.ours, [BRIDGE], other, None)
     assert changing.left(other) == []
     other.delete()
+
+
+def test_ports_of_either_iptables(changing: Changing, netns: Netns, iptables: str) -> None:
+    other = changing.host.netns()
+    plugins = [BRIDGE, PORTMAP]
+    changing.attach(changing.theirs, plugins, netns)
+    result = changing.attach(changing.theirs, [BRIDGE, {**PORTMAP, "runtimeConfig": {"portMappings": [OTHER]}}], other)
+    save = f"iptables-{'legacy' if iptables == 'legacy' else 'nft'}-save"
+    chain = left_by_reference.chain_name("net", netns.name, "DN-")
+    # One jump for each protocol.
+    assert changing.host.run([save, "-t", "nat"]).stdout.count(f"-j {chain}") == 2
+    changing.detach(changing.ours, plugins, netns, None, path="")
+    assert [line for line in changing.left(netns) if "veth" not in line] == []
+    assert len(changing.left(other)) >= 6, "another container's stay"
+    changing.detach(changing.ours, plugins, other, result)
+    assert changing.left(other, *addresses(result)) == []
+    other.delete()
+
+
+def test_accepted_addresses_of_either_iptables(changing: Changing, netns: Netns, iptables: str) -> None:
+    plugins = [BRIDGE, FIREWALL]
+    result = changing.attach(changing.theirs, plugins, netns)
+    save = f"iptables-{'legacy' if iptables == 'legacy' else 'nft'}-save"
+    (four, *_) = addresses(result)
+    assert changing.host.run([save, "-t", "filter"]).stdout.count(f"{four}/32") == 2
+    changing.host.run([save.removesuffix("-save"), "-A", "CNI-FORWARD", "-s", four, "-j", "LOG"])
+    changing.detach(changing.ours, plugins, netns, result)
+    saved = changing.host.run([save, "-t", "filter"]).stdout
+    assert [line for line in saved.splitlines() if f"{four}/32" in line] == [f"-A CNI-FORWARD -s {four}/32 -j LOG"]
+    changing.host.run([save.removesuffix("-save"), "-D", "CNI-FORWARD", "-s", four, "-j", "LOG"])
+
+
+def test_gc_takes_back_what_died(changing: Changing, netns: Netns) -> None:
+    """The reference's GC frees nothing; iptables-legacy's chains wait for a DEL."""
+    dead, elsewhere = changing.host.netns(), changing.host.netns()
+    plugins = [BRIDGE, PORTMAP, FIREWALL]
+    bare = [BRIDGE, {**PORTMAP, "runtimeConfig": {"portMappings": [OTHER]}}]
+    lost = changing.attach(changing.theirs, plugins, dead)
+    kept = changing.attach(changing.theirs, bare, netns)
+    foreign = changing.attach(changing.theirs, [{**BRIDGE, "bridge": "br1"}], elsewhere, name="othernet")
+    before = (changing.left(netns), changing.left(elsewhere, *addresses(foreign)))
+    dead.delete()
+    for _ in range(2):
+        wait_until(lambda: not changing.links_into(dead), "the end of the dead container's link")
+        changing.collect(plugins, netns)
+        # What firewall accepts names an address and nobody.
+        rules = [line for line in changing.left(dead, *addresses(lost)) if "accept" not in line]
+        assert rules == []
+        assert (changing.left(netns), changing.left(elsewhere, *addresses(foreign))) == before
+    changing.detach(changing.ours, plugins, dead, lost, path="")
+    assert changing.left(dead, *addresses(lost)) == []
+    changing.detach(changing.ours, bare, netns, kept)
+    changing.detach(changing.ours, [{**BRIDGE, "bridge": "br1"}], elsewhere, foreign, name="othernet")
+    elsewhere.delete()
+
+
+def test_isolation_of_a_bridge_that_is_gone(changing: Changing, netns: Netns) -> None:
+    plugins = [{**BRIDGE, "bridge": "brgone"}, FIREWALL]
+    result = changing.attach(changing.theirs, plugins, netns)
+    changing.collect(plugins, netns)
+    assert changing.left(netns, '"brgone"')
+    changing.detach(changing.ours, plugins, netns, result)
+    changing.host.run(["ip", "link", "delete", "brgone"])
+    changing.collect(plugins)
+    assert changing.left(netns, "brgone") == []
+
+
+def test_an_add_of_ours_after_one_of_theirs(changing: Changing, netns: Netns) -> None:
+    """podman's network reload: DEL by us, ADD by us, of a container that the reference attached."""
+    plugins = [BRIDGE, PORTMAP]
+    before = changing.attach(changing.theirs, plugins, netns)
+    changing.detach(changing.ours, plugins, netns, before)
+    after = changing.attach(changing.ours, plugins, netns)
+    assert left_by_reference.chain_name("net", netns.name) not in changing.host.run(["nft", "list", "ruleset"]).stdout
+    changing.detach(changing.ours, plugins, netns, after)
+    assert changing.left(netns, *addresses(after)) == []
