@@ -12,8 +12,9 @@ from pathlib import Path
 
 BUSYBOX = "/bin/busybox"
 NAME = "localhost/busybox:1"
-# A web server that says who it is, and lives until it is killed.
-SERVE = ["/bin/sh", "-c", "mkdir -p /www; hostname > /www/index.html; exec httpd -f -p 80 -h /www"]
+# A web server that says the name of its host and lives until it is killed. In /dev, as the rest of a pod's own
+# container cannot be written to.
+SERVE = ["/bin/sh", "-c", "hostname > /dev/index.html; exec httpd -f -p 80 -h /dev"]
 
 
 def root_tar() -> bytes:
@@ -22,7 +23,7 @@ def root_tar() -> bytes:
     files = {"etc/passwd": b"root:x:0:0:root:/root:/bin/sh\n", "etc/group": b"root:x:0:\n"}
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
-        for directory in ("bin", "etc", "proc", "sys", "dev", "tmp", "root", "www"):
+        for directory in ("bin", "etc", "proc", "sys", "dev", "tmp", "root"):
             _add(tar, directory, tarfile.DIRTYPE)
         _add(tar, "bin/busybox", content=Path(BUSYBOX).read_bytes())
         for applet in applets:

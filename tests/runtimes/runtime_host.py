@@ -10,9 +10,9 @@ Rules of this file
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,7 +37,8 @@ _OWN = (
     "/dev/shm",
 )
 _REQUESTS = "/run/requests"
-_CACHE = "file /run/netloom/host-local/"  # host-local's index; the addresses themselves are in /var/lib/cni
+_CACHE = "file /run/netloom/host-local"  # host-local's index; the addresses themselves are in /var/lib/cni
+_FURNITURE = "file /var/lib/cni/networks"  # what is in it counts
 OUTSIDE = "192.0.2.2"  # who reaches the host from elsewhere
 HOST_OUTSIDE = "192.0.2.1"
 
@@ -220,7 +221,11 @@ class RuntimeHost:
             nonlocal difference
             now = self.snapshot()
             difference = [f"+ {fact}" for fact in now.minus(before)] + [f"- {fact}" for fact in before.minus(now)]
-            difference = [line for line in difference if not line[2:].startswith((_CACHE, *passed_over))]
+            difference = [
+                line
+                for line in difference
+                if not line[2:].startswith((_CACHE, *passed_over)) and line[2:] != _FURNITURE
+            ]
             return not difference
 
         wait_until(clean, "the host to be as it was before", lambda: "\n".join(["", *difference]), limit_s=20)
@@ -251,10 +256,12 @@ class RuntimeHost:
         path.write_text(json.dumps({"cniVersion": version, "name": name, "plugins": list(plugins)}), encoding="utf-8")
         return path
 
-
-@contextlib.contextmanager
-def container(run: RuntimeHost, netns: str) -> Iterator[Netns]:
-    """The network namespace of a container, by its path, as one of ours."""
-    there = Netns(run.host, Path(netns).name)
-    there.path = netns
-    yield there
+    def delete_network(self, name: str, bridge: str = "") -> None:
+        """What a network has on a host until somebody removes the network itself: bridge, host-local's directory."""
+        if bridge:
+            self.host.run(["ip", "link", "delete", bridge])
+        directory = self.host.path(f"/var/lib/cni/networks/{name}")
+        if directory.exists():
+            left = {file.name for file in directory.iterdir()}
+            assert left == {"lock", "last_reserved_ip.0"}, left
+            shutil.rmtree(directory)

@@ -5,7 +5,6 @@ Every scenario runs on a host with cgroup version 1 and on one with version 2.
 
 from __future__ import annotations
 
-import shutil
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,25 +15,11 @@ import pytest
 
 from tests.hosts import IPV6, HostError, wait_until
 from tests.runtimes import cgroups, images
+from tests.runtimes.networks import bridge
 from tests.runtimes.podman import Podman
 from tests.runtimes.runtime_host import HOST_OUTSIDE, OUTSIDE
 
 pytestmark = pytest.mark.kernel
-
-SETS = [[{"subnet": "10.20.0.0/16"}], [{"subnet": "fd00:20::/64"}]][: 2 if IPV6 else 1]
-
-
-def bridge(name: str = "web0", **more: Any) -> dict[str, Any]:
-    return {
-        "type": "bridge",
-        "bridge": name,
-        "isDefaultGateway": True,
-        "ipMasq": True,
-        "hairpinMode": True,
-        "capabilities": {"mac": True, "ips": True},
-        "ipam": {"type": "ipamd", "ranges": SETS},
-        **more,
-    }
 
 
 @pytest.fixture(scope="module", params=["cgroup1", "cgroup2"])
@@ -260,7 +245,7 @@ def test_a_full_network_is_told_and_leaves_nothing(podman: Podman) -> None:
     assert "no free address" in refused.stderr
     remove(podman, *podman.podman("ps", "-aq").stdout.split())
     path.unlink()
-    podman.host.run(["ip", "link", "delete", "full0"])
+    podman.delete_network("full", "full0")
     podman.netloom("pool", "delete", "net/full", check=False)
 
 
@@ -290,13 +275,7 @@ def test_other_plugins(podman: Podman, name: str, plugin: dict[str, Any], versio
     kind = plugin["type"]
     assert podman.verbs(cid) == [f"ADD {kind}", "ADD loopback", "DEL loopback", f"DEL {kind}"]
     path.unlink()
-    # What a network has on a host until somebody removes the network itself: its bridge, and host-local's directory.
-    if "bridge" in plugin:
-        podman.host.run(["ip", "link", "delete", plugin["bridge"]])
-    if plugin["ipam"]["type"] == "host-local":
-        directory = podman.host.path(f"/var/lib/cni/networks/{name}")
-        assert {file.name for file in directory.iterdir()} == {"lock", "last_reserved_ip.0"}
-        shutil.rmtree(directory)
+    podman.delete_network(name, plugin.get("bridge", ""))
 
 
 def test_no_worker_is_there(podman: Podman) -> None:
