@@ -509,6 +509,18 @@ def test_after_a_missed_del_the_add_begins_anew(lab: Lab) -> None:
         it.call("CHECK").ok()
 
 
+def test_after_a_missed_del_the_other_name_is_forgotten(lab: Lab) -> None:
+    host = lab.host
+    name = ifb_name("again")
+    host.run(["ip", "link", "add", name, "type", "veth", "peer", "name", "odd1"])
+    with attached(lab, below_conf(), container_id="again") as one:
+        add(lab, one, conf_of(**LIMITS)).ok()
+    assert ifbs(host) == [ifb_name("again", ifname="eth0")]
+    host.run(["ip", "link", "delete", name])
+    with limited(lab, conf_of(**LIMITS), container_id="again"):
+        assert ifbs(host) == [name]
+
+
 def test_two_interfaces_of_a_container_in_one_network(lab: Lab) -> None:
     """The reference has one name for both, and its second ADD fails."""
     host = lab.host
@@ -528,8 +540,13 @@ def test_two_interfaces_of_a_container_in_one_network(lab: Lab) -> None:
             assert ifbs(host) == [first.ifb]
             it.call("DEL").ok()
             first.call("CHECK").ok()
-            for device, parent in (("root", it.port), ("ingress", it.port)):
-                host.run(["tc", "qdisc", "delete", "dev", parent, device])
+            for where in ("root", "ingress"):
+                host.run(["tc", "qdisc", "delete", "dev", it.port, where])
+        # Even while nothing leads to the first one's device, it is not taken away.
+        host.run(["tc", "qdisc", "delete", "dev", first.port, "ingress"])
+        assert add(lab, one, conf, ifname="net1").result()["interfaces"][-1]["name"] != first.ifb
+        assert len(ifbs(host)) == 2
+        it.call("DEL").ok()
         one.call("DEL").ok()
 
 
