@@ -34,7 +34,7 @@ _IP_SRC = {4: 1, 6: 3}
 _IP_DST = {4: 2, 6: 4}
 _PROTO_NUM, _PROTO_SRC_PORT, _PROTO_DST_PORT = 1, 2, 3
 _ORIG_FLAGS, _REPLY_FLAGS = 1, 2
-_BY_SOURCE, _BY_DESTINATION = 1 << 0, 1 << 1
+_BY_SOURCE = 1 << 0
 _BY_PROTOCOL, _BY_SOURCE_PORT, _BY_DESTINATION_PORT = 1 << 3, 1 << 4, 1 << 5
 _HEADER = struct.Struct(">BBH")
 _FAMILIES = {4: 2, 6: 10}
@@ -104,8 +104,9 @@ def forget_target(session: Session, targets: Collection[tuple[str, int]]) -> int
                 version,
                 _TUPLE_REPLY,
                 _REPLY_FLAGS,
-                _BY_SOURCE | _BY_SOURCE_PORT,
-                address=address,
+                # With an IPv6 address the kernel sends all flows but those (ctnetlink_filter_match_tuple).
+                _BY_SOURCE_PORT | (_BY_SOURCE if version == 4 else 0),
+                address=address if version == 4 else None,
                 port=(_PROTO_SRC_PORT, port),
             )
             for address, port in wanted
