@@ -58,6 +58,9 @@ def sweep(
         if dry_run or _remove(host, records, record, lock):
             gone.append(record)
     if not dry_run:
+        from kernel.ports import Ports  # noqa: PLC0415 - no plugin's request comes here
+
+        Ports(records).prune()
         for name in sorted({record.bridge for record in gone if record.bridge}):
             delete_idle_bridge(host, records, name)
     return gone

@@ -22,7 +22,7 @@ import msgspec
 
 from cni import attachment, config
 from cni import check as verify
-from cni.chained import chain, conditions
+from cni.chained import chain
 from cni.errors import CniError, Code
 from cni.failures import Failures, note
 from cni.living import Observer
@@ -300,9 +300,12 @@ def _check_condition(conf: PortmapConf, version: int) -> None:
 
 
 def _condition(conf: PortmapConf, version: int) -> str:
-    return conditions.parse(
-        f"conditionsV{version}", conf.conditions_v4 if version == 4 else conf.conditions_v6, version
-    )
+    words = conf.conditions_v4 if version == 4 else conf.conditions_v6
+    if not any(words):
+        return ""
+    from cni.chained import conditions  # noqa: PLC0415 - few networks have one, and every cold process would pay
+
+    return conditions.parse(f"conditionsV{version}", words, version)
 
 
 def _refuse_listened(request: Request, wanted: Plan) -> None:
