@@ -7,10 +7,12 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.hosts import Host, wait_until
+from tests.hosts import CniCall, Host, Netns, wait_until
+from tests.kernel import bus
 from tests.warm.service import Service, bridge
 
 pytestmark = pytest.mark.kernel
@@ -65,6 +67,76 @@ def test_what_was_taken_from_nftables_comes_back(service: Service, command: str)
     host.run(["nft", *command.split()])
     wait_until(lambda: ruleset(service) == before, "what was there", service.log)
     wait_until(lambda: "into nftables" in service.log(), "a line that says so")
+
+
+ACCEPT = '-A FORWARD -m mark --mark 0x1000000/0x1000000 -m comment --comment "netloom lets pass 0x1000000" -j ACCEPT'
+
+
+def forward(service: Service, tool: str = "iptables") -> list[str]:
+    return service.host.run([tool, "-S", "FORWARD"]).stdout.splitlines()[1:]
+
+
+def wall(service: Service, netns: Netns, verb: str = "ADD", **keys: Any) -> CniCall:
+    """firewall after the bridge of a container that is there."""
+    result = {"cniVersion": "1.0.0", "interfaces": [{"name": "br0"}], "ips": [{"address": "10.9.0.2/16"}]}
+    conf = {"cniVersion": "1.0.0", "name": "net", "type": "firewall", "prevResult": result, **keys}
+    return service.call(verb, conf, plugin="firewall", netns=netns)
+
+
+def test_the_rule_in_front_of_another_firewall_comes_back(service: Service) -> None:
+    host = service.host
+    c1 = host.netns("c1")
+    service.add(c1).ok()
+    # Another firewall that is started later than the containers.
+    wall(service, c1).ok()
+    host.run(["iptables", "-A", "FORWARD", "-i", "docker0", "-j", "ACCEPT"])
+    wait_until(lambda: forward(service)[:1] == [ACCEPT], "the rule", service.log)
+    saved = host.run(["iptables-save", "-t", "filter"]).stdout.replace(f"{ACCEPT}\n", "")
+    host.run(["iptables", "-P", "FORWARD", "DROP"])
+    for command in (["iptables", "-F"], ["iptables-restore"]):
+        host.run(command, input=saved)
+        wait_until(lambda: ACCEPT in forward(service), f"the rule after {command}", service.log)
+    # An administrator's chain, too.
+    host.run(["iptables", "-N", "CNI-ADMIN"])
+    wait_until(lambda: "CNI-ADMIN" in forward(service)[0], "the call", service.log)
+    host.run(["nft", "delete", "table", "ip", "filter"])
+    host.run(["iptables", "-P", "FORWARD", "DROP"])
+    wait_until(lambda: forward(service) == [ACCEPT], "the rule in a new table", service.log)
+    assert "by iptables" in service.log()
+    assert "put the rule that lets our packets pass back into iptables" in service.log()
+    # Nobody wants it any more.
+    wall(service, c1, "DEL").ok()
+    assert forward(service) == []
+    host.run(["iptables", "-A", "FORWARD", "-i", "docker0", "-j", "ACCEPT"])
+    time.sleep(0.5)
+    assert len(forward(service)) == 1
+
+
+def test_the_rule_in_iptables_legacy_comes_back(service: Service) -> None:
+    host = service.host
+    if host.run(["iptables-legacy", "-P", "FORWARD", "DROP"], check=False).returncode:
+        pytest.skip("this kernel has no iptables-legacy")
+    c1 = host.netns("c1")
+    wall(service, c1).ok()
+    assert forward(service, "iptables-legacy") == [ACCEPT]
+    host.run(["iptables-legacy", "-F"])
+    wait_until(lambda: forward(service, "iptables-legacy") == [ACCEPT], "the rule", service.log)
+    wall(service, c1, "DEL").ok()
+    assert forward(service, "iptables-legacy") == []
+
+
+def test_sources_that_firewalld_forgot_come_back(service: Service) -> None:
+    host = service.host
+    c1 = host.netns("c1")
+    with bus.running(host):
+        with bus.firewalld_running(host):
+            wall(service, c1).ok()
+        with bus.firewalld_running(host) as calls:
+            assert calls() == []
+            host.run(["nft", "add", "table", "inet", "firewalld"])  # as it does when it starts, and when it reloads
+            wait_until(lambda: calls() == ["addSource trusted 10.9.0.2/32"], "the source", service.log)
+            wall(service, c1, "DEL").ok()
+            assert calls()[1:] == ["removeSource trusted 10.9.0.2/32"]
 
 
 def test_our_own_requests_are_no_reason_to_rebuild(service: Service) -> None:
