@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kernel import conntrack, nft
+from kernel.errors import NotFound
 from kernel.netlink import Message
 from kernel.ports import Port
 from kernel.session import Session
@@ -70,10 +71,19 @@ def some_flows() -> set[int]:
     return expected
 
 
-@pytest.mark.parametrize("filtered", [True, False])
-def test_flows_to_a_port(tracked: Session, monkeypatch: pytest.MonkeyPatch, filtered: bool) -> None:
-    if not filtered:  # as before Linux 5.8
+WAYS = ["one list of all", "filtered", "as before Linux 5.8"]
+
+
+def by(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way != WAYS[0]:
+        monkeypatch.setattr(conntrack, "_WALK_US", 0)
+    if way == WAYS[2]:
         monkeypatch.setattr(conntrack, "_FILTER", 200)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_flows_to_a_port(tracked: Session, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    by(way, monkeypatch)
     flows = some_flows()
     assert conntrack.forget_port(tracked, []) == 0
     assert conntrack.forget_port(tracked, [Port("tcp", 5353, "0.0.0.0")]) == 0
@@ -88,10 +98,9 @@ def test_flows_to_a_port(tracked: Session, monkeypatch: pytest.MonkeyPatch, filt
     assert conntrack.forget_port(tracked, [Port("udp", 5353, "0.0.0.0"), Port("udp", 5353, "::")]) == 0
 
 
-@pytest.mark.parametrize("filtered", [True, False])
-def test_flows_to_a_container(tracked: Session, monkeypatch: pytest.MonkeyPatch, filtered: bool) -> None:
-    if not filtered:
-        monkeypatch.setattr(conntrack, "_FILTER", 200)
+@pytest.mark.parametrize("way", WAYS)
+def test_flows_to_a_container(tracked: Session, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    by(way, monkeypatch)
     flows = some_flows()
     assert conntrack.forget_target(tracked, [("127.0.0.9", 54), ("127.0.0.7", 53)]) == 0
     assert conntrack.forget_target(tracked, [("127.0.0.9", 53)]) == 1
@@ -110,7 +119,7 @@ def test_the_kernel_filters(tracked: Session) -> None:
     some_flows()
     for number in range(200):
         send("127.0.0.4", 6000, 20000 + number)
-    request = conntrack._dump(4, conntrack._TUPLE_ORIG, conntrack._ORIG_FLAGS, 1 << 5, port=(3, 5353))
+    request = conntrack._dump(4, conntrack._TUPLE_ORIG, conntrack._ORIG_FLAGS, 1 << 5, (3, 5353))
     assert len(list(tracked.netfilter.dump(request))) == 3
     assert conntrack.forget_port(tracked, [Port("udp", 5353, "0.0.0.0")]) == 3
     assert len(sources()) >= 200
@@ -130,6 +139,13 @@ def test_many_ports_are_one_list(tracked: Session, monkeypatch: pytest.MonkeyPat
     assert conntrack.forget_port(tracked, many) == 3
     assert len(asked) == 1
     assert sources() == flows - {1001, 1002, 1003}
+
+
+def test_without_any_flow_nothing_is_listed(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session.netfilter, "dump", lambda message: pytest.fail(message.what))
+    assert conntrack.forget_port(session, [Port("udp", 5353, "0.0.0.0")]) == 0
+    monkeypatch.setattr("kernel.sysctl.read", lambda *_: (_ for _ in ()).throw(NotFound("read", 2)))
+    assert conntrack.forget_target(session, [("127.0.0.1", 5353)]) == 0
 
 
 def test_what_passes_through_is_spared(tracked: Session, container: Space) -> None:
