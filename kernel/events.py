@@ -34,7 +34,8 @@ _FIREWALLD = "firewalld"  # its table, in any family
 _GEN_PID, _GEN_NAME = 2, 3
 _RULE_CHAIN = 2
 _HEADER = struct.Struct("=IHHII")
-_BUFFER = 1 << 20
+_SO_RCVBUFFORCE = 33  # asm-generic/socket.h: beyond net.core.rmem_max, for CAP_NET_ADMIN
+_BUFFER = 1 << 26  # bytes at most: ten thousand published ports that are put back are 10 MB of events
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class Change:
         elements: it took elements of ours.
         forward: what iptables forwards may have changed, or which chains its table filter has.
         firewalld: firewalld made its table.
+        lost: events were missed, so all of this may be so.
         pid, process: who did it.
     """
 
@@ -53,6 +55,7 @@ class Change:
     elements: bool = False
     forward: bool = False
     firewalld: bool = False
+    lost: bool = False
     pid: int = 0
     process: str = ""
 
@@ -66,7 +69,10 @@ class Events:
         except OSError as error:
             raise from_oserror("open a netlink socket for nftables events", error) from error
         try:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
+            try:
+                self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
+            except PermissionError:  # in a user namespace
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
             self._socket.bind((0, 0))
             self._socket.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _GROUP_NFTABLES)
             self._socket.setblocking(False)
@@ -97,7 +103,7 @@ class Events:
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise from_oserror("read nftables events", error) from error
-                changes.append(Change(structure=True, elements=True, forward=True, firewalld=True))
+                changes.append(Change(structure=True, elements=True, forward=True, firewalld=True, lost=True))
                 continue
             changes += self._parse(data)
 

@@ -42,6 +42,7 @@ class Watch:
         self._ipamd = Client(ipamd_socket, timeout_s=_CALL_TIMEOUT_S)
         self._liveness_s = liveness_s
         self._complained = ""
+        self._rewrote = False  # the last thing was writing the tables anew because events were missed
 
     def run(self) -> None:
         """Watch until the process ends."""
@@ -57,13 +58,19 @@ class Watch:
             if changes:
                 time.sleep(_SETTLE_S)
                 self._see_to(changes + self._events.wait(0))
+            else:
+                self._rewrote = False
 
     def _see_to(self, changes: Sequence[Change]) -> None:
         """What came in a moment. The first is one of those that concern us."""
         others = [change for change in changes if not _is_ours(change)]
         why = f"change by {changes[0].process or 'somebody'} (process {changes[0].pid})"
+        lost = any(change.lost for change in changes)
         if any(_takes_from_us(change) for change in changes):
-            self._rebuild(why, anew=any(change.structure for change in others))
+            # What tells of all that is written anew may be too much to read again: once is enough, or it never ends.
+            anew = any(change.structure and not (change.lost and self._rewrote) for change in others)
+            self._rebuild(why, anew=anew)
+            self._rewrote = lost and anew
         elif any(change.forward for change in others):
             self._let_pass(why)
         if any(change.firewalld for change in others):

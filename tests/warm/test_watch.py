@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from kernel.events import Change
 from tests.hosts import CniCall, Host, Netns, wait_until
 from tests.kernel import bus
 from tests.warm.service import Service, bridge
+from warm.watch import Watch
 
 pytestmark = pytest.mark.kernel
 
@@ -67,6 +69,40 @@ def test_what_was_taken_from_nftables_comes_back(service: Service, command: str)
     host.run(["nft", *command.split()])
     wait_until(lambda: ruleset(service) == before, "what was there", service.log)
     wait_until(lambda: "into nftables" in service.log(), "a line that says so")
+
+
+def test_a_large_firewall_of_somebody_else_is_nothing_to_repair(service: Service) -> None:
+    """More events than the usual buffer of a socket holds."""
+    host = service.host
+    service.add(host.netns("c1")).ok()
+    rules = "".join(f"ip saddr 10.{n >> 8}.{n & 255}.1 tcp dport {n + 1} accept\n" for n in range(20_000))
+    host.path("/run/foreign.nft").write_text(f"table ip foreign {{ chain a {{\n{rules}}}\n}}\n", encoding="ascii")
+
+    def handle() -> list[int]:
+        return [item["table"]["handle"] for item in host.nft() if item.get("table", {}).get("name") == "netloom"]
+
+    before = handle()
+    host.run(["nft", "-f", "/run/foreign.nft"])
+    host.run(["nft", "delete", "table", "ip", "foreign"])
+    # The helper works off what it hears in order: this is heard after all of it.
+    host.run(["nft", "flush", "set", "inet", "netloom", "masq4"])
+    wait_until(lambda: elements(service, "masq4") != [], "the element", service.log)
+    assert handle() == before
+    assert service.log().count("into nftables") == 1
+
+
+def test_missed_events_make_the_helper_write_the_tables_anew_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It hears of its own writing, too; missing events of that must not make it begin again."""
+    done: list[bool] = []
+    helper = object.__new__(Watch)
+    helper._rewrote = False
+    monkeypatch.setattr(helper, "_rebuild", lambda _why, *, anew: done.append(anew))
+    monkeypatch.setattr(helper, "_attempt", lambda _what, _work: None)
+    missed = Change(structure=True, elements=True, forward=True, firewalld=True, lost=True)
+    flushed = Change(structure=True, elements=True, pid=1, process="nft")
+    for changes in ([missed], [missed], [missed, flushed], [flushed], [missed, missed], [missed]):
+        helper._see_to(changes)
+    assert done == [True, False, True, True, True, False]
 
 
 ACCEPT = '-A FORWARD -m mark --mark 0x1000000/0x1000000 -m comment --comment "netloom lets pass 0x1000000" -j ACCEPT'
