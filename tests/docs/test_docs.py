@@ -19,7 +19,7 @@ import pytest
 from cli.app import netloom
 from cli.failure import Status
 from cni import registry, versions
-from cni.chained import bandwidth, tuning
+from cni.chained import bandwidth, firewall, tuning
 from cni.config import convert
 from cni.errors import Code
 from cni.interface import bridge, macvlan, ptp
@@ -230,6 +230,9 @@ def _as_json(value: object) -> object:
         ("Keys of bridge", bridge.BridgeConf, 0),
         ("Keys of ptp", ptp.PtpConf, 0),
         ("Keys of macvlan", macvlan.MacvlanConf, 0),
+        ("Keys of firewall", firewall.FirewallConf, 0),
+        ("Keys of portmap", portmap.PortmapConf, 0),
+        ("Keys of portmap", portmap.Mapping, 1),
         ("Keys of tuning", tuning.TuningConf, 0),
         ("Keys of bandwidth", bandwidth.BandwidthConf, 0),
         ("Keys of ipamd", ipamd.IpamConf, 0),
