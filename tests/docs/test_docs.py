@@ -19,7 +19,7 @@ import pytest
 from cli.app import netloom
 from cli.failure import Status
 from cni import registry, versions
-from cni.chained import bandwidth, firewall, tuning
+from cni.chained import bandwidth, firewall, portmap, tuning
 from cni.config import convert
 from cni.errors import Code
 from cni.interface import bridge, macvlan, ptp
