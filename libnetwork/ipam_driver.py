@@ -28,6 +28,8 @@ CLIENT = "docker"
 DEFAULT_POOLS = tuple(f"172.{n}.0.0/16" for n in range(17, 32)) + tuple(f"192.168.{n}.0/20" for n in range(0, 256, 16))
 _SPACE = "netloom"
 _REST = ".rest"
+_GATEWAY_HOLDER = "gateway"
+_ADDRESS = "address"  # stands for the interface, which Docker does not tell
 _GATEWAY = "com.docker.network.gateway"
 
 AnyNetwork = IPv4Network | IPv6Network
@@ -59,10 +61,9 @@ class IpamDriver:
 
         Every network has its gateway at least.
         """
-        pools, held = self.owned()
+        held = {one.key.network for one in self._held()}
         with self._turn:
-            names = {name for name, _ in held}
-            self._unclaimed_pools = {id for id in pools if not names & {id, f"{id}{_REST}"}}  # noqa: A001
+            self._unclaimed_pools = {pool.id for pool in self._state.all(Pool) if held.isdisjoint(_names(pool))}
 
     def capabilities(self, _: Empty) -> Answer:
         """Docker asks again for what it has when it starts."""
@@ -76,21 +77,29 @@ class IpamDriver:
         """A dockerd has started: it will ask again for what it still has."""
         with self._turn:
             self._unclaimed_pools = {pool.id for pool in self._state.all(Pool)}
-            try:
-                held = list(self._client().list_allocations(pb.ListAllocationsRequest(client=CLIENT)))
-            except IpamError as error:
-                raise DriverError(f"ipamd: {error.message}") from error
-            self._unclaimed = {(one.key.network, _bare(address.cidr)) for one in held for address in one.addresses}
+            self._unclaimed = {
+                (one.key.network, _bare(address.cidr)) for one in self._held() for address in one.addresses
+            }
+
+    def _held(self) -> list[pb.Allocation]:
+        try:
+            return list(self._client().list_allocations(pb.ListAllocationsRequest(client=CLIENT)))
+        except IpamError as error:
+            raise DriverError(f"ipamd: {error.message}") from error
 
     # What nobody owns
 
     def owned(self) -> tuple[dict[str, str], set[tuple[str, str]]]:
-        """The pools, id to CIDR, and the addresses, each with ipamd's name of its pool."""
-        try:
-            held = list(self._client().list_allocations(pb.ListAllocationsRequest(client=CLIENT)))
-        except IpamError as error:
-            raise DriverError(f"ipamd: {error.message}") from error
-        addresses = {(one.key.network, _bare(address.cidr)) for one in held for address in one.addresses}
+        """The pools, id to CIDR, and the addresses but for gateways, each with ipamd's name of its pool.
+
+        Docker's list of networks has a gateway only where somebody chose it, so it goes with its pool.
+        """
+        addresses = {
+            (one.key.network, _bare(address.cidr))
+            for one in self._held()
+            if one.key.container_id != _GATEWAY_HOLDER
+            for address in one.addresses
+        }
         return {pool.id: pool.pool for pool in self._state.all(Pool)}, addresses
 
     def discard_address(self, name: str, address: str) -> None:
@@ -99,7 +108,17 @@ class IpamDriver:
             self._release(name, address)
 
     def discard_pool(self, id: str) -> None:  # noqa: A002 - Docker's word
-        """Remove a pool that Docker does not have."""
+        """Remove a pool that Docker does not have, with its gateway."""
+        pool = self._state.find(Pool, id)
+        if pool is None:
+            return
+        with self._turn:
+            for name in _names(pool):
+                key = pb.AttachmentKey(client=CLIENT, network=name, container_id=_GATEWAY_HOLDER, ifname=_ADDRESS)
+                try:
+                    self._client().release(key)
+                except IpamError as error:
+                    raise DriverError(f"pool {pool.pool}: ipamd: {error.message}") from error
         self.release_pool(PoolRef(id))
 
     # Pools
@@ -188,8 +207,8 @@ class IpamDriver:
             if wanted and (name, wanted) in self._unclaimed:
                 self._unclaimed.discard((name, wanted))
                 return self._answer(pool, wanted)
-            holder = "gateway" if is_gateway else os.urandom(8).hex()
-            key = pb.AttachmentKey(client=CLIENT, network=name, container_id=holder, ifname="address")
+            holder = _GATEWAY_HOLDER if is_gateway else os.urandom(8).hex()
+            key = pb.AttachmentKey(client=CLIENT, network=name, container_id=holder, ifname=_ADDRESS)
             if is_gateway and not wanted:
                 wanted = str(next(ip_network(pool.pool).hosts()))
             try:

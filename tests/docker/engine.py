@@ -11,10 +11,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.hosts import Host, HostError, wait_until
+from tests.hosts import ROOT, Host, HostError, Snapshot, wait_until
 from tests.runtimes import cgroups, images
 from tests.runtimes.runtime_host import _OWN, RuntimeHost
 
+DOCKER = "/usr/bin/docker"  # Debian's, of dockerd's own age; a newer one may come first in PATH
 STATE = "/var/lib/netloom/docker"
 _DOCKER_OWN = ("/var/lib/docker", "/etc/docker")
 
@@ -88,6 +89,15 @@ class Docker(RuntimeHost):
         file = self.host.directory / "shim.log"
         return file.read_text(encoding="utf-8") if file.exists() else ""
 
+    def call(self, name: str, **arguments: Any) -> dict[str, Any]:
+        """One call as dockerd makes it. Raises HostError with what was refused."""
+        script = [sys.executable, "-I", "-S", str(ROOT / "tests/docker/call.py"), name, json.dumps(arguments)]
+        answer = json.loads(self.host.run(script).stdout)
+        assert isinstance(answer, dict)
+        if answer.get("Err"):
+            raise HostError(f"{name}: {answer['Err']}")
+        return answer
+
     # dockerd
 
     def start_dockerd(self) -> None:
@@ -120,7 +130,7 @@ class Docker(RuntimeHost):
 
     def docker(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """`docker ARGUMENTS`."""
-        return self.run(["docker", *arguments], check=check)
+        return self.run([DOCKER, *arguments], check=check)
 
     def network(self, name: str, *arguments: str, ipam: str = "netloom") -> str:
         """`docker network create -d netloom`; its id. `ipam` "": Docker's own."""
@@ -169,10 +179,14 @@ class Docker(RuntimeHost):
         listed = json.loads(self.netloom("ip", "list", "--json").stdout)["allocations"]
         return sorted(address["cidr"] for one in listed for address in one["addresses"])
 
+    def snapshot(self) -> Snapshot:
+        """Without the staging namespaces, which stay for the next container."""
+        return Snapshot(frozenset(fact for fact in super().snapshot().facts if "/run/netloom/staging" not in fact))
+
     def _facts(self) -> Iterator[str]:
-        # Docker makes and removes its own directories' mounts as it likes; staging namespaces stay for the next one.
+        # Docker makes and removes its own directories' mounts as it likes.
         for fact in super()._facts():
-            if "/run/netloom/staging/" not in fact and not fact.startswith("process dockerd"):
+            if not fact.startswith(("process dockerd", "process containerd")):
                 yield fact
         for kind, ids in self.state().items():
             for one in ids:

@@ -57,16 +57,16 @@ def test_containers_of_a_network_reach_one_another_by_name_and_the_outside_throu
 def test_networks_are_apart_and_a_container_on_both_reaches_both(docker: Docker) -> None:
     docker.network("left", "--subnet", "10.31.0.0/24")
     docker.network("right", "--subnet", "10.32.0.0/24")
-    docker.start("a", "--network", "left")
-    docker.start("b", "--network", "right")
-    there = docker.address("b", "right")
-    assert docker.docker("exec", "a", "ping", "-c1", "-w2", there, check=False).returncode != 0
-    docker.docker("network", "connect", "right", "a")
-    docker.inside("a", "ping", "-c1", there)
-    assert docker.inside("a", "wget", "-qO-", "http://b") == "b"
-    docker.docker("network", "disconnect", "right", "a")
-    assert "eth1" not in docker.inside("a", "ip", "link")
-    assert docker.docker("exec", "a", "ping", "-c1", "-w2", there, check=False).returncode != 0
+    docker.start("ann", "--network", "left")
+    docker.start("bob", "--network", "right")
+    there = docker.address("bob", "right")
+    assert docker.docker("exec", "ann", "ping", "-c1", "-w2", there, check=False).returncode != 0
+    docker.docker("network", "connect", "right", "ann")
+    docker.inside("ann", "ping", "-c1", there)
+    assert docker.inside("ann", "wget", "-qO-", "http://bob") == "bob"
+    docker.docker("network", "disconnect", "right", "ann")
+    assert "eth1" not in docker.inside("ann", "ip", "link")
+    assert docker.docker("exec", "ann", "ping", "-c1", "-w2", there, check=False).returncode != 0
 
 
 def test_addresses_that_are_asked_for(docker: Docker) -> None:

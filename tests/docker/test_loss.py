@@ -1,0 +1,140 @@
+"""What ends in the middle: the shim, dockerd, both. Afterwards Docker, the shim, ipamd and the kernel agree."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.docker.engine import Docker
+from tests.hosts import wait_until
+from tests.runtimes import images
+from tests.runtimes.runtime_host import HOST_OUTSIDE
+
+pytestmark = pytest.mark.kernel
+
+
+@contextlib.contextmanager
+def started(launcher: Path, *arguments: str) -> Iterator[Docker]:
+    docker = Docker("loss", launcher, arguments)
+    docker.grace = "3"
+    with docker:
+        docker.network("first", "--subnet", "10.99.0.0/24")
+        docker.start("first", "--network", "first")
+        docker.remove_all()
+        docker.settle()
+        yield docker
+
+
+@pytest.fixture(scope="module")
+def shared(launcher: Path) -> Iterator[Docker]:
+    with started(launcher) as docker:
+        yield docker
+
+
+@pytest.fixture
+def docker(shared: Docker) -> Iterator[Docker]:
+    yield shared
+    if shared.shim is None:
+        shared.start_shim()
+    if shared.dockerd is None:
+        shared.start_dockerd()
+    shared.remove_all()
+    shared.assert_clean()
+
+
+def test_the_shim_is_killed_and_nobody_notices(docker: Docker) -> None:
+    docker.network("web", "--subnet", "10.50.0.0/24")
+    docker.start("one", "--network", "web", "-p", "8080:80")
+    docker.stop_shim(signal.SIGKILL)
+    assert docker.ask(HOST_OUTSIDE, 8080, netns=docker.outside) == "one"
+    docker.start_shim()
+    docker.start("two", "--network", "web")
+    docker.inside("two", "ping", "-c1", "one")
+    docker.docker("rm", "-f", "one")
+    assert docker.silent(HOST_OUTSIDE, 8080, netns=docker.outside)
+
+
+def test_a_container_that_went_while_the_shim_was_away(docker: Docker) -> None:
+    docker.network("web", "--subnet", "10.51.0.0/24")
+    docker.start("one", "--network", "web")
+    docker.stop_shim(signal.SIGKILL)
+    docker.docker("rm", "-f", "one")  # gives up on the plugin after a while
+    assert docker.state()["endpoints"]
+    docker.start_shim()
+    wait_until(lambda: not docker.state()["endpoints"], "the endpoint to go", docker.shim_log)
+    wait_until(lambda: docker.held() == ["10.51.0.1/24"], "its address to come back", docker.shim_log)
+
+
+def test_dockerd_is_killed_with_running_containers(docker: Docker) -> None:
+    docker.network("web", "--subnet", "10.52.0.0/24")
+    docker.start("one", "--network", "web", "--ip", "10.52.0.50")
+    docker.stop_dockerd(signal.SIGKILL)
+    docker.start_dockerd()
+    wait_until(lambda: not docker.state()["endpoints"], "the endpoint to go", docker.shim_log)
+    docker.docker("start", "one")
+    assert docker.address("one", "web") == "10.52.0.50"
+    docker.inside("one", "ping", "-c1", "10.52.0.1")
+
+
+def test_both_are_killed(docker: Docker) -> None:
+    docker.network("web", "--subnet", "10.53.0.0/24")
+    docker.start("one", "--network", "web")
+    docker.stop_shim(signal.SIGKILL)
+    docker.stop_dockerd(signal.SIGKILL)
+    docker.start_shim()
+    docker.start_dockerd()
+    wait_until(lambda: not docker.state()["endpoints"], "the endpoint to go", docker.shim_log)
+    docker.docker("start", "one")
+    docker.inside("one", "ping", "-c1", "10.53.0.1")
+    assert len(docker.state()["endpoints"]) == 1
+
+
+def test_what_docker_has_forgotten_goes(docker: Docker) -> None:
+    """As after a dockerd that was killed between two calls: everything is asked for, and nothing ever given back."""
+    pool = docker.call("IpamDriver.RequestPool", Pool="10.54.0.0/24")["PoolID"]
+    gateway = {"RequestAddressType": "com.docker.network.gateway"}
+    assert docker.call("IpamDriver.RequestAddress", PoolID=pool, Options=gateway)["Address"] == "10.54.0.1/24"
+    address = docker.call("IpamDriver.RequestAddress", PoolID=pool)["Address"]
+    data = [{"Pool": "10.54.0.0/24", "Gateway": "10.54.0.1/24"}]
+    docker.call("NetworkDriver.CreateNetwork", NetworkID="f" * 64, IPv4Data=data)
+    ids = {"NetworkID": "f" * 64, "EndpointID": "e" * 64}
+    docker.call("NetworkDriver.CreateEndpoint", **ids, Interface={"Address": address})
+    taken = docker.call("NetworkDriver.Join", **ids)["InterfaceName"]["SrcName"]
+    assert taken in docker.host.links()
+    wait_until(lambda: not any(docker.state().values()), "what Docker does not have to go", docker.shim_log)
+    assert docker.held() == []
+    assert taken not in docker.host.links()
+
+
+def test_nothing_is_removed_while_docker_does_not_answer(docker: Docker) -> None:
+    docker.network("web", "--subnet", "10.55.0.0/24")
+    docker.start("one", "--network", "web")
+    before = docker.state()
+    docker.stop_dockerd(signal.SIGKILL)
+    looks = docker.shim_log().count("cannot compare with Docker")
+    wait_until(lambda: docker.shim_log().count("cannot compare with Docker") > looks, "a look", docker.shim_log)
+    with pytest.raises(AssertionError):
+        wait_until(lambda: docker.state() != before, "a removal, which must not come", limit_s=6)
+    docker.start_dockerd()
+
+
+def test_live_restore_keeps_containers_connected(launcher: Path) -> None:
+    with started(launcher, "--live-restore") as docker:
+        docker.network("web", "--subnet", "10.56.0.0/24")
+        docker.start("one", "--network", "web", "-p", "8080:80")
+        address = docker.address("one", "web")
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            docker.stop_dockerd(number)
+            assert docker.ask(HOST_OUTSIDE, 8080, netns=docker.outside) == "one"
+            docker.start_dockerd()
+            assert docker.address("one", "web") == address
+            assert docker.ask(HOST_OUTSIDE, 8080, netns=docker.outside) == "one"
+            refused = docker.docker("run", "--rm", "--network", "web", "--ip", address, images.NAME, check=False)
+            assert address in refused.stderr
+            docker.docker("run", "--rm", "--network", "web", images.NAME, "ping", "-c1", "one")
+        docker.remove_all()
+        docker.assert_clean()
