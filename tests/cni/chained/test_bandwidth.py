@@ -351,6 +351,12 @@ def test_without_a_veth_nothing_is_done(lab: Lab) -> None:
         not_named = "prevResult does not name veth1, the host's end of eth0, without a sandbox"
         refused(netns, not_named, [])
         refused(netns, not_named, [{"name": "veth1", "sandbox": netns.path}, {"name": "veth2"}])
+        # Another link of the host has by chance the number of the other end, which is in a third namespace.
+        index = host.links()["veth1"]["ifindex"]
+        netns.run(["ip", "link", "set", "eth0", "name", "eth7"])
+        peer = ["peer", "name", "eth0", "index", "7777", "netns", netns.name]
+        other.run(["ip", "link", "add", "veth1", "index", str(index), "type", "veth", *peer])
+        refused(netns, "the other end of interface eth0 is not in the host's namespace")
         host.run(["ip", "link", "delete", "veth1"])
 
 
