@@ -22,7 +22,7 @@ from typing import NoReturn
 
 import msgspec
 
-from bench import addresses, attach, disk, report, workers
+from bench import addresses, attach, chained, disk, host_local, report, traffic, workers
 from bench.host import BenchError, Budget, Plan
 from bench.stats import Row, Spec
 from bench.verdict import complaints
@@ -95,8 +95,8 @@ def run(given: argparse.Namespace, wanted: Callable[[Spec], bool]) -> list[Row]:
         _say(f"left by a dead run: {what}")
     rows: list[Row] = []
     with disk.scratch(given.state) as place:
-        for measure in (attach.measure, workers.measure, addresses.measure):
-            rows += measure(plan, place, wanted, _say)
+        for part in (attach, chained, workers, host_local, traffic, addresses):
+            rows += part.measure(plan, place, wanted, _say)
     return rows
 
 
@@ -107,7 +107,8 @@ def _plan(given: argparse.Namespace) -> Plan:
 
 
 def _specs(plan: Plan) -> list[Spec]:
-    return [*attach.specs(), *workers.specs(), *addresses.Catalogue(plan.taken).specs]
+    found = [*attach.specs(), *chained.specs(), *workers.specs(), *host_local.specs(plan), *traffic.specs()]
+    return found + addresses.Catalogue(plan.taken).specs
 
 
 def matcher(pattern: str | None) -> Callable[[Spec], bool]:
