@@ -29,7 +29,7 @@ import functools
 import hashlib
 import re
 import struct
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
@@ -143,7 +143,7 @@ def remove_masquerade(session: Session, owner: Owner) -> None:
     for family in ("ip", "ip6"):
         if (family, "nat") in tables:
             _remove_chains(session, family, "nat", [name], "POSTROUTING")
-        _remove_legacy_chain(family, name, "POSTROUTING")
+        _remove_legacy_chains(family, {name: "POSTROUTING"})
     if ("inet", _MASQUERADE_TABLE) in tables:
         mark = _mark(owner)
         _remove_rules(
@@ -174,12 +174,14 @@ def remove_published(session: Session, owner: Owner) -> None:
         KernelError: the kernel, or iptables-legacy, refused.
     """
     tables = _tables(session)
+    chains = {
+        chain_name(owner.network, owner.container_id, prefix): caller
+        for prefix, caller in (("DN-", "CNI-HOSTPORT-DNAT"), ("SN-", "CNI-HOSTPORT-SNAT"))
+    }
     for family in ("ip", "ip6"):
-        for prefix, caller in (("DN-", "CNI-HOSTPORT-DNAT"), ("SN-", "CNI-HOSTPORT-SNAT")):
-            name = chain_name(owner.network, owner.container_id, prefix)
-            if (family, "nat") in tables:
-                _remove_chains(session, family, "nat", [name], caller)
-            _remove_legacy_chain(family, name, caller)
+        for name, caller in chains.items() if (family, "nat") in tables else ():
+            _remove_chains(session, family, "nat", [name], caller)
+        _remove_legacy_chains(family, chains)
         if (family, _HOSTPORT_TABLE) in tables:
             _remove_rules(
                 session, family, _HOSTPORT_TABLE, _HOSTPORT_CHAINS, lambda rule: rule.comment == owner.container_id
@@ -424,15 +426,18 @@ def _change(session: Session, messages: Callable[[], list[Message]]) -> None:
 # iptables-legacy
 
 
-def _remove_legacy_chain(family: str, name: str, caller: str) -> None:
-    """Remove a chain of table nat, and the jumps to it from the chain `caller`."""
+def _remove_legacy_chains(family: str, chains: Mapping[str, str]) -> None:
+    """Remove chains of table nat, and the jumps to each from the chain that is named with it."""
     if not _legacy_in_use(family, "nat"):
         return
     listed = _legacy(family, ["-t", "nat", "-S"]).splitlines()
-    if f"-N {name}" not in listed:
-        return
-    jumps = [line for line in listed if line.startswith(f"-A {caller} ") and line.endswith(f" -j {name}")]
-    _restore(family, "nat", [*(f"-D{line[2:]}" for line in jumps), f"-F {name}", f"-X {name}"])
+    commands = []
+    for name, caller in chains.items():
+        if f"-N {name}" in listed:
+            jumps = [line for line in listed if line.startswith(f"-A {caller} ") and line.endswith(f" -j {name}")]
+            commands += [*(f"-D{line[2:]}" for line in jumps), f"-F {name}", f"-X {name}"]
+    if commands:
+        _restore(family, "nat", commands)
 
 
 def _remove_legacy_accepted(family: str, addresses: Collection[AnyAddress]) -> None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tests.peers.twins import ABSENT, Difference
+from tests.peers.twins import ABSENT, Case, Difference
 
 ANY = ".*"
 _ADDRESSED = "(eth0|net1)"
@@ -24,6 +24,7 @@ class Accepted:
         plugins: in whose cases.
         what, ours, theirs: regular expressions for the whole of a difference's fields.
         reference, netloom, why: for people.
+        refused: only in cases that our ADD refuses.
     """
 
     plugins: tuple[str, ...]
@@ -33,10 +34,12 @@ class Accepted:
     reference: str
     netloom: str
     why: str
+    refused: bool = False
 
-    def covers(self, types: Iterable[str], difference: Difference) -> bool:
+    def covers(self, case: Case, difference: Difference) -> bool:
         return bool(
-            set(self.plugins) & set(types)
+            set(self.plugins) & case.types
+            and bool(case.error) >= self.refused
             and re.fullmatch(self.what, difference.what)
             and re.fullmatch(self.ours, difference.ours)
             and re.fullmatch(self.theirs, difference.theirs)
@@ -123,6 +126,7 @@ ACCEPTED: tuple[Accepted, ...] = (
         "a refused ADD leaves links, the bridge, forwarding, host-local's files, or `lo` up",
         "all is as before",
         "An ADD undoes itself; what can be refused is refused before anything is done.",
+        refused=True,
     ),
     Accepted(
         ("bridge",),
@@ -239,11 +243,11 @@ ACCEPTED: tuple[Accepted, ...] = (
 )
 
 
-def unexplained(types: Iterable[str], differences: Iterable[Difference], used: set[Accepted]) -> list[Difference]:
-    """The differences that no entry accepts; adds the entries that accepted one to `used`."""
-    types, left = list(types), []
+def unexplained(case: Case, differences: Iterable[Difference], used: set[Accepted]) -> list[Difference]:
+    """The differences of a case that no entry accepts; adds the entries that accepted one to `used`."""
+    left = []
     for difference in differences:
-        entry = next((entry for entry in ACCEPTED if entry.covers(types, difference)), None)
+        entry = next((entry for entry in ACCEPTED if entry.covers(case, difference)), None)
         if entry is None:
             left.append(difference)
         else:

@@ -64,10 +64,16 @@ class Space:
     qdiscs: list[dict[str, Any]]
     sysctls: list[str]
 
-    def tentative(self) -> bool:
-        """Whether the kernel still looks for duplicates of an address that counts here."""
-        found = (one for link in self.addresses for one in link.get("addr_info", ()))
-        return any(one.get("tentative") for one in found if one["scope"] != "link")
+    def settled(self) -> bool:
+        """Whether the kernel has done with the IPv6 addresses that count here: looked for duplicates, and made the
+        local route, which it does some moments after the address also where it does not look."""
+        local = {route["dst"] for route in self.routes if route.get("type") == "local"}
+        found = (one for link in self.addresses if "UP" in link["flags"] for one in link.get("addr_info", ()))
+        return all(
+            one["local"] in local and not one.get("tentative")
+            for one in found
+            if one["family"] == "inet6" and one["scope"] != "link"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,10 +100,6 @@ class Changing:
             conf = {"cniVersion": "1.1.0", "name": name, **plugin, "cni.dev/valid-attachments": attachments}
             self.ours("GC", plugin["type"], conf).ok()
 
-    def links_into(self, netns: Netns) -> list[str]:
-        """The host's links whose other end is in that namespace."""
-        return [line for line in self.host.run(["ip", "-o", "link"]).stdout.splitlines() if netns.name in line]
-
     def left(self, netns: Netns, *words: str) -> list[str]:
         """What still speaks of the container on the host: rules, chains, links, addresses given out."""
         names = [netns.name, *words]
@@ -255,11 +251,13 @@ def test_gc_takes_back_what_died(changing: Changing, netns: Netns) -> None:
     bare = [BRIDGE, {**PORTMAP, "runtimeConfig": {"portMappings": [OTHER]}}]
     lost = changing.attach(changing.theirs, plugins, dead)
     kept = changing.attach(changing.theirs, bare, netns)
-    foreign = changing.attach(changing.theirs, [{**BRIDGE, "bridge": "br1"}], elsewhere, name="othernet")
+    other = [{**BRIDGE, "bridge": "br1", "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.3.0.0/16"}]]}}]
+    foreign = changing.attach(changing.theirs, other, elsewhere, name="othernet")
     before = (changing.left(netns), changing.left(elsewhere, *addresses(foreign)))
     dead.delete()
+    port = lost["interfaces"][1]["name"]
+    wait_until(lambda: port not in changing.host.links(), "the end of the dead container's link")
     for _ in range(2):
-        wait_until(lambda: not changing.links_into(dead), "the end of the dead container's link")
         changing.collect(plugins, netns)
         # What firewall accepts names an address and nobody.
         rules = [line for line in changing.left(dead, *addresses(lost)) if "accept" not in line]
@@ -268,7 +266,7 @@ def test_gc_takes_back_what_died(changing: Changing, netns: Netns) -> None:
     changing.detach(changing.ours, plugins, dead, lost, path="")
     assert changing.left(dead, *addresses(lost)) == []
     changing.detach(changing.ours, bare, netns, kept)
-    changing.detach(changing.ours, [{**BRIDGE, "bridge": "br1"}], elsewhere, foreign, name="othernet")
+    changing.detach(changing.ours, other, elsewhere, foreign, name="othernet")
     elsewhere.delete()
 
 

@@ -63,7 +63,7 @@ def test_the_same(twins: Twins, tally: Tally, case: Case) -> None:
 
 def compare(twins: Twins, tally: Tally, case: Case) -> None:
     differences, (ours, theirs) = twins.differences(case)
-    left = unexplained(case.types, differences, tally.used)
+    left = unexplained(case, differences, tally.used)
     said = f"ours said: {ours.messages}\ntheirs said: {theirs.messages}"
     assert not left, "\n".join([*map(str, left), said])
     assert ours.refused == bool(case.error), said

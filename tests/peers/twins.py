@@ -243,15 +243,15 @@ class Side:
         )
 
     def _settled(self, netns: Netns) -> Observed:
-        """The state once no address is tentative any more."""
+        """The state once the kernel is ready with it."""
         found: list[Observed] = []
 
         def settled() -> bool:
             found.append(look(self.host, netns))
             last = found[-1]
-            return not last.host.tentative() and not (last.container is not None and last.container.tentative())
+            return last.host.settled() and (last.container is None or last.container.settled())
 
-        wait_until(settled, "duplicate address detection")
+        wait_until(settled, "the kernel's work on IPv6 addresses")
         return found[-1]
 
 
