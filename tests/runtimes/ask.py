@@ -1,6 +1,7 @@
-"""ask.py tcp|udp ADDRESS PORT LIMIT_S: prints what a server says there, asked again until it does; exit 1 at the limit.
+"""ask.py tcp|udp ADDRESS PORT LIMIT_S SOURCE: prints what a server says there, asked again until it does.
 
-Over TCP it asks as a browser does and prints the body. Runs with -I -S: only the standard library, no site packages.
+Exit 1 at the limit. SOURCE is the own port, 0 any. Over TCP it asks as a browser does and prints the body. Runs with
+-I -S: only the standard library, no site packages.
 """
 
 import socket
@@ -8,11 +9,12 @@ import sys
 import time
 
 
-def ask(protocol: str, address: str, port: int) -> bytes:
+def ask(protocol: str, address: str, port: int, source: int) -> bytes:
     kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, kind) as asker:
         asker.settimeout(1)
+        asker.bind(("", source))
         asker.connect((address, port))
         if protocol == "udp":
             asker.send(b"who?\n")
@@ -25,11 +27,11 @@ def ask(protocol: str, address: str, port: int) -> bytes:
 
 
 def main() -> int:
-    protocol, address, port, limit_s = sys.argv[1:]
+    protocol, address, port, limit_s, source = sys.argv[1:]
     deadline = time.monotonic() + float(limit_s)
     while True:
         try:
-            answer = ask(protocol, address, int(port))
+            answer = ask(protocol, address, int(port), int(source))
         except OSError as error:
             answer, complaint = b"", str(error)
         else:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 from tests import hosts
+from tests.hosts import wait_until
 
 _TOP = Path("/sys/fs/cgroup")
 
@@ -23,29 +25,48 @@ def parent() -> str:
 def found() -> list[str]:
     """The cgroups of this run, without the one above all."""
     return sorted(
-        {str(path.relative_to(top)) for top in _tops(parent()[1:]) for path in top.rglob("*") if path.is_dir()}
+        {str(path.relative_to(top)) for top in tops(parent()[1:]) for path in top.rglob("*") if path.is_dir()}
     )
 
 
 def remove(name: str = "") -> None:
-    """Those of this run, or of the run whose scratch directory had that name. Their processes must have ended."""
-    for top in _tops(name or parent()[1:]):
+    """Those of this run, or of the run whose scratch directory had that name, with every process in them.
+
+    A container that lost its shim has nothing mounted that would tell whose it is: its cgroup does.
+    """
+    name = name or parent()[1:]
+    wait_until(lambda: not _kill(name), f"the end of all in the cgroups {name}")
+    for top in tops(name):
         for directory, _, _ in os.walk(top, topdown=False):
             with contextlib.suppress(OSError):
                 os.rmdir(directory)
 
 
+def _kill(name: str) -> list[int]:
+    """Who is there still, and has been told to end."""
+    pids = set()
+    for top in tops(name):
+        for directory, _, _ in os.walk(top):
+            with contextlib.suppress(OSError):
+                pids |= {int(pid) for pid in (Path(directory) / "cgroup.procs").read_text(encoding="ascii").split()}
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return sorted(pids)
+
+
 def sweep() -> list[str]:
     """Removes those of runs whose scratch directory is gone, and says which."""
-    names = {path.name for path in _tops(f"netloom-{os.geteuid()}-*")}
+    names = {path.name for path in tops(f"netloom-{os.geteuid()}-*")}
     done = [name for name in sorted(names) if not any(Path(base, name).exists() for base in ("/tmp", "/dev/shm"))]
     for name in done:
         remove(name)
     return [f"removed cgroups {name}" for name in done]
 
 
-def _tops(pattern: str) -> Iterator[Path]:
-    """Version 1 has a hierarchy for each controller, version 2 one, mounted there or at `unified`."""
+def tops(pattern: str) -> Iterator[Path]:
+    """Where a run's cgroups begin, by its name. Version 1 has a hierarchy for each controller; version 2 has one,
+    mounted there or at `unified`."""
     yield from _TOP.glob(pattern)
     yield from _TOP.glob(f"*/{pattern}")
 
@@ -57,6 +78,6 @@ def has_version1() -> bool:
 
 def forget(name: str) -> None:
     """Removes one of this run that a runtime left behind. Its processes must have ended."""
-    for top in _tops(parent()[1:]):
+    for top in tops(parent()[1:]):
         with contextlib.suppress(FileNotFoundError):
             os.rmdir(top / name)

@@ -161,11 +161,20 @@ class RuntimeHost:
         return self.host.run(argv, **{"env": self.environment, "cwd": "/", **options})
 
     def ask(
-        self, address: str, port: int = 80, *, netns: Netns | None = None, protocol: str = "tcp", limit_s: float = 30
+        self,
+        address: str,
+        port: int = 80,
+        *,
+        netns: Netns | None = None,
+        protocol: str = "tcp",
+        limit_s: float = 30,
+        source: int = 0,
     ) -> str:
         """What the server there says, asked again until it does, from the host or a namespace. Raises HostError."""
         program = [sys.executable, "-I", "-S", str(ROOT / "tests/runtimes/ask.py")]
-        done = (netns or self.host).run([*program, protocol, address, str(port), str(limit_s)], check=False)
+        done = (netns or self.host).run(
+            [*program, protocol, address, str(port), str(limit_s), str(source)], check=False
+        )
         if done.returncode != 0:
             where = netns.name if netns else self.host.name
             raise HostError(f"no answer from {address} {protocol} {port} to {where}: {done.stderr}")

@@ -69,20 +69,9 @@ def forget_cache(containerd: Containerd, name: str) -> None:
 
 def test_a_container_in_the_foreground(containerd: Containerd) -> None:
     """ADD names the namespace by a process that is gone when DEL comes, which has no namespace at all."""
-    where = ["--cgroup", f"{cgroups.parent()}/a"]
+    serve = ["/bin/sh", "-c", "echo a >/dev/index.html; exec httpd -f -h /dev"]
     running = containerd.host.popen(
-        [
-            "ctr",
-            "run",
-            "--cni",
-            "--rm",
-            *where,
-            PAUSE,
-            "a",
-            "/bin/sh",
-            "-c",
-            "echo a >/dev/index.html; exec httpd -f -h /dev",
-        ],
+        ["ctr", "run", "--rm", *containerd.ctr_options("a"), PAUSE, "a", *serve],
         stdin=subprocess.DEVNULL,
         env=containerd.environment,
         cwd="/",

@@ -5,7 +5,9 @@ Every scenario runs on a host with cgroup version 1 and on one with version 2.
 
 from __future__ import annotations
 
+import json
 import signal
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.hosts import IPV6, HostError, wait_until
-from tests.runtimes import cgroups, images
+from tests.runtimes import cgroups, images, networks
 from tests.runtimes.networks import bridge
 from tests.runtimes.podman import Podman
 from tests.runtimes.runtime_host import HOST_OUTSIDE, OUTSIDE
@@ -247,6 +249,134 @@ def test_a_full_network_is_told_and_leaves_nothing(podman: Podman) -> None:
     path.unlink()
     podman.delete_network("full", "full0")
     podman.netloom("pool", "delete", "net/full", check=False)
+
+
+def published(podman: Podman, port: int, protocol: str = "tcp") -> list[str]:
+    """Who answers on a host port: to somebody outside, to the host, on 127.0.0.1."""
+    asked = ((HOST_OUTSIDE, podman.outside), (HOST_OUTSIDE, None), ("127.0.0.1", None))
+    return [podman.ask(address, port, netns=where, protocol=protocol) for address, where in asked]
+
+
+def test_the_whole_chain(podman: Podman) -> None:
+    path = podman.conflist("chain", networks.CHAIN)
+    cid = podman.start("a", "--network", "chain", "-p", "8080:80", "-p", "127.0.0.1:8081:80")
+    podman.start("b", "--network", "chain")
+    assert podman.verbs(cid) == networks.added()
+    assert published(podman, 8080) == ["a"] * 3
+    assert podman.ask(HOST_OUTSIDE, 8080, netns=podman.netns("b")) == "a"
+    assert podman.ask(HOST_OUTSIDE, 8080, netns=podman.netns("a")) == "a", "its own port"
+    assert podman.ask("127.0.0.1", 8081) == "a"
+    assert podman.silent(HOST_OUTSIDE, 8081, netns=podman.outside)
+    assert podman.netns("a").links()["eth0"]["mtu"] == 1400
+    # With `same-bridge` only those of the same bridge come in without a published port.
+    podman.start("c", "--network", "web")
+    assert podman.ask(podman.address("a", "chain"), netns=podman.netns("b")) == "a"
+    # A reload, and a port that is gone with its container.
+    podman.podman("network", "reload", "a")
+    assert published(podman, 8080) == ["a"] * 3
+    remove(podman, "a")
+    assert podman.silent("127.0.0.1", 8080)
+    assert podman.silent(HOST_OUTSIDE, 8080, netns=podman.outside)
+    remove(podman, "b", "c")
+    assert podman.verbs(cid) == networks.added() + (networks.deleted() + networks.added()) + networks.deleted()
+    path.unlink()
+
+
+# busybox has no server for UDP.
+SAY = """
+import socket, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+    server.bind(("", 5353))
+    while True:
+        _, asker = server.recvfrom(4096)
+        server.sendto(sys.argv[1].encode(), asker)
+"""
+
+
+def test_udp(podman: Podman) -> None:
+    """The flows of the first are forgotten, so that the next holder of the port answers those who asked before."""
+    path = podman.conflist("chain", networks.CHAIN)
+    for name in ("a", "b"):
+        podman.start(name, "--network", "chain", "-p", "5300:5353/udp")
+        server = podman.netns(name).popen([sys.executable, "-I", "-S", "-c", SAY, name])
+        for where, port in ((podman.outside, 4000), (None, 4001)):
+            assert podman.ask(HOST_OUTSIDE, 5300, netns=where, protocol="udp", source=port) == name
+        server.kill()
+        server.wait()
+        remove(podman, name)
+    path.unlink()
+
+
+def test_a_host_port_that_is_taken(podman: Podman) -> None:
+    path = podman.conflist("chain", networks.CHAIN)
+    cid = podman.start("a", "--network", "chain", "-p", "8080:80")
+    second = ("run", "-d", "--network", "chain", "--cgroup-parent", cgroups.parent(), "-p", "8080:80", images.NAME)
+    refused = podman.podman(*second, "sleep", "100", check=False)
+    assert refused.returncode != 0
+    assert "8080" in refused.stderr
+    assert published(podman, 8080) == ["a"] * 3
+    remove(podman, *podman.podman("ps", "-aq").stdout.split())
+    assert cid not in str(podman.host.allocations())
+    path.unlink()
+
+
+def test_podmans_own_network(podman: Podman) -> None:
+    """What `podman network create` writes, as it is: version 0.4.0, bridge, portmap, firewall, tuning, host-local."""
+    podman.podman("network", "create", "made")
+    written = json.loads(podman.host.path("/etc/cni/net.d/made.conflist").read_text(encoding="utf-8"))
+    assert [plugin["type"] for plugin in written["plugins"]] == ["bridge", "portmap", "firewall", "tuning"]
+    assert written["cniVersion"] == "0.4.0"
+    cid = podman.start("a", "--network", "made", "-p", "8080:80", "--mac-address", "02:aa:bb:cc:dd:ef")
+    podman.start("b", "--network", "made")
+    assert podman.netns("a").links()["eth0"]["address"] == "02:aa:bb:cc:dd:ef"
+    assert published(podman, 8080) == ["a"] * 3
+    assert podman.ask(podman.address("a", "made"), netns=podman.netns("b")) == "a"
+    assert podman.ask(HOST_OUTSIDE, 8080, netns=podman.netns("b")) == "a"
+    podman.netns("a").ping(OUTSIDE)
+    podman.podman("network", "reload", "a")
+    assert published(podman, 8080) == ["a"] * 3
+    podman.podman("network", "disconnect", "made", "b")
+    podman.podman("network", "connect", "made", "b", "--ip", "10.89.0.99")
+    assert podman.ask("10.89.0.99", netns=podman.netns("a")) == "b"
+    remove(podman, "a", "b")
+    kinds = ["bridge", "portmap", "firewall", "tuning"]
+    add, delete = [f"ADD {kind}" for kind in kinds], [f"DEL {kind}" for kind in reversed(kinds)]
+    assert podman.verbs(cid) == add + delete + add + delete
+    podman.podman("network", "rm", "made")  # and its bridge
+    assert written["plugins"][0]["bridge"] not in podman.host.links()
+    podman.delete_network("made")
+
+
+def test_a_network_that_podman_made_with_ipamd_in_it(podman: Podman) -> None:
+    """As docs/operations.md tells: only `ipam` of the file is changed."""
+    podman.podman("network", "create", "--subnet", "10.90.0.0/24", "made")
+    file = podman.host.path("/etc/cni/net.d/made.conflist")
+    document = json.loads(file.read_text(encoding="utf-8"))
+    document["plugins"][0]["ipam"]["type"] = "ipamd"
+    file.write_text(json.dumps(document), encoding="utf-8")
+    cid = podman.start("a", "--network", "made", "-p", "8080:80")
+    assert published(podman, 8080) == ["a"] * 3
+    address = podman.address("a", "made")
+    assert f"{address}/24" in str(podman.host.allocations())
+    podman.podman("network", "reload", "a")
+    assert podman.address("a", "made") == address
+    remove(podman, "a")
+    assert cid not in str(podman.host.allocations())
+    podman.podman("network", "rm", "made")
+
+
+def test_debians_default_network(podman: Podman) -> None:
+    """What `podman run` uses where no network is named: the file that the package brings."""
+    brought = Path("/etc/cni/net.d/87-podman-bridge.conflist").read_text(encoding="utf-8")
+    file = podman.host.path("/etc/cni/net.d/87-podman-bridge.conflist")
+    file.write_text(brought, encoding="utf-8")
+    document = json.loads(brought)
+    cid = podman.start("a", "-p", "8080:80")
+    assert published(podman, 8080) == ["a"] * 3
+    assert podman.verbs(cid) == [f"ADD {plugin['type']}" for plugin in document["plugins"]]
+    remove(podman, "a")
+    file.unlink()
+    podman.delete_network("podman", document["plugins"][0]["bridge"])
 
 
 PLAIN: list[tuple[str, dict[str, Any], str]] = [
