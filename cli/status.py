@@ -12,8 +12,10 @@ from cli.failure import Failure, Status
 from cli.options import Choices, common, pass_choices
 from cli.pools import NUMBERS, USAGE_COLUMNS, usage_rows
 from ipamd.client import Client, IpamError
-from kernel import paths
+from kernel import foreign, nft, paths
+from kernel.errors import KernelError
 from kernel.record import Records
+from kernel.session import Session
 
 
 class IpamdDocument(TypedDict):
@@ -77,7 +79,7 @@ def status(choices: Choices) -> None:
 def _ask(ipamd: Client, socket: str, kernel: KernelDocument) -> StatusDocument:
     answer = ipamd.status()
     pools = sorted((documents.pool(entry) for entry in ipamd.list_pools()), key=lambda entry: entry["name"])
-    problems = [*_refusals(ipamd, pools), *_bad_records(kernel)]
+    problems = [*_refusals(ipamd, pools), *_bad_records(kernel), *_other_firewalls()]
     return StatusDocument(
         state="degraded" if problems else "healthy",
         problems=problems,
@@ -114,6 +116,24 @@ def _bad_records(kernel: KernelDocument) -> list[str]:
     return [
         f"{kernel['releases_bad']} release records cannot be read: see *.bad in the releases directory, and ipamd's log"
     ]
+
+
+def _other_firewalls() -> list[str]:
+    """What drops packets that containers want to pass, and how to let them."""
+    try:
+        with Session() as host:
+            versions = [version for version in nft.FORWARDING if nft.forwards(version)]
+            lacking = foreign.missing(host, versions)
+            problems = [f"{lacking} drops packets of containers: run netloom gc --rebuild"] if lacking else []
+            problems += [
+                f"chain {one.chain} of table {one.family} {one.table} drops packets of containers;"
+                f" it needs a rule, here and in its file: {one.remedy}"
+                for one in (foreign.droppers(host) if versions else ())
+                if not set(versions).isdisjoint(one.versions)
+            ]
+    except KernelError:  # only root may look; whatever else is wrong, an ADD tells
+        return []
+    return problems
 
 
 def _kernel(run_dir: str) -> KernelDocument:

@@ -72,6 +72,11 @@ class Dropper:
     chain: str
 
     @property
+    def versions(self) -> tuple[int, ...]:
+        """4, 6 or both: whose packets it drops."""
+        return {"ip": (4,), "ip6": (6,)}.get(self.family, (4, 6))
+
+    @property
     def remedy(self) -> str:
         """The command that lets pass what our forward chain marked."""
         bit = f"{mark.forward_mark():#x}"

@@ -236,6 +236,20 @@ def delete(request: Request, host: Session) -> None:
             from cni import reference  # noqa: PLC0415 - what we attached ourselves has nothing of it
 
             reference.forget(request, host, failures)
+            failures.attempt(_forget_sources, request)
+
+
+def _forget_sources(request: Request) -> None:
+    """Take addresses out of firewalld's zone that the reference put in, which keeps no record."""
+    try:
+        conf = parse(request)
+    except CniError:
+        return  # an ADD with it was refused
+    if conf.backend in ("", _FIREWALLD) and request.prev_result is not None:
+        with firewalld.connected() as asked:
+            if asked is not None:
+                for address in chain.container_ips(request.prev_result):
+                    asked.remove_source(conf.zone, str(ip_network(address.ip)))
 
 
 # CHECK

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from cli.status import _duration
 from kernel.record import Key, Record, Records
 from tests.cli.conftest import Ipamd, Netloom
+from tests.hosts import Host
 
 
 def test_healthy(ipamd: Ipamd, netloom: Netloom, scratch: Path) -> None:
@@ -63,6 +65,31 @@ def test_release_records_that_cannot_be_read(ipamd: Ipamd, netloom: Netloom, scr
     ran = netloom("status")
     assert ran.status == 1
     assert "1 release records cannot be read" in ran.out
+
+
+@pytest.mark.kernel
+def test_another_firewall_that_drops_what_containers_send(host: Host) -> None:
+    host.start_ipamd()
+    c1 = host.netns("c1")
+    result = {"cniVersion": "1.0.0", "ips": [{"address": "10.1.0.2/16"}]}
+    conf = {"cniVersion": "1.0.0", "name": "net", "type": "firewall", "prevResult": result}
+    status = [sys.executable, "-m", "cli", "status", "--json"]
+    chain = "inet filter forward { type filter hook forward priority 0; policy drop; }"
+    host.run(["nft", f"add table inet filter; add chain {chain}"])
+    assert host.run(status).returncode == 0  # nobody wants anything yet
+    host.cni("ADD", "firewall", conf, netns=c1).ok()
+    ran = host.run(status, check=False)
+    assert ran.returncode == 1
+    (problem,) = json.loads(ran.stdout)["problems"]
+    assert problem.startswith("chain forward of table inet filter drops packets of containers")
+    host.run(problem.partition(": ")[2].split())
+    assert host.run(status).returncode == 0
+    host.run(["iptables", "-P", "FORWARD", "DROP"])
+    ran = host.run(status, check=False)
+    (problem,) = json.loads(ran.stdout)["problems"]
+    assert problem == "FORWARD of table ip filter drops packets of containers: run netloom gc --rebuild"
+    host.run([sys.executable, "-m", "cli", "gc", "--rebuild"])
+    assert host.run(status).returncode == 0
 
 
 def test_unreachable_for_people_and_programs(netloom: Netloom, scratch: Path) -> None:

@@ -652,6 +652,11 @@ def test_with_firewalld(lab: Lab) -> None:
                 two.call("DEL", bare, netns="").ok()
                 assert calls()[before:] == [f"removeSource {zone} {source}" for source in sources]
                 assert "accept" in two.broken()
+        # What the reference put in.
+        with lab.attached(web(ipam=pool())) as one:
+            before = len(calls())
+            Walled(one, conf_of(one)).call("DEL").ok()
+            assert calls()[before:] == [f"removeSource trusted {one.ip()}/32"]
         before = len(calls())
         with walled(lab, backend="iptables") as without:
             without.check()
