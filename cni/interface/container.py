@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 
-from cni.errors import CniError, Code
+from cni.errors import CniError, Code, shown
 from cni.request import Request
 from kernel import deleter, link, netns
 from kernel.errors import NotFound
@@ -56,7 +56,8 @@ def usable_mac(mac: str, where: str) -> str:
     try:
         packed = link.packed_mac(mac.replace("-", ":"))
     except ValueError as error:
-        raise CniError(Code.INVALID_CONFIG, f"invalid MAC address at {where}: {error}") from error
+        wanted = "want six hexadecimal bytes, such as 02:42:0a:01:00:02"
+        raise CniError(Code.INVALID_CONFIG, f"invalid MAC address at {where}: {shown(mac)}", wanted) from error
     if packed[0] & 1 or not any(packed):
         raise CniError(
             Code.INVALID_CONFIG,

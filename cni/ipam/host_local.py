@@ -30,6 +30,7 @@ from kernel.session import Session
 
 DATA_DIR = "/var/lib/cni/networks"
 
+_LONGEST_PATH, _LONGEST_NAME = 4096, 255  # bytes: PATH_MAX with the NUL, NAME_MAX
 _CONTAINER_ID = re.compile(rb"[a-zA-Z0-9][a-zA-Z0-9_.\-]*")
 
 
@@ -80,7 +81,7 @@ def key_of(container_id: str, ifname: str) -> bytes:
 
 
 def files_of(request: Request, data_dir: str, *, create: bool = False) -> AddressFiles:
-    """The network's files, to be entered. Raises CniError 7 for a relative path."""
+    """The network's files, to be entered. Raises CniError 7 for a path that cannot be one."""
     directory = data_dir or DATA_DIR
     if not os.path.isabs(directory) or "\0" in directory:
         raise CniError(
@@ -89,6 +90,9 @@ def files_of(request: Request, data_dir: str, *, create: bool = False) -> Addres
             "wanted an absolute path: the working directory is the runtime's, or a worker's",
         )
     path = os.path.join(os.path.normpath(directory), request.network)
+    if len(os.fsencode(path)) >= _LONGEST_PATH or max(map(len, os.fsencode(path).split(b"/"))) > _LONGEST_NAME:
+        key, value = ("name", request.network) if len(request.network) > _LONGEST_NAME else ("ipam.dataDir", directory)
+        raise config.refused(key, value, "want what can be the name of a directory: it is too long")
     return AddressFiles(path, paths.run_dir(request.environment), create=create)
 
 
@@ -224,12 +228,12 @@ def _requested(request: Request, sets: tuple[RangeSet, ...]) -> dict[int, Addres
     All three places count together, as in the reference: CNI_ARGS, args.cni.ips, runtimeConfig.ips. MAC and GATEWAY in
     CNI_ARGS are the interface plugin's.
     """
-    texts = [*request.arguments("IP", "MAC", "GATEWAY").get("IP", "").split(",")]
-    texts += request.convention("ips", list[str]) or []
-    texts += request.capability("ips", list[str]) or []
+    texts = [("CNI_ARGS: IP", text) for text in request.arguments("IP", "MAC", "GATEWAY").get("IP", "").split(",")]
+    texts += [("$.args.cni.ips", text) for text in request.convention("ips", list[str]) or ()]
+    texts += [("$.runtimeConfig.ips", text) for text in request.capability("ips", list[str]) or ()]
     wanted: dict[int, Address] = {}
     left = []
-    for address in dict.fromkeys(_address(text) for text in texts if text):
+    for address in dict.fromkeys(_address(text, where) for where, text in texts if text):
         number = next((n for n, one in enumerate(sets) if one.range_of(address) is not None), None)
         if number is None or number in wanted:
             left.append(str(address))
@@ -244,13 +248,15 @@ def _requested(request: Request, sets: tuple[RangeSet, ...]) -> dict[int, Addres
     return wanted
 
 
-def _address(text: str) -> Address:
+def _address(text: str, where: str) -> Address:
     try:
         # What is behind the slash must be right, and means nothing: the range's prefix length counts.
         return ranges.address((versions.canonical_cidr(text) if "/" in text else text).partition("/")[0])
     except ValueError:
         raise CniError(
-            Code.INVALID_CONFIG, f"cannot understand ip: {config.found(text)}", "wanted 10.0.0.5 or 10.0.0.5/24"
+            Code.INVALID_CONFIG,
+            f"cannot understand ip: {config.found(text)}",
+            f"it stands at {where}; wanted 10.0.0.5 or 10.0.0.5/24",
         ) from None
 
 

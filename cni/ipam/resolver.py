@@ -17,8 +17,9 @@ def read(path: str) -> DNS:
         with open(path, encoding="utf-8", errors="replace") as file:
             lines = file.read(_LARGEST_RESOLV_CONF).splitlines()
     except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise CniError(
-            Code.INVALID_CONFIG, f"invalid network config: $.ipam.resolvConf: {config.found(path)}", str(error)
+            Code.INVALID_CONFIG, f"invalid network config: $.ipam.resolvConf: {config.found(path)}", reason
         ) from error
     nameservers: list[str] = []
     domain = ""

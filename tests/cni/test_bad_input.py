@@ -133,6 +133,18 @@ def of_ranges() -> Iterator[Case]:
             yield Case(plugin, keys, 7, ("$.ipam.addresses[0]", f'"{address}"'))
 
 
+def of_long_names() -> Iterator[Case]:
+    yield Case("host-local", {"name": 300 * "x"}, 7, ("$.name", "xxx", "too long"))
+    for directory in ("/" + 300 * "x", 100 * "/xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"):
+        keys = {"ipam": {"type": "host-local", "subnet": "10.8.0.0/24", "dataDir": directory}}
+        yield Case("host-local", keys, 7, ("$.ipam.dataDir", "/xxx", "too long"))
+    keys = {"ipam": {"type": "host-local", "subnet": "10.8.0.0/24", "resolvConf": "/" + 5000 * "y"}}
+    yield Case("host-local", keys, 7, ("$.ipam.resolvConf", "yyy", "too long"))
+    yield Case("host-local", {"args": {"cni": {"ips": ["10.8.0"]}}}, 7, ("$.args.cni.ips", "10.8.0"))
+    for plugin in ("bridge", "macvlan", "tuning"):
+        yield Case(plugin, {}, 7, ("CNI_ARGS: MAC", "zzz"), args=f"MAC={5000 * 'z'}", after=plugin == "tuning")
+
+
 def of_namespaces() -> Iterator[Case]:
     for plugin in (*INTERFACE, "loopback", *CHAINED):
         for path in (PLAIN, ANOTHER_KIND, "/run/netns/none", "/run", "netns", "/run/netns/\x7f"):
@@ -200,7 +212,7 @@ def of_ports() -> Iterator[Case]:
         yield Case("portmap", keys, 103, ("hostPort", "7000", "python"), after=True)
 
 
-ALL = (of_masters, of_mtus, of_macs, of_ranges, of_namespaces, of_names, of_results, of_ports)
+ALL = (of_masters, of_mtus, of_macs, of_ranges, of_long_names, of_namespaces, of_names, of_results, of_ports)
 CASES = [case for some in ALL for case in some() if case.plugin in PLUGINS]
 
 
@@ -275,6 +287,12 @@ def test_what_is_refused(lab: Lab, plugin: str) -> None:
             missing = [word for word in case.says if word not in text]
             if case.code != answer.json["code"] or missing or "Traceback" in answer.stderr:
                 problems.append(f"{case}: wanted {case.code} and {missing} in {answer.json} {answer.stderr}")
+            if len(answer.stdout) > 2000:
+                problems.append(f"{case}: {len(answer.stdout)} bytes of error")
+            if not (case.after and plugin in INTERFACE):  # without a record the interface of that name is what goes
+                gone = ask(lab, case, netns, "DEL")
+                if gone.status and case.code not in (1, 4) and "name" not in case.keys:
+                    problems.append(f"{case}: DEL fails: {gone.stdout}")
             if within(netns) != inside:
                 problems.append(f"{case}: the namespace is not as before")
         lab.host.assert_clean(before)
