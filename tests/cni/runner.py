@@ -16,6 +16,8 @@ import errno
 import functools
 import io
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +26,7 @@ from cni import delegate, skel, undo, versions
 from cni.chained import tuning_backup
 from cni.skel import Outcome
 from ipamd.client import Client
-from kernel import netlink, netns, nft, record, sysctl
+from kernel import netlink, netns, nft, ports, record, sysctl
 from kernel.errors import KernelError
 from kernel.session import Session
 
@@ -61,6 +63,8 @@ class Faults:
 
     @staticmethod
     def error(fault: dict[str, Any], label: str) -> BaseException:
+        if fault["kind"] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
         if fault["kind"] == "signal":
             return KeyboardInterrupt("SIGTERM")
         return KernelError(f"INJECTED {label}", errno.EIO)
@@ -92,6 +96,7 @@ def watch_everything() -> None:
     watch(netns, "cookie", lambda: "read the namespace's cookie")
     watch(record.Records, "write", lambda _self, _record: "write the record")
     watch(record.Records, "read", lambda _self, _key: "read the record")
+    watch(ports.Ports, "_store", lambda _self, path, _claims: f"write claim {path.rpartition('/')[2]}")
     watch(Client, "allocate", lambda *_args, **_more: "allocate")
     watch(Client, "release", lambda *_args, **_more: "release")
     watch(delegate, "_communicate", lambda executable, *_more: f"execute {executable}")
