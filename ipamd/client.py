@@ -1,27 +1,36 @@
-"""How plugins and the command line ask ipamd. Synchronous; importing it costs grpc and the messages, nothing else.
+"""How plugins and the command line ask ipamd. Synchronous; importing it costs the messages, and gRPC only who needs it.
 
+- What every ADD and DEL asks goes over a connection of our own (`ipamd.http2`); the other methods, and whatever that
+  connection does not know, go through gRPC's library.
+- A `Pending` call is asked first and answered later; other work fits in between.
 - Every call has a deadline. A call that ended because the connection was lost is repeated once over a fresh channel:
   an ipamd that was restarted is found at once, where gRPC's own reconnecting waits for a second. Every
   call of the API may be repeated: asking again gives the same answer.
-- Each client has a connection of its own (a local subchannel pool): a global one remembers an earlier failure.
+- Each client has connections of its own (a local subchannel pool): a global one remembers an earlier failure.
 - A socket path of more than 107 bytes (unix(7)) is reached through /proc/self/fd.
 
 A client belongs to the network namespace in which it was made: gRPC's threads stay there.
 """
 
+from __future__ import annotations
+
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
 from urllib.parse import quote
 
-import grpc
-
+from ipamd import http2
 from protos.ipam.v1 import ipam_pb2 as pb
+
+if TYPE_CHECKING:
+    import grpc
 
 Resp = TypeVar("Resp")
 
 _SERVICE = "/netloom.ipam.v1.Ipam/"
+_SMALL = frozenset({"Allocate", "Release", "Check", "Status"})  # whose answers fit into a stream's first window
 _LONGEST_SUN_PATH = 107
 _LARGEST_MESSAGE = 64 << 20
 _OPTIONS = (
@@ -50,6 +59,8 @@ class Client:
         self._socket_path = socket_path
         self._timeout_s = timeout_s
         self._metadata = (("x-request-id", request_id),) if request_id else ()
+        self._request_id = request_id
+        self._connection: http2.Connection | None = None
         self._channel: grpc.Channel | None = None
         self._directory = -1
         self._calls: dict[str, Any] = {}
@@ -64,10 +75,12 @@ class Client:
 
     def set_request_id(self, request_id: str) -> None:
         """For the calls from now on: a worker keeps its connection for many requests."""
+        self._request_id = request_id
         self._metadata = (("x-request-id", request_id),) if request_id else ()
 
     def close(self) -> None:
-        """Lets go of the connection; the next call makes another."""
+        """Lets go of the connections; the next call makes another."""
+        self.hang_up()
         if self._channel is not None:
             self._channel.close()
             self._channel = None
@@ -87,10 +100,25 @@ class Client:
         requested: Sequence[str] = (),
     ) -> pb.AllocateResponse:
         """The attachment's addresses, of named pools or of the network's own."""
+        return self.prepare_allocate(
+            key, netns=netns, at=at, pools=pools, network_pool=network_pool, requested=requested
+        ).result()
+
+    def prepare_allocate(
+        self,
+        key: pb.AttachmentKey,
+        *,
+        netns: pb.Netns | None = None,
+        at: pb.Instant | None = None,
+        pools: Sequence[str] = (),
+        network_pool: pb.NetworkPool | None = None,
+        requested: Sequence[str] = (),
+    ) -> Pending[pb.AllocateResponse]:
+        """As `allocate`, to be asked and answered when the caller likes."""
         request = pb.AllocateRequest(
             key=key, netns=netns, at=at, pools=pools, network_pool=network_pool, requested=requested
         )
-        return self._call("Allocate", request, pb.AllocateResponse)
+        return Pending(self, "Allocate", request, pb.AllocateResponse)
 
     def release(
         self, key: pb.AttachmentKey, *, generation: int = 0, before: pb.Instant | None = None
@@ -139,6 +167,8 @@ class Client:
 
     def list_allocations(self, wanted: pb.ListAllocationsRequest | None = None) -> Iterator[pb.Allocation]:
         """Allocations that match, in the order in which they were made; every one where nothing is wanted."""
+        import grpc  # noqa: PLC0415
+
         path = _SERVICE + "ListAllocations"
         call = self._connect().unary_stream(  # type: ignore[call-arg]
             path,
@@ -168,6 +198,39 @@ class Client:
         return list(self._call("ListReservations", request, pb.ListReservationsResponse).reservations)
 
     def _call(self, method: str, request: Any, response: type[Resp]) -> Resp:
+        return Pending(self, method, request, response).result()
+
+    def ask(self, method: str, message: bytes) -> http2.Connection:
+        """Send a request over our own connection, which is made where there is none.
+
+        Raises:
+            http2.LostError
+        """
+        connection, self._connection = self._connection, None
+        if connection is None:
+            connection = http2.Connection(self._socket_path, self._timeout_s)
+        try:
+            connection.ask(http2.request_headers(_SERVICE + method, self._timeout_s, self._request_id), message)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def keep(self, connection: http2.Connection) -> None:
+        """An answer came over it: the next request may go there too."""
+        self.hang_up()
+        self._connection = connection
+
+    def hang_up(self) -> None:
+        """Lets go of our own connection."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def call_with_grpc(self, method: str, request: Any, response: type[Resp]) -> Resp:
+        """A call through gRPC's library."""
+        import grpc  # noqa: PLC0415 - 60 ms that most processes do not pay
+
         answer: Resp
         try:
             answer = self._method(method, response)(request, timeout=self._timeout_s, metadata=self._metadata or None)
@@ -183,6 +246,16 @@ class Client:
                 raise self._failure(again) from None
         return answer
 
+    def lost(self, reason: str) -> IpamError:
+        """The error for an ipamd that cannot be reached."""
+        return _error(http2.UNAVAILABLE, f"ipamd is not reachable at {self._socket_path}; is it running? ({reason})")
+
+    def late(self) -> IpamError:
+        """The error for one that does not answer."""
+        return _error(
+            http2.DEADLINE_EXCEEDED, f"ipamd at {self._socket_path} did not answer within {self._timeout_s:g} s"
+        )
+
     def _method(self, name: str, response: Any) -> Any:
         call = self._calls.get(name)
         if call is None:
@@ -196,6 +269,8 @@ class Client:
 
     def _connect(self) -> grpc.Channel:
         if self._channel is None:
+            import grpc  # noqa: PLC0415
+
             self._channel = grpc.insecure_channel(self._target(), options=_OPTIONS)
         return self._channel
 
@@ -207,21 +282,101 @@ class Client:
         try:
             self._directory = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
-            raise IpamError(
-                grpc.StatusCode.UNAVAILABLE, f"ipamd is not reachable at {path}: {error.strerror}; is it running?"
-            ) from None
+            raise self.lost(error.strerror or str(error)) from None
         return f"unix:/proc/self/fd/{self._directory}/{_quoted(name)}"
 
     def _failure(self, error: grpc.RpcError) -> IpamError:
-        code, details = _status_of(error)
+        call = cast("grpc.Call", error)  # what a call raises is a call too; the stubs do not know
+        code, details = call.code().value[0], call.details() or ""
         if _is_lost(error):
-            code = grpc.StatusCode.UNAVAILABLE
             # gRPC wraps the reason into a report about every address that it tried.
-            reason = details.rsplit(" error: ", 1)[-1]
-            details = f"ipamd is not reachable at {self._socket_path}; is it running? ({reason})"
-        elif code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            details = f"ipamd at {self._socket_path} did not answer within {self._timeout_s:g} s"
-        return IpamError(code, details)
+            return self.lost(details.rsplit(" error: ", 1)[-1])
+        return self.late() if code == http2.DEADLINE_EXCEEDED else _error(code, details)
+
+
+class Pending(Generic[Resp]):
+    """A call: not asked yet, asked, or answered. Calls of one client in between go over another connection."""
+
+    def __init__(self, client: Client, method: str, request: Any, response: type[Resp]) -> None:
+        self._client = client
+        self._method = method
+        self._request = request
+        self._response = response
+        self._message: bytes = request.SerializeToString()
+        self._connection: http2.Connection | None = None
+        self._with_grpc = method not in _SMALL or len(self._message) > http2.LARGEST_REQUEST
+        self.asked = False
+        self.answer: Resp | None = None
+
+    def ask(self) -> None:
+        """Sends the request, if it has not been sent; what fails is for `result` to say."""
+        if self.asked:
+            return
+        self.asked = True
+        if not self._with_grpc:
+            with contextlib.suppress(http2.LostError):
+                self._connection = self._client.ask(self._method, self._message)
+
+    def result(self) -> Resp:
+        """Waits for the answer, which is `answer` from then on. Who was interrupted may wait again.
+
+        Raises:
+            IpamError: ipamd refused, or could not be reached, or does not answer.
+        """
+        self.ask()
+        if not self._with_grpc:
+            try:
+                answer = self._answer()
+            except http2.UnexpectedError:
+                pass  # asked again, by one who knows all of the protocol
+            else:
+                if answer.code != http2.OK:
+                    raise _error(answer.code, answer.text)
+                self.answer = cast(Resp, cast(Any, self._response).FromString(answer.message))
+                return self.answer
+        self.answer = self._client.call_with_grpc(self._method, self._request, self._response)
+        return self.answer
+
+    def _answer(self) -> http2.Answer:
+        """The answer, over a second connection where the first was lost."""
+        for last in (False, True):
+            connection, self._connection = self._connection, None
+            try:
+                if connection is None:
+                    connection = self._client.ask(self._method, self._message)
+                answer = connection.answer()
+            except http2.LostError as error:
+                if connection is not None:
+                    connection.close()
+                if last:
+                    raise self._client.lost(str(error)) from None
+                continue
+            except http2.LateError:
+                if connection is not None:
+                    connection.close()
+                raise self._client.late() from None
+            except http2.UnexpectedError:
+                if connection is not None:
+                    connection.close()
+                raise
+            except BaseException:
+                self._connection = connection
+                raise
+            if answer.answered or answer.code not in (http2.UNAVAILABLE, http2.CANCELLED):
+                self._client.keep(connection)
+                return answer
+            # Not ipamd says so, but a server between its last accept and its end: the call was not run.
+            connection.close()
+            if last:
+                raise self._client.lost(answer.text)
+        raise AssertionError("unreachable")
+
+
+def _error(code: int, text: str) -> IpamError:
+    import grpc  # noqa: PLC0415 - only who failed needs its codes
+
+    found = next((one for one in grpc.StatusCode if one.value[0] == code), grpc.StatusCode.UNKNOWN)
+    return IpamError(found, text)
 
 
 def _quoted(path: str) -> str:
@@ -239,12 +394,7 @@ def _is_lost(error: grpc.RpcError) -> bool:
 
     A call that reaches a server between its last accept and its end comes back CANCELLED, and was not run.
     """
-    call = cast(grpc.Call, error)
-    if call.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+    call = cast("grpc.Call", error)
+    if call.code().value[0] not in (http2.UNAVAILABLE, http2.CANCELLED):
         return False
     return all(key != "x-answered-by" for key, _ in call.trailing_metadata() or ())
-
-
-def _status_of(error: grpc.RpcError) -> tuple[grpc.StatusCode, str]:
-    call = cast(grpc.Call, error)  # what a call raises is a call too; the stubs do not know
-    return call.code(), call.details() or ""

@@ -25,7 +25,7 @@ from typing import Any
 from cni import delegate, skel, undo, versions
 from cni.chained import tuning_backup
 from cni.skel import Outcome
-from ipamd.client import Client
+from ipamd.client import Client, Pending
 from kernel import netlink, netns, nft, ports, record, sysctl
 from kernel.errors import KernelError
 from kernel.session import Session
@@ -97,7 +97,8 @@ def watch_everything() -> None:
     watch(record.Records, "write", lambda _self, _record: "write the record")
     watch(record.Records, "read", lambda _self, _key: "read the record")
     watch(ports.Ports, "_store", lambda _self, path, _claims: f"write claim {path.rpartition('/')[2]}")
-    watch(Client, "allocate", lambda *_args, **_more: "allocate")
+    watch(Pending, "ask", lambda *_args, **_more: "ask for addresses")
+    watch(Pending, "result", lambda *_args, **_more: "allocate")
     watch(Client, "release", lambda *_args, **_more: "release")
     watch(delegate, "_communicate", lambda executable, *_more: f"execute {executable}")
     watch(tuning_backup, "write", lambda _path, _backup: "write tuning's backup")

@@ -259,7 +259,7 @@ def test_sigint_stops_too(tmp_path: Path) -> None:
 def test_importing_the_client_stays_small() -> None:
     code = (
         "import sys, ipamd.client; heavy = {'sqlite3', 'prometheus_client', 'msgspec', 'ipamd.lease',"
-        " 'protos.ipam.v1.ipam_pb2_grpc'}; print(*(heavy & set(sys.modules)))"
+        " 'protos.ipam.v1.ipam_pb2_grpc', 'grpc'}; print(*(heavy & set(sys.modules)))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S, check=True

@@ -116,7 +116,8 @@ def received(receive: Callable[..., wire.Request]) -> Callable[..., wire.Request
 
 def main() -> int:
     stepped(netlink.Socket, "_send")
-    stepped(client.Client, "_call")
+    stepped(client.Pending, "ask")
+    stepped(client.Pending, "result")
     stepped(record.Records, "write")
     stepped(record.Records, "remove")
     stepped(lock.AttachmentLock, "__enter__")
