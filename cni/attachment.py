@@ -3,6 +3,8 @@
 The record is on disk before the kernel is touched; from it DEL and GC know what there is without asking anybody.
 """
 
+import dataclasses
+
 from cni.failures import Failures, note
 from cni.living import Observer
 from cni.request import Request
@@ -28,6 +30,19 @@ def write_record(host: Session, records: Records, record: Record, undo: Undo) ->
     """Write the record; `undo` removes it, and its elements from the kernel."""
     undo.push("remove the attachment record", lambda: records.remove(host, record))
     records.write(record)
+
+
+def complete_record(host: Session, records: Records, record: Record, wanted: Record, undo: Undo) -> Record:
+    """Write the record anew with the elements that are wanted, where it was written before they were known.
+
+    Returns:
+        The record as it is now.
+    """
+    if (wanted.elements, wanted.shared) == (record.elements, record.shared):
+        return record
+    record = dataclasses.replace(record, elements=wanted.elements, shared=wanted.shared)
+    write_record(host, records, record, undo)
+    return record
 
 
 def collect(request: Request, host: Session, failures: Failures) -> list[Record]:

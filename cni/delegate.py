@@ -13,7 +13,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -23,30 +23,48 @@ from cni.errors import CniError, Code, shown
 from cni.request import Command, Request
 from cni.result import Result
 from cni.undo import Undo
-from kernel.session import Session
+from kernel.session import Session, Visit
 from telemetry import trace
 
 DEADLINE_S = 50.0  # below the minute that a runtime's request has as a whole
 _DEADLINE_VARIABLE = "NETLOOM_DELEGATE_TIMEOUT"
 
 
-@trace.step("allocate")
-def add(request: Request, host: Session, undo: Undo) -> Result:
-    """Get addresses; `undo` gives them back.
+def begin(request: Request, host: Session, inside: Visit, undo: Undo) -> Callable[[], Result]:
+    """Ask for addresses, for the namespace `inside`; `undo` gives them back.
+
+    Returns:
+        What waits for the addresses, to be called once. Only ipamd lets something else be done meanwhile.
 
     Raises:
-        CniError: the plugin's own, or 4 and 7 where there is no such plugin.
+        CniError: the plugin's own, or 4 and 7 where there is no such plugin. So does what is returned.
     """
+    wait = _begin(request, host, inside, undo)
+
+    @trace.step("allocate")
+    def finish() -> Result:
+        result = wait()
+        if not result.ips:
+            raise CniError(Code.INTERNAL, f"IPAM plugin {request.ipam_type} returned no address")
+        return result
+
+    return finish
+
+
+@trace.step("allocate")
+def _begin(request: Request, host: Session, inside: Visit, undo: Undo) -> Callable[[], Result]:
     if _is_ours(request.ipam_type):
-        result: Result = registry.load(request.ipam_type).add(request, host, undo)
+        module = registry.load(request.ipam_type)
+        if hasattr(module, "begin"):
+            waiting: Callable[[], Result] = module.begin(request, inside, undo)
+            return waiting
+        result: Result = module.add(request, host, undo)
     else:
         stdout = _execute(request, Command.ADD)
         # Only after it succeeded: host-local refuses a second ADD, and a DEL would free what the first one got.
         undo.push(f"{request.ipam_type} DEL", lambda: _execute(request, Command.DEL))
         result = _result(request, stdout)
-    if not result.ips:
-        raise CniError(Code.INTERNAL, f"IPAM plugin {request.ipam_type} returned no address")
-    return result
+    return lambda: result
 
 
 @trace.step("release")

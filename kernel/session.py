@@ -87,13 +87,13 @@ class Session:
 class Visit:
     """An rtnetlink socket inside a container's namespace; usable from home, as sockets stay where they were made.
 
-    Made by `Session.visit`, in the namespace. `cookie` is the namespace's, 0 where the kernel has none.
+    Made by `Session.visit`, in the namespace `where`. `cookie` is its, 0 where the kernel has none.
     """
 
     def __init__(self, where: netns.Netns, host: Session) -> None:
         self._rtnl = netlink.Socket(netlink.ROUTE)
         self.cookie = netns.cookie()
-        self._where = where
+        self.where = where
         self._host = host
 
     @property
@@ -108,7 +108,7 @@ class Visit:
     @contextmanager
     def inside(self) -> Iterator[None]:
         """Be there with the whole thread, for what no socket can do: sysctls. Sockets and sysctls only."""
-        with netns.entered(self._where, self._host.home_fd):
+        with netns.entered(self.where, self._host.home_fd):
             yield
 
     @property

@@ -2,11 +2,13 @@
 
 What an ADD does, in this order
 1. validate the whole configuration;
-2. get addresses from the IPAM plugin;
+2. ask the IPAM plugin for addresses;
 3. write the attachment record: what this attachment will want of the host's kernel;
-4. bridge, gateway addresses, forwarding: shared by all containers and never undone;
-5. veth pair, port settings, spoof check, addresses, routes, masquerade;
-6. announce the addresses to the segment.
+4. on a bridge of ours: veth pair, port settings;
+5. have the addresses; write what they want of the kernel into the record;
+6. bridge, gateway addresses, forwarding: shared by all containers and never undone; any other bridge gets the pair now;
+7. spoof check, masquerade, addresses, routes;
+8. announce the addresses to the segment.
 From step 2 on each step has pushed its inverse before the next begins.
 
 Configuration keys and results are those of the reference plugin; differences have a comment that says why.
@@ -33,7 +35,7 @@ from kernel import addr, leftovers, link, netns, nft, paths
 from kernel.errors import Exists, KernelError
 from kernel.link import Link, VethSpec
 from kernel.record import Record, Records
-from kernel.session import Session
+from kernel.session import Session, Visit
 from telemetry import trace
 
 AnyInterface = IPv4Interface | IPv6Interface
@@ -110,23 +112,30 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
     records = Records(paths.run_dir(request.environment))
     with netns.opened(request.netns) as sandbox, host.visit(sandbox) as inside:
         veth.clear_the_way(request, host, records, inside)
-        lease = delegate.add(request, host, undo) if request.ipam_type else Result()
-        ips, routes = _with_gateways(conf, lease)
+        wait = delegate.begin(request, host, inside, undo) if request.ipam_type else Result
         port_name = veth.free_name(host)
         record = dataclasses.replace(
-            _record(request, conf, ips, port_name, mac),
-            netns_inode=sandbox.identity.inode,
-            netns_cookie=inside.cookie,
+            _record(request, conf, [], port_name, mac), netns_inode=sandbox.identity.inode, netns_cookie=inside.cookie
         )
         attachment.write_record(host, records, record, undo)
-        bridge = _ensure_bridge(host, conf)
+        spec = VethSpec(port_name, request.ifname, sandbox.fd, conf.mtu, mac)
+        found = link.find(host, conf.bridge)
+        # While ipamd works. Somebody else's bridge, and one that is not there yet, is touched only for a container that
+        # has its addresses: nobody undoes it.
+        ours = found is not None and found.alias == leftovers.BRIDGE_MARK
+        bridge = _ensure_bridge(host, conf, found) if ours else None
+        eth = _plug_in(host, inside, conf, spec, bridge, undo) if bridge is not None else None
+        lease = wait()
+        ips, routes = _with_gateways(conf, lease)
+        if bridge is None:
+            bridge = _ensure_bridge(host, conf, found)
         if conf.gateway:
             _ensure_gateways(host, bridge, conf, [_gateway_interface(ip) for ip in ips])
-        veth.make(host, VethSpec(port_name, request.ifname, sandbox.fd, conf.mtu, mac), undo, bridge.index)
-        _set_port(host, conf, port_name)
+        if eth is None:
+            eth = _plug_in(host, inside, conf, spec, bridge, undo)
+        record = attachment.complete_record(host, records, record, _record(request, conf, ips, port_name, mac), undo)
         with trace.step("nftables"):
             records.apply(host, record)
-        eth = link.get(inside, request.ifname)
         result = Result((), tuple(ips), tuple(routes), conf.dns or lease.dns)
         if conf.disable_container_interface:
             port = link.get(host, port_name)
@@ -196,8 +205,8 @@ def _record(request: Request, conf: BridgeConf, ips: list[IPConfig], port_name: 
 
 
 @trace.step("bridge link")
-def _ensure_bridge(host: Session, conf: BridgeConf) -> Link:
-    bridge = link.find(host, conf.bridge)
+def _ensure_bridge(host: Session, conf: BridgeConf, bridge: Link | None) -> Link:
+    """The bridge, made where it was not found."""
     if bridge is None:
         try:
             link.add_bridge(host, conf.bridge, container.random_mac(), mtu=conf.mtu, alias=leftovers.BRIDGE_MARK)
@@ -262,10 +271,13 @@ def _conflict(present: AnyInterface, wanted: AnyInterface) -> bool:
     return present.version == 4 or present.network.overlaps(wanted.network)
 
 
-def _set_port(host: Session, conf: BridgeConf, port_name: str) -> None:
+def _plug_in(host: Session, inside: Visit, conf: BridgeConf, spec: VethSpec, bridge: Link, undo: Undo) -> Link:
+    """Make the pair; the container's end."""
+    veth.make(host, spec, undo, bridge.index)
     if conf.hairpin_mode or conf.port_isolation:
-        port = link.get(host, port_name)
+        port = link.get(host, spec.name)
         link.set_port(host, port.index, hairpin=conf.hairpin_mode, isolated=conf.port_isolation)
+    return link.get(inside, spec.peer)
 
 
 # DEL

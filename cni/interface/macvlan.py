@@ -3,8 +3,9 @@
 What an ADD does, in this order
 1. validate the whole configuration, as far as it can be without the master;
 2. look the master up: in the host's namespace, or in the container's with `linkInContainer`;
-3. get addresses from the IPAM plugin, where one is named;
-4. macvlan, born in the container's namespace under its name; addresses and routes; announcement.
+3. ask the IPAM plugin for addresses, where one is named;
+4. macvlan, born in the container's namespace under its name;
+5. have the addresses; addresses and routes; announcement.
 From step 3 on each step has pushed its inverse before the next begins.
 
 Nothing on the host outlives the container's namespace, so there is no attachment record. A macvlan also goes with its
@@ -79,7 +80,7 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
         container.refuse_taken(request, inside)
         master = _find_master(conf, inside if conf.link_in_container else host)
         _check_mtu(conf, master)
-        lease = delegate.add(request, host, undo) if request.ipam_type else Result()
+        wait = delegate.begin(request, host, inside, undo) if request.ipam_type else Result
         try:
             _make(request, host, inside, _spec(request, conf, master, mac, sandbox), undo)
         except KernelError as error:
@@ -89,6 +90,7 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
             # A master that is passed through gives its own MAC; it takes this one, and has its own back at the end.
             link.set_mac(inside, eth.index, mac)
             eth = dataclasses.replace(eth, mac=mac)
+        lease = wait()
         # As in the reference: the IPAM plugin's `dns` is not passed on.
         result = Result(
             (Interface(request.ifname, eth.mac, request.netns),),

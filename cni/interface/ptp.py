@@ -5,10 +5,12 @@ between containers, and each container asks its own end of the pair for any neig
 
 What an ADD does, in this order
 1. validate the whole configuration;
-2. get addresses from the IPAM plugin;
+2. ask the IPAM plugin for addresses;
 3. write the attachment record: what this attachment will want of the host's kernel;
-4. forwarding: shared by all containers and never undone;
-5. veth pair, gateway and routes on the host's end, masquerade, addresses and routes in the container.
+4. veth pair;
+5. have the addresses; write what they want of the kernel into the record;
+6. forwarding: shared by all containers and never undone;
+7. gateway and routes on the host's end, masquerade, addresses and routes in the container.
 From step 2 on each step has pushed its inverse before the next begins.
 
 In the container the address keeps the length of its network, but the kernel makes no route to that network: it would
@@ -16,6 +18,7 @@ lead to neighbours that are not on this link. Instead there are two, to the gate
 the gateway. The reference deletes the kernel's route afterwards; then it comes back when the link goes down and up.
 """
 
+import dataclasses
 from collections.abc import Iterable
 from ipaddress import ip_address, ip_interface, ip_network
 from typing import Annotated
@@ -77,26 +80,28 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
     records = Records(paths.run_dir(request.environment))
     with netns.opened(request.netns) as sandbox, host.visit(sandbox) as inside:
         veth.clear_the_way(request, host, records, inside)
-        lease = delegate.add(request, host, undo)
-        ips = tuple(_checked(ip) for ip in lease.ips)
+        wait = delegate.begin(request, host, inside, undo)
         port_name = veth.free_name(host)
-        own, shared = veth.masquerade(request, ips if conf.ip_masq else ())
         record = Record(
             attachment.key(request),
             netns=request.netns,
             netns_inode=sandbox.identity.inode,
             netns_cookie=inside.cookie,
             links=(port_name,),
-            elements=tuple(own),
-            shared=tuple(shared),
         )
         attachment.write_record(host, records, record, undo)
-        veth.forward(ip_address(ip.gateway).version for ip in ips)
         veth.make(host, VethSpec(port_name, request.ifname, sandbox.fd, conf.mtu), undo)
-        _configure_host(host, link.get(host, port_name), ips)
+        port = link.get(host, port_name)
+        eth = link.get(inside, request.ifname)
+        lease = wait()
+        ips = tuple(_checked(ip) for ip in lease.ips)
+        own, shared = veth.masquerade(request, ips if conf.ip_masq else ())
+        wanted = dataclasses.replace(record, elements=tuple(own), shared=tuple(shared))
+        record = attachment.complete_record(host, records, record, wanted, undo)
+        veth.forward(ip_address(ip.gateway).version for ip in ips)
+        _configure_host(host, port, ips)
         with trace.step("nftables"):
             records.apply(host, record)
-        eth = link.get(inside, request.ifname)
         result = Result((), ips, lease.routes, conf.dns or lease.dns)
         configure(inside, request.ifname, eth.index, result, instead=_routes_inside(eth.index, result))
         port = veth.wait_for_carrier(host, port_name)

@@ -10,7 +10,7 @@ A DEL while ipamd is away leaves a release record, which ipamd replays when it i
 import contextlib
 import os
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -28,7 +28,7 @@ from cni.result import DNS, IPConfig, Result
 from cni.undo import Undo
 from kernel import netns, paths
 from kernel.errors import KernelError
-from kernel.session import Session
+from kernel.session import Session, Visit
 
 if TYPE_CHECKING:
     from ipamd.client import Client, IpamError
@@ -127,31 +127,55 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
     Raises:
         CniError: 11 where ipamd is away, 100 and up where it refuses.
     """
-    from ipamd.client import IpamError  # noqa: PLC0415 - grpc takes 60 ms to import
+    return _begin(request, _netns(request, host), undo)()
+
+
+def begin(request: Request, inside: Visit, undo: Undo) -> Callable[[], Result]:
+    """Ask as `add` does, for the namespace that was entered. What is returned waits for the answer."""
+    from protos.ipam.v1 import ipam_pb2 as pb  # noqa: PLC0415
+
+    where = pb.Netns(inode=inside.where.identity.inode, cookie=inside.cookie, path=request.netns)
+    return _begin(request, where, undo)
+
+
+def _begin(request: Request, where: "pb.Netns", undo: Undo) -> Callable[[], Result]:
+    from ipamd.client import IpamError  # noqa: PLC0415 - the messages take 30 ms to import
 
     conf = parse(request)
     pool = _network_pool(request, conf)
     requested = _requested(request)
-    where = _netns(request, host)
-    result = _without_addresses(conf)
-    try:
-        with _client(request, conf) as client:
-            answer = client.allocate(
-                _key(request),
-                netns=where,
-                at=_instant(request),
-                pools=_named(conf),
-                network_pool=pool,
-                requested=requested,
-            )
-    except IpamError as error:
-        raise _error(request, error) from error
-    if answer.created:
-        # What was held before belongs to an ADD that succeeded, and is not ours to give back.
-        undo.push("release the addresses", lambda: _release(request, conf, answer.generation))
-    return msgspec.structs.replace(
-        result, ips=tuple(IPConfig(address.cidr, address.gateway) for address in answer.addresses)
+    without = _without_addresses(conf)
+    client = _client(request, conf)
+    asked = client.prepare_allocate(
+        _key(request), netns=where, at=_instant(request), pools=_named(conf), network_pool=pool, requested=requested
     )
+    refused = False
+
+    def wait() -> Result:
+        nonlocal refused
+        try:
+            answer = asked.result()
+        except IpamError as error:
+            refused = True
+            raise _error(request, error) from error
+        finally:
+            _leave(client)
+        return msgspec.structs.replace(
+            without, ips=tuple(IPConfig(address.cidr, address.gateway) for address in answer.addresses)
+        )
+
+    def give_back() -> None:
+        if asked.asked and asked.answer is None and not refused:
+            # The ADD failed, or was interrupted, before it had the answer: ipamd may give it addresses any moment.
+            with contextlib.suppress(CniError):
+                wait()
+        if asked.answer is not None and asked.answer.created:
+            # What was held before belongs to an ADD that succeeded, and is not ours to give back.
+            _release(request, conf, asked.answer.generation)
+
+    undo.push("release the addresses", give_back)
+    asked.ask()
+    return wait
 
 
 def delete(request: Request, host: Session) -> None:
@@ -170,7 +194,7 @@ def _release(request: Request, conf: IpamConf, generation: int) -> None:
     from ipamd.client import IpamError  # noqa: PLC0415
 
     try:
-        with _client(request, conf) as client:
+        with _using(request, conf) as client:
             client.release(_key(request), generation=generation)
     except IpamError as error:
         if _is_away(error):
@@ -245,7 +269,7 @@ def check(request: Request, host: Session) -> None:
     # Another interface's addresses may be in the result of a chain.
     cidrs = [ip.address for ip in result.ips if _is_own(ip, result, request)]
     try:
-        with _client(request, conf) as client:
+        with _using(request, conf) as client:
             client.check(_key(request), cidrs)
     except IpamError as error:
         refusal = _error(request, error)
@@ -272,7 +296,7 @@ def gc(request: Request, host: Session) -> None:
         asked.valid.add(container_id=attachment.container_id, ifname=attachment.ifname)
     observer = Observer(host)
     try:
-        with _client(request, conf) as client:
+        with _using(request, conf) as client:
             candidates = client.garbage_collect(asked).released
             asked.living.extend(one.generation for one in candidates if _lives(observer, one))
             asked.dry_run = False
@@ -303,7 +327,7 @@ def status(request: Request, host: Session) -> None:
     conf = parse(request)
     pool = _network_pool(request, conf)
     try:
-        with _client(request, conf) as client:
+        with _using(request, conf) as client:
             client.status(pools=_named(conf), network=request.network, network_pool=pool)
     except IpamError as error:
         raise CniError(Code.NOT_AVAILABLE, "no address could be given now", _error(request, error).args[1]) from error
@@ -331,8 +355,8 @@ def keep_connections(socket_path: str) -> None:
         client.status()
 
 
-def _client(request: Request, conf: IpamConf) -> "AbstractContextManager[Client]":
-    """A client for one request; closed after it unless connections are kept."""
+def _client(request: Request, conf: IpamConf) -> "Client":
+    """A client for one request, to be left with `_leave`."""
     from ipamd.client import Client  # noqa: PLC0415
 
     socket_path = conf.socket or paths.ipamd_socket(request.environment)
@@ -344,7 +368,22 @@ def _client(request: Request, conf: IpamConf) -> "AbstractContextManager[Client]
             _connections.pop(next(iter(_connections))).close()
         client = _connections[socket_path, conf.timeout] = Client(socket_path, timeout_s=conf.timeout)
     client.set_request_id(request.request_id)
-    return contextlib.nullcontext(client)
+    return client
+
+
+def _leave(client: "Client") -> None:
+    """Close the client unless connections are kept."""
+    if _connections is None:
+        client.close()
+
+
+@contextlib.contextmanager
+def _using(request: Request, conf: IpamConf) -> "Iterator[Client]":
+    client = _client(request, conf)
+    try:
+        yield client
+    finally:
+        _leave(client)
 
 
 def _is_away(error: "IpamError") -> bool:
