@@ -37,14 +37,22 @@ def serve(listener: socket.socket) -> None:
             connection.settimeout(_TIMEOUT_S)
             kind = connection.recv(1)
             if kind == b"S":
-                total = 0
-                while count := connection.recv_into(buffer):
-                    total += count
-                connection.sendall(total.to_bytes(8, "big"))
+                connection.sendall(sink(connection, buffer).to_bytes(8, "big"))
             elif kind == b"T":
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 while connection.recv(1):
                     connection.send(b"x")
+
+
+def sink(connection: socket.socket, buffer: bytearray) -> int:
+    """Bytes a second, from the first to the last that came."""
+    received = connection.recv_into(buffer)
+    began = last = time.perf_counter()
+    first = received
+    while count := connection.recv_into(buffer):
+        received += count
+        last = time.perf_counter()
+    return int((received - first) / (last - began)) if last > began else 0
 
 
 def connected(to: str, port: int, kind: bytes) -> socket.socket:
@@ -61,8 +69,10 @@ def stream(to: str, seconds: float, port: int = PORT) -> float:
         while time.perf_counter() - began < seconds:
             connection.sendall(chunk)
         connection.shutdown(socket.SHUT_WR)
-        received = int.from_bytes(connection.recv(8), "big")
-        return received / (time.perf_counter() - began)
+        rate = int.from_bytes(connection.recv(8), "big")
+    if rate == 0:
+        raise ConnectionError(f"next to nothing came within {seconds:g} s")
+    return rate
 
 
 def trips(to: str, seconds: float, port: int = PORT) -> float:

@@ -19,8 +19,8 @@ from bench.stats import Row, Spec, absent
 from tests.hosts import Host, HostError, Netns
 
 KINDS = ("bridge", "ptp", "macvlan")
-_WINDOW_S = 0.08
-_WINDOWS = 4  # of each side in a round
+_WINDOW_S = 0.06
+_WINDOWS = 5  # of each side in a round
 _LIMIT = 0.97
 _BITS = 8 / 1e9
 
