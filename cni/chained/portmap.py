@@ -430,10 +430,10 @@ def delete(request: Request, host: Session) -> None:
 
             reference.forget(request, host, failures)
             if request.prev_result is not None:
-                failures.attempt(_delete_unrecorded, request, host)
+                failures.attempt(_delete_unrecorded, request, host, records)
 
 
-def _delete_unrecorded(request: Request, host: Session) -> None:
+def _delete_unrecorded(request: Request, host: Session, records: Records) -> None:
     """Where the record was lost, or the reference did the ADD: what the configuration tells, as far as it is this
     attachment's by its comment; and UDP flows to where the container was."""
     try:
@@ -444,6 +444,7 @@ def _delete_unrecorded(request: Request, host: Session) -> None:
         return
     nft.delete(host, wanted.elements)
     nft.delete_chains(host, (one.name for one in wanted.chains))
+    Ports(records).release(Record(attachment.key(request), elements=wanted.elements))
     targets = {
         (one.key[0], int(one.key[2])) for one in wanted.elements if one.set[:-1] == "published" and "udp" in one.key
     }

@@ -113,6 +113,12 @@ class Lab:
         calls, undo_calls = tuple(answer["calls"]), tuple(answer["undo_calls"])
         return Served(verb, answer["status"], answer["stdout"], answer["stderr"], printed, 0.0, calls, undo_calls)
 
+    def forget_runner(self) -> None:
+        """After it was killed: the next request starts another."""
+        if self._runner is not None:
+            self._runner.wait()
+            self._runner = None
+
     def serve(self, way: Way, launcher: Path | None = None) -> None:
         """From now on requests are served so. Any way but "in process" needs the launcher at its first time."""
         self.way = way

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -779,7 +780,6 @@ def test_del_without_this_or_that(lab: Lab) -> None:
             for _ in range(2):
                 two.call("DEL", conf, netns=netns).ok()
             if how == "record lost":
-                lab.cni("GC", "portmap", {**conf, "cni.dev/valid-attachments": []}).ok()  # the claims
                 two.call("ADD").ok()
                 two.call("DEL").ok()
             lab.host.assert_clean(before)
@@ -875,6 +875,45 @@ def test_a_fault_in_the_undo_leaves_what_a_del_removes(lab: Lab) -> None:
             # Whatever it left, neither another container nor a DEL stumbles over it.
             two.call("DEL", netns="").ok()
             lab.host.assert_clean(before)
+
+
+def test_a_request_that_is_killed_leaves_what_the_next_one_sees_to(lab: Lab) -> None:
+    """Killed at each step that writes something: the next ADD works, a DEL removes all, and once the container is gone
+    nobody stumbles over what it left."""
+    mappings = (port(8080), port(5353, 53, "udp"))
+    with connected(lab) as one:
+        two = Published(one, chained(one, *mappings, conditionsV4=["ip saddr 0.0.0.0/0"]))
+        before = lab.host.snapshot()
+        steps = {"ADD": two.call("ADD", faults=[{"at": 999}]).calls, "DEL": two.call("DEL", faults=[{"at": 999}]).calls}
+        lab.host.assert_clean(before)
+        tried = 0
+        for verb, called in steps.items():
+            for number, label in enumerate(called, 1):
+                if not re.search(r"write|claim|add|remove|empty|write chain", label):
+                    continue
+                tried += 1
+                if verb == "DEL":
+                    two.call("ADD").ok()
+                with pytest.raises(AssertionError, match="the runner ended"):
+                    two.call(verb, faults=[{"at": number, "when": ("before", "after")[tried % 2], "kind": "kill"}])
+                lab.forget_runner()
+                if tried % 3:  # the runtime sends a DEL, or the same ADD once more
+                    if verb == "ADD" and tried % 3 == 1:
+                        two.call("ADD").ok()
+                        two.call("CHECK").ok()
+                    two.call("DEL").ok()
+                    lab.host.assert_clean(before)
+        assert tried > 10
+        # The last one was left as it is; its namespace goes, and another container wants the ports.
+        two.call("ADD").ok()
+        with pytest.raises(AssertionError, match="the runner ended"):
+            two.call("DEL", faults=[{"at": len(steps["DEL"]) - 3, "when": "after", "kind": "kill"}])
+        lab.forget_runner()
+        one.netns.delete()
+        with published(lab, *mappings) as three:
+            three.call("CHECK").ok()
+        two.call("DEL", netns="").ok()
+        assert maps(lab.host) == 0
 
 
 # Cost
