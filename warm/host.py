@@ -52,6 +52,7 @@ _MODULES = (
     "hashlib",
     "traceback",
     "subprocess",
+    "cni.reference",
     "grpc",
     "ipamd.client",
     "kernel.liveness",

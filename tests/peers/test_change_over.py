@@ -3,6 +3,7 @@ reverse. What the reference left in the firewall goes with our DEL and GC."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -104,6 +105,7 @@ class Changing:
         """What still speaks of the container on the host: rules, chains, links, addresses given out."""
         names = [netns.name, *words]
         names += [left_by_reference.chain_name("net", netns.name, prefix) for prefix in ("", "DN-", "SN-")]
+        names.append(f"bwp{hashlib.sha512(f'net{netns.name}'.encode()).hexdigest()}"[:15])
         found = []
         for command in (
             ["nft", "list", "ruleset"],

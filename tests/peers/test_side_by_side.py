@@ -88,6 +88,7 @@ _AS_INSTALLED = (
     "loopback-1.0.0",
     "host-local-range",
     "static-0.4.0-dual",
+    "standard-chain",
 )
 
 
