@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from tests.hosts import PROGRAM_PATH, ROOT, Host, HostError, Ipamd, Netns, Snapshot, wait_until
+from tests.hosts import CNI_BIN, PROGRAM_PATH, ROOT, Host, HostError, Ipamd, Netns, Snapshot, wait_until
 from tests.runtimes import cgroups
 from tests.warm.service import COLD, Service
 
@@ -36,7 +36,9 @@ _OWN = (
     "/var/tmp",
     "/dev/shm",
 )
+_LIB = "/usr/lib/netloom"
 _REQUESTS = "/run/requests"
+_WATCHING = ["--liveness-interval", "0.5"]
 _CACHE = "file /run/netloom/host-local"  # host-local's index; the addresses themselves are in /var/lib/cni
 _FURNITURE = "file /var/lib/cni/networks"  # what is in it counts
 OUTSIDE = "192.0.2.2"  # who reaches the host from elsewhere
@@ -91,12 +93,19 @@ class Request:
 
 
 class RuntimeHost:
-    """Use as a context manager. `cgroup2`: the host has only cgroup v2, as newer systems do."""
+    """Use as a context manager.
+
+    `launcher`: the built launcher, before workers that run this checkout. Or a directory that `make install` wrote to:
+    then its launchers, its workers and its programs for the cold way are at their places, and nobody notes requests
+    but they themselves (`netloom trace`). `cgroup2`: the host has only cgroup v2, as newer systems do.
+    """
 
     def __init__(self, name: str, launcher: Path, cgroup2: bool = False) -> None:
-        self.host = Host(name, own=_OWN)
+        self.installed = launcher.is_dir()
+        self.host = Host(name, plugins=not self.installed, own=(*_OWN, *([_LIB] if self.installed else [])))
         self.cgroup2 = cgroup2
         self._launcher = launcher
+        self._master: subprocess.Popen[str] | None = None
         self._before: Snapshot | None = None
         self._service: Service | None = None
         self.ipamd: Ipamd
@@ -113,8 +122,7 @@ class RuntimeHost:
 
     def __exit__(self, *error: Any) -> None:
         try:
-            if self._service is not None and self._service.process is not None:
-                self._service.stop()  # its children, too, so that what the host still finds running is a runtime's
+            self.end_service()  # its children, too, so that what the host still finds running is a runtime's
         finally:
             try:
                 self.host.__exit__(*error)
@@ -129,7 +137,11 @@ class RuntimeHost:
             host.run(["umount", "-R", "/sys/fs/cgroup"])
             host.run(["mount", "-t", "cgroup2", "none", "/sys/fs/cgroup"])
         self.ipamd = host.start_ipamd(pools={"cooldown_s": 0}, reclaim={"grace_s": 1, "interval_s": 1})
-        self._service = Service(host, self._launcher, ["--liveness-interval", "0.5"], "tests.runtimes.recording")
+        if self.installed:
+            shutil.copytree(self._launcher / CNI_BIN[1:], host.path(CNI_BIN), dirs_exist_ok=True)
+            host.run(["mount", "--bind", str(self._launcher / _LIB[1:]), _LIB])
+        else:
+            self._service = Service(host, self._launcher, _WATCHING, "tests.runtimes.recording")
         self.begin_service()
         self.outside = host.netns("outside")
         for command in (
@@ -150,12 +162,32 @@ class RuntimeHost:
 
     def begin_service(self) -> None:
         """Starts the master."""
-        self.service.start({**os.environ, "NETLOOM_TEST_REQUESTS": _REQUESTS})
+        if not self.installed:
+            self.service.start({**os.environ, "NETLOOM_TEST_REQUESTS": _REQUESTS})
+            return
+        socket = self.host.path("/run/netloom/cni.sock")
+        socket.unlink(missing_ok=True)  # of the one before
+        with (self.host.directory / "warm.log").open("a", encoding="utf-8") as log:
+            self._master = self.host.popen(
+                [f"{_LIB}/netloom-warm", *_WATCHING], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/"
+            )
+        wait_until(socket.is_socket, "the installed workers' socket")
+
+    def end_service(self) -> None:
+        """Stops it; all its processes have ended then."""
+        if self._master is not None:
+            master, self._master = self._master, None
+            master.terminate()
+            master.wait(60)
+        elif self._service is not None and self._service.process is not None:
+            self._service.stop()
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a runtime's process has: a cold way that is counted. Workers on a busy machine may be slow to accept."""
-        return {"PATH": PROGRAM_PATH, "HOME": "/root", "NETLOOM_CNI_WAIT_MS": "30000", "NETLOOM_CNI_COLD": COLD}
+        """What a runtime's process has. Workers on a busy machine may be slow to accept. Of a checkout: a cold way
+        that is counted."""
+        cold = {} if self.installed else {"NETLOOM_CNI_COLD": COLD}
+        return {"PATH": PROGRAM_PATH, "HOME": "/root", "NETLOOM_CNI_WAIT_MS": "30000", **cold}
 
     def run(self, argv: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
         return self.host.run(argv, **{"env": self.environment, "cwd": "/", **options})
@@ -251,7 +283,13 @@ class RuntimeHost:
     # The other side
 
     def netloom(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        return self.host.run([sys.executable, "-m", "cli", *arguments], check=check)
+        command = [f"{_LIB}/netloom"] if self.installed else [sys.executable, "-m", "cli"]
+        return self.host.run([*command, *arguments], check=check)
+
+    def traced(self) -> list[tuple[str, str, str]]:
+        """What `netloom trace` tells of all requests: verb, plugin, way."""
+        found = json.loads(self.netloom("trace", "--json", "--last", "1000").stdout)["requests"]
+        return [(one["verb"], one["plugin"], one["way"]) for one in found]
 
     def kill(self, pid: int, number: signal.Signals = signal.SIGKILL) -> None:
         """A process of this host."""

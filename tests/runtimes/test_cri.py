@@ -222,7 +222,7 @@ def test_an_old_network(containerd: Containerd) -> None:
 
 def test_no_worker_is_there(containerd: Containerd) -> None:
     """Then, and only then, each plugin's own process does it."""
-    containerd.service.stop()
+    containerd.end_service()
     try:
         pod = containerd.pod("a", port_mappings=PORTS)
         assert containerd.ask(HOST_OUTSIDE, 8080, netns=containerd.outside) == "a"

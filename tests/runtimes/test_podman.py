@@ -410,7 +410,7 @@ def test_other_plugins(podman: Podman, name: str, plugin: dict[str, Any], versio
 
 def test_no_worker_is_there(podman: Podman) -> None:
     """Then, and only then, the plugin's own process does it."""
-    podman.service.stop()
+    podman.end_service()
     try:
         podman.start("a", "--network", "web")
         podman.netns("a").ping("10.20.0.1")
