@@ -71,6 +71,32 @@ def test_what_was_taken_from_nftables_comes_back(service: Service, command: str)
     wait_until(lambda: "into nftables" in service.log(), "a line that says so")
 
 
+@pytest.mark.parametrize("what", ["ruleset", "map inet netloom anydnat4", "the chain", "its rules"])
+def test_published_ports_come_back(service: Service, what: str) -> None:
+    """One with a condition has a chain of its own."""
+    host = service.host
+    for name, keys in (("c1", {}), ("c2", {"conditionsV4": ["ip saddr 192.0.2.0/24"]})):
+        netns = host.netns(name)
+        result = service.add(netns, name).result()
+        conf = {**bridge(), "type": "portmap", "prevResult": result, **keys}
+        mapping = {"hostPort": 8080 + int(name[1]), "containerPort": 80, "protocol": "tcp"}
+        conf["runtimeConfig"] = {"portMappings": [mapping]}
+        service.host.cni("ADD", "portmap", conf, netns=netns, container_id=name).ok()
+
+    def rules() -> list[str]:
+        return sorted(host.run(["nft", "--stateless", "list", "ruleset"]).stdout.splitlines())
+
+    before = rules()
+    (chain,) = [c["chain"]["name"] for c in host.nft() if c.get("chain", {}).get("name", "").startswith("c_")]
+    empty = f"flush chain inet netloom {chain}"
+    commands = {
+        "the chain": f"flush map inet netloom anycond4; {empty}; delete chain inet netloom {chain}",
+        "its rules": empty,
+    }
+    host.run(["nft", commands.get(what, f"flush {what}")])
+    wait_until(lambda: rules() == before, "what was there", service.log)
+
+
 def test_a_large_firewall_of_somebody_else_is_nothing_to_repair(service: Service) -> None:
     """More events than the usual buffer of a socket holds."""
     host = service.host
@@ -142,6 +168,7 @@ def test_the_rule_in_front_of_another_firewall_comes_back(service: Service) -> N
     assert "put the rule that lets our packets pass back into iptables" in service.log()
     # Nobody wants it any more.
     wall(service, c1, "DEL").ok()
+    service.delete(c1).ok()
     assert forward(service) == []
     host.run(["iptables", "-A", "FORWARD", "-i", "docker0", "-j", "ACCEPT"])
     time.sleep(0.5)
