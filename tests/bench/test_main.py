@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from bench import __main__ as main
 from bench.addresses import OTHER_LOAD, counters
 from bench.host import BenchError
 from bench.stats import Row, Spec
+from tests.hosts import ROOT
 
 ROWS = [
     Row("a", "ms", 1.0, 2.0, 0.5, 0.65, 0.4, (0.4, 0.6), 1.5, 2.5, "lower", 9, "n"),
@@ -114,3 +116,13 @@ def test_names_of_rows_are_unique() -> None:
 def test_counters_of_a_metrics_page() -> None:
     page = '# HELP a_sum x\n# TYPE a histogram\na_bucket{le="1"} 3\na_sum 2.5\na_count 3.0\n'
     assert counters(page) == {"a_sum": 2.5, "a_count": 3.0}
+
+
+def test_every_row_is_documented() -> None:
+    text = (ROOT / "docs" / "benchmark.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in text.partition("| rows |")[2].splitlines()[2:] if line.startswith("|")]
+    words = [word for cell in rows for word in re.findall(r"`([^`]+)`", cell)]
+    commands = {"kill -9", "ip"}
+    assert [word for word in words if not any(word in spec.name for spec in SPECS) and word not in commands] == []
+    # ipMasq and the like are words of other rows, too: each row needs one of its own kind.
+    assert [spec.name for spec in SPECS if not any(word in spec.name for word in words)] == []
