@@ -22,7 +22,7 @@ pids_limit = 0
 
 [network]
 network_backend = "cni"
-cni_plugin_dirs = ["{plugins}"]
+cni_plugin_dirs = {plugins}
 network_config_dir = "{net_d}"
 
 [engine]
@@ -43,9 +43,7 @@ class Podman(RuntimeHost):
     def __enter__(self) -> Self:
         super().__enter__()
         try:
-            environment = ", ".join(json.dumps(f"{name}={value}") for name, value in self.environment.items())
-            conf = _CONTAINERS_CONF.format(plugins=CNI_BIN, net_d=NET_D, environment=environment)
-            self.host.path("/etc/containers/containers.conf").write_text(conf, encoding="utf-8")
+            self.use_plugins(CNI_BIN)
             policy = '{"default": [{"type": "insecureAcceptAnything"}]}'
             self.host.path("/etc/containers/policy.json").write_text(policy, encoding="utf-8")
             self.podman("import", "-", images.NAME, input=images.root_tar())
@@ -53,6 +51,12 @@ class Podman(RuntimeHost):
             self.__exit__(*sys.exc_info())
             raise
         return self
+
+    def use_plugins(self, *directories: str) -> None:
+        """Where podman looks for plugins, from its next command on."""
+        environment = ", ".join(json.dumps(f"{name}={value}") for name, value in self.environment.items())
+        conf = _CONTAINERS_CONF.format(plugins=json.dumps(directories), net_d=NET_D, environment=environment)
+        self.host.path("/etc/containers/containers.conf").write_text(conf, encoding="utf-8")
 
     def podman(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         return self.run(["podman", *arguments], **options)

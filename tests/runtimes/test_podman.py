@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.hosts import IPV6, HostError, wait_until
+from tests.hosts import CNI_BIN, IPV6, HostError, wait_until
 from tests.runtimes import cgroups, images, networks
 from tests.runtimes.networks import bridge
 from tests.runtimes.podman import Podman
@@ -377,6 +377,56 @@ def test_debians_default_network(podman: Podman) -> None:
     remove(podman, "a")
     file.unlink()
     podman.delete_network("podman", document["plugins"][0]["bridge"])
+
+
+REFERENCE = "/usr/lib/cni"
+
+
+def test_netloom_is_put_in_front_of_the_reference_plugins(podman: Podman) -> None:
+    """With containers running: theirs go without a trace, new ones join them, and their port is free again."""
+    podman.use_plugins(REFERENCE)
+    podman.podman("network", "create", "made")
+    a = podman.start("a", "--network", "made", "-p", "8080:80")
+    podman.start("b", "--network", "made")
+    assert podman.ask(HOST_OUTSIDE, 8080, netns=podman.outside) == "a"
+    assert podman.verbs() == []
+    podman.use_plugins(CNI_BIN, REFERENCE)
+    c = podman.start("c", "--network", "made", "-p", "8081:80")
+    assert podman.ask(podman.address("b", "made"), netns=podman.netns("c")) == "b"
+    assert published(podman, 8081) == ["c"] * 3
+    assert podman.ask(HOST_OUTSIDE, 8080, netns=podman.outside) == "a"
+    remove(podman, "a")
+    assert podman.silent(HOST_OUTSIDE, 8080, netns=podman.outside)
+    podman.start("d", "--network", "made", "-p", "8080:80")
+    assert published(podman, 8080) == ["d"] * 3
+    podman.podman("network", "reload", "b")
+    assert podman.ask(podman.address("b", "made"), netns=podman.netns("c")) == "b"
+    subnet = podman.address("b", "made").rpartition(".")[0]
+    remove(podman, "b", "c", "d")
+    left = [rule for rule in (json.dumps(one) for one in podman.host.nft()) if any(x in rule for x in (a, c, subnet))]
+    assert left == []
+    podman.podman("network", "rm", "made")
+    podman.delete_network("made")
+    podman.use_plugins(CNI_BIN)
+    # The chains that all containers of the reference share stay, as they do with the reference itself.
+    for table in ("nat", "filter"):
+        podman.host.run(["nft", "delete", "table", "ip", table], check=False)
+        podman.host.run(["nft", "delete", "table", "ip6", table], check=False)
+
+
+def test_a_plugin_that_only_the_reference_has(podman: Podman) -> None:
+    """podman looks into the directories one after the other."""
+    podman.use_plugins(CNI_BIN, REFERENCE)
+    mixed = bridge("mix0", ipam={"type": "ipamd", "subnet": "10.23.0.0/24"})
+    path = podman.conflist("mixed", [mixed, {"type": "sbr"}, networks.PORTMAP])
+    cid = podman.start("a", "--network", "mixed", "-p", "8080:80")
+    assert published(podman, 8080) == ["a"] * 3
+    assert "from" in podman.netns("a").run(["ip", "rule", "show", "table", "100"]).stdout
+    remove(podman, "a")
+    assert podman.verbs(cid) == ["ADD bridge", "ADD portmap", "DEL portmap", "DEL bridge"]
+    path.unlink()
+    podman.delete_network("mixed", "mix0")
+    podman.use_plugins(CNI_BIN)
 
 
 PLAIN: list[tuple[str, dict[str, Any], str]] = [
