@@ -11,6 +11,9 @@ from kernel import addr, link, nft, route
 from kernel.link import Link
 from kernel.session import Session, Visit
 
+# What the kernel makes of larger ones (net/ipv4/metrics.c, ip_metrics_convert).
+_LARGEST_MTU, _LARGEST_ADVMSS = 65535 - 15, 65535 - 40
+
 
 def broken(what: str, remedy: str = "") -> CniError:
     """The error of a failed CHECK. The specification has no code of its own for it."""
@@ -71,10 +74,12 @@ def routes(inside: Visit, eth: Link, result: Result) -> None:
         wishes = [wish for wish in result.routes if ip_network(wish.dst, strict=False).version == version]
         if not wishes:
             continue
-        present = route.all_routes(inside, version)
+        present: dict[object, list[route.Route]] = {}
+        for one in route.all_routes(inside, version):
+            present.setdefault(one.dst, []).append(one)
         for wish in wishes:
             wanted = wanted_route(eth.index, wish, result.ips)
-            if not any(_matches(wanted, found) for found in present):
+            if not any(_matches(wanted, found) for found in present.get(wanted.dst, ())):
                 via = f" via {wanted.gateway}" if wanted.gateway is not None else ""
                 raise broken(f"the route to {wanted.dst}{via} on {eth.name} is gone")
 
@@ -82,10 +87,10 @@ def routes(inside: Visit, eth: Link, result: Result) -> None:
 def _matches(wanted: route.Route, found: route.Route) -> bool:
     return (
         (found.dst, found.gateway, found.index) == (wanted.dst, wanted.gateway, wanted.index)
-        and (wanted.table is None or found.table == wanted.table)
+        and (not wanted.table or found.table == wanted.table)
         and (not wanted.priority or found.priority == wanted.priority)
-        and (not wanted.mtu or found.mtu == wanted.mtu)
-        and (not wanted.advmss or found.advmss == wanted.advmss)
+        and (not wanted.mtu or found.mtu == min(wanted.mtu, _LARGEST_MTU))
+        and (not wanted.advmss or found.advmss == min(wanted.advmss, _LARGEST_ADVMSS))
     )
 
 

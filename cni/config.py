@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 # As for CNI_IFNAME. The kernel takes more, but makes br0 of br%d, which is then not the link that was named.
 _LINK_NAME = re.compile(r"[A-Za-z0-9_.+@=,~^][A-Za-z0-9_.+@=,~^\-]{0,14}", re.ASCII)
+# Directories of /proc/sys/net/ipv4/conf beside those of interfaces (net/ipv4/devinet.c, inetdev_init).
+KERNELS_NAMES = ("all", "default")
 _INT64_MIN = -(2**63)
 _UINT64_MAX = 2**64 - 1
 
@@ -122,6 +124,8 @@ def check_link_name(key: str, name: str) -> None:
     Raises:
         CniError: 7.
     """
+    if name in KERNELS_NAMES:
+        raise refused(key, name, "want another name, the kernel has its own meaning for this one")
     if not _LINK_NAME.fullmatch(name) or name in (".", ".."):
         raise refused(key, name, "want an interface name: 1 to 15 ASCII letters, digits and _ . - + @ = , ~ ^")
 

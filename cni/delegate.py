@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from cni import registry, versions
+from cni import lease, registry, versions
 from cni.config import decode_object
 from cni.errors import CniError, Code, shown
 from cni.request import Command, Request
@@ -46,6 +46,7 @@ def begin(request: Request, host: Session, inside: Visit, undo: Undo) -> Callabl
         result = wait()
         if not result.ips:
             raise CniError(Code.INTERNAL, f"IPAM plugin {request.ipam_type} returned no address")
+        lease.check(result, request.ipam_type)
         return result
 
     return finish

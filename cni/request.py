@@ -19,7 +19,7 @@ from typing import TypeVar
 import msgspec
 
 from cni import versions
-from cni.config import convert, decode, decode_object, found
+from cni.config import KERNELS_NAMES, convert, decode, decode_object, found
 from cni.errors import CniError, Code, shown
 from cni.result import Result
 
@@ -325,6 +325,8 @@ def _check_ifname(value: str) -> None:
         reason = "interface name is . or .."
     elif any(char in "/:" or char.isspace() for char in value):
         reason = "interface name contains / or : or whitespace characters"
+    elif value in KERNELS_NAMES:
+        reason = "interface name has a meaning of its own for the kernel"
     elif not _IFNAME.fullmatch(value):
         # The reference leaves these to the kernel, which takes most of them.
         reason = "interface name contains characters other than ASCII letters, digits and _ . - + @ = , ~ ^"

@@ -39,11 +39,14 @@ def on_host(result: Result) -> list[Interface]:
 
 def container_ips(result: Result) -> Sequence[AnyInterface]:
     """The addresses of the container, with prefix length. One without an interface counts: results of old versions
-    have none. One of a host's interface does not."""
-    return [
-        ip_interface(ip.address)
-        for ip in result.ips
-        if ip.interface is None
-        or not 0 <= ip.interface < len(result.interfaces)
-        or result.interfaces[ip.interface].sandbox
-    ]
+    have none. One of a host's interface does not. Each counts once."""
+    found: dict[object, AnyInterface] = {}
+    for ip in result.ips:
+        if (
+            ip.interface is None
+            or not 0 <= ip.interface < len(result.interfaces)
+            or result.interfaces[ip.interface].sandbox
+        ):
+            one = ip_interface(ip.address)
+            found.setdefault(one.ip, one)
+    return list(found.values())

@@ -17,7 +17,7 @@ from typing import Annotated
 
 import msgspec
 
-from cni.errors import CniError, Code
+from cni.errors import CniError, Code, shown
 
 DATA_DIR = "/run/cni/tuning"
 
@@ -95,7 +95,7 @@ def write(path: str, backup: Backup) -> None:
     except OSError as error:
         raise CniError(
             Code.IO_FAILURE,
-            f"cannot write the backup {path}: {error.strerror or error}",
+            f"cannot write the backup {shown(path, 200)}: {error.strerror or error}",
             "what tuning changes could not be restored; make room, or set dataDir to another directory",
         ) from error
 
@@ -124,7 +124,9 @@ def remove(path: str) -> None:
     except OSError as error:
         if error.errno not in _NOWHERE:
             reason = error.strerror or str(error)
-            raise CniError(Code.IO_FAILURE, f"cannot remove the backup {path}: {reason}", "remove it") from error
+            raise CniError(
+                Code.IO_FAILURE, f"cannot remove the backup {shown(path, 200)}: {reason}", "remove it"
+            ) from error
 
 
 def _create(path: str, backup: Backup) -> None:

@@ -5,6 +5,7 @@ the network of its gateway. Duplicate address detection is off unless asked for:
 detection takes a second and more.
 """
 
+import errno
 import time
 from collections.abc import Sequence
 from ipaddress import ip_address, ip_interface, ip_network
@@ -13,10 +14,13 @@ from cni.errors import CniError, Code
 from cni.result import IPConfig, Result
 from cni.result import Route as ResultRoute
 from kernel import addr, link, route, sysctl
-from kernel.errors import NotFound
+from kernel.errors import KernelError, NotFound
+from kernel.netlink import Message
 from kernel.session import Visit
 from telemetry import trace
 
+# A gateway that nothing leads to, a route or address for the second time, an address that no interface can have.
+_NOT_POSSIBLE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EEXIST, errno.EINVAL, errno.EADDRNOTAVAIL)
 DAD_TIMEOUT_S = 5.0
 _U32_MAX = 2**32 - 1
 
@@ -54,11 +58,27 @@ def configure(
     routes = [route.add_message(one) for one in instead or ()]
     routes += [route.add_message(wanted_route(index, wish, result.ips)) for wish in result.routes]
     if not (dad and has_v6):
-        inside.rtnl.execute(messages + routes)
+        _execute(inside, messages + routes)
         return
-    inside.rtnl.execute(messages)
+    _execute(inside, messages)
     _settle(inside, ifname, index)
-    inside.rtnl.execute(routes)
+    _execute(inside, routes)
+
+
+def _execute(inside: Visit, messages: Sequence[Message]) -> None:
+    """Run the messages; what the kernel will not have is IPAM's addresses and routes.
+
+    Raises:
+        CniError: 7, one cannot be.
+        KernelError: anything else.
+    """
+    try:
+        inside.rtnl.execute(messages)
+    except KernelError as error:
+        if error.errno not in _NOT_POSSIBLE or not error.operation.startswith(("add address", "add route")):
+            raise
+        wish = "correct the addresses or routes in $.ipam; a route's gateway must be in the network of an address"
+        raise CniError(Code.INVALID_CONFIG, f"IPAM's wish was refused by the kernel: {error}", wish) from error
 
 
 def wanted_route(index: int, wish: ResultRoute, ips: tuple[IPConfig, ...]) -> route.Route:

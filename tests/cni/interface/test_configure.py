@@ -10,7 +10,6 @@ from cni.errors import CniError
 from cni.interface.configure import configure, first_gateway, wanted_route
 from cni.result import IPConfig, Result, Route
 from kernel import addr, link, netns, route
-from kernel.errors import KernelError
 from kernel.link import VethSpec
 from kernel.session import Session
 from tests.hosts import IPV6, wait_until
@@ -144,8 +143,9 @@ class TestInAContainer:
         assert caught.value.code == 11
 
     def test_a_refused_route_is_told_by_its_words(self, session: Session, container: Space) -> None:  # noqa: F811
-        with pytest.raises(KernelError, match=r"add route 192\.0\.2\.0/24 via 172\.16\.0\.1"):
+        with pytest.raises(CniError, match=r"add route 192\.0\.2\.0/24 via 172\.16\.0\.1") as caught:
             self.configured(session, container, Result((), IPS[:1], (Route("192.0.2.0/24", "172.16.0.1"),)))
+        assert caught.value.code == 7
 
     def test_arp_is_announced_when_the_interface_is_told_to(self, session: Session, container: Space) -> None:  # noqa: F811
         self.configured(session, container, Result((), IPS[:1]))
