@@ -144,8 +144,7 @@ class Records:
         """
         path, network = self._path(record.key), record.key.network
         with self._locked(fcntl.LOCK_SH):
-            nft.delete(session, record.elements)
-            nft.delete_chains(session, (chain.name for chain in record.chains))
+            self._take_out(session, record)
             foreign.settle(session, _forwarded(record))
             others = _has_others(path)
             if others:
@@ -153,6 +152,8 @@ class Records:
         if others and not _is_empty(os.path.dirname(path)):
             return
         with self._locked(fcntl.LOCK_EX):
+            if not others:  # a rebuild may have come between, and put back what the record wants
+                self._take_out(session, record)
             if not _has_others(path):
                 if self._is_marked(network):
                     self._settle(session, without=network)
@@ -162,6 +163,11 @@ class Records:
             _unlink(path)
             with contextlib.suppress(OSError):  # a new attachment came
                 os.rmdir(os.path.dirname(path))
+
+    @staticmethod
+    def _take_out(session: Session, record: Record) -> None:
+        nft.delete(session, record.elements)
+        nft.delete_chains(session, (chain.name for chain in record.chains))
 
     def rebuild(self, session: Session) -> tuple[int, int]:
         """Make our nftables tables hold exactly what the records want.
