@@ -114,7 +114,8 @@ class Changing:
             ["ip", "-o", "link"],
             ["sh", "-c", "grep -r . /var/lib/cni/networks /run/cni || true"],
         ):
-            for line in self.host.run(command).stdout.splitlines():
+            # Where the kernel knows iptables-legacy not, its programs fail.
+            for line in self.host.run(command, check=False).stdout.splitlines():
                 if any(word in line for word in names) and "last_reserved_ip" not in line:
                     found.append(line.strip())
         return found
@@ -146,6 +147,8 @@ def addresses(result: Mapping[str, Any]) -> list[str]:
 def iptables(request: pytest.FixtureRequest, changing: Changing) -> Iterator[str]:
     """Which iptables the reference finds: both write to the kernel by other ways."""
     if request.param == "legacy":
+        if changing.host.run(["iptables-legacy", "-t", "nat", "-S"], check=False).returncode:
+            pytest.skip("this kernel has no ip_tables")
         place = changing.host.path("/etc/netloom/legacy")
         place.mkdir(exist_ok=True)
         for name in ("iptables", "ip6tables"):
