@@ -64,6 +64,12 @@ class Containerd(RuntimeHost):
         finally:
             super().__exit__(*error)
 
+    def reboot(self) -> None:
+        """As ever; containerd is to be started then."""
+        self.cri.close()
+        self._process = None
+        super().reboot()
+
     def begin(self) -> None:
         """Starts containerd; returns when its CRI answers."""
         with (self.host.directory / "containerd.log").open("a", encoding="utf-8") as log:

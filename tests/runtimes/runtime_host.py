@@ -10,6 +10,7 @@ Rules of this file
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -133,15 +134,21 @@ class RuntimeHost:
         host = self.host
         for path in ("/var/tmp", "/dev/shm"):
             host.path(path).chmod(0o1777)
+        if self.installed:
+            shutil.copytree(self._launcher / CNI_BIN[1:], host.path(CNI_BIN), dirs_exist_ok=True)
+        else:
+            self._service = Service(host, self._launcher, _WATCHING, "tests.runtimes.recording")
+        self._boot()
+
+    def _boot(self) -> None:
+        """What a host has to do each time."""
+        host = self.host
         if self.cgroup2:
             host.run(["umount", "-R", "/sys/fs/cgroup"])
             host.run(["mount", "-t", "cgroup2", "none", "/sys/fs/cgroup"])
-        self.ipamd = host.start_ipamd(pools={"cooldown_s": 0}, reclaim={"grace_s": 1, "interval_s": 1})
         if self.installed:
-            shutil.copytree(self._launcher / CNI_BIN[1:], host.path(CNI_BIN), dirs_exist_ok=True)
             host.run(["mount", "--bind", str(self._launcher / _LIB[1:]), _LIB])
-        else:
-            self._service = Service(host, self._launcher, _WATCHING, "tests.runtimes.recording")
+        self.ipamd = host.start_ipamd(pools={"cooldown_s": 0}, reclaim={"grace_s": 1, "interval_s": 1})
         self.begin_service()
         self.outside = host.netns("outside")
         for command in (
@@ -151,9 +158,17 @@ class RuntimeHost:
             f"ip -n {self.outside.name} addr add {OUTSIDE}/24 dev eth0",
             f"ip -n {self.outside.name} link set lo up",
             f"ip -n {self.outside.name} link set eth0 up",
-            f"ip -n {self.outside.name} route add default via {HOST_OUTSIDE}",
         ):
             host.run(command.split())
+
+    def reboot(self) -> None:
+        """The power goes, with containers running, and comes back."""
+        with contextlib.suppress(HostError):  # which names who was still running
+            self.host.reboot()
+        cgroups.remove()
+        for file in self.host.path("/dev/shm").iterdir():
+            file.unlink()
+        self._boot()
 
     @property
     def service(self) -> Service:
