@@ -15,8 +15,9 @@ Rules of this file
 - The rule goes to the top. Where it is there already, what somebody put in front of it stays in front.
 - A change is made for one generation of the whole rule set: whoever else changes it meanwhile, we look again. So any
   number of processes leave one rule, without a lock.
-- On the way of an ADD: one look at the chain, one at its first rules, whatever their number. What is deeper than the
-  first thousand is never looked at.
+- On the way of an ADD: one look at the chain, one at its rules; of many only the first are looked at, on a socket of
+  their own. Not always, because closing one waits for all that was deleted from nftables lately, for milliseconds
+  (nf_tables_api.c, nft_rcv_nl_event). What is deeper than the first thousand is never looked at.
 - iptables-legacy can only be asked by its program; whether its tables are in use is in /proc.
 
 Sources: include/uapi/linux/netfilter/nf_tables.h, net/netfilter/nf_tables_api.c, nfnetlink.c (NFNL_BATCH_GENID);
@@ -43,6 +44,7 @@ _NAMES = {1: "inet", 2: "ip", 10: "ip6"}
 _ACCEPTED = "netloom lets pass"  # the beginning of our accept rule's comment; the mark follows
 _ADMIN = "netloom asks first:"  # that of the jump to an administrator's chain, whose name follows
 _TRIES = 50
+_FEW = 200  # rules come in a few parts
 _HOOK_FORWARD = 2
 
 _SUBSYSTEM = 10 << 8
@@ -159,7 +161,7 @@ def missing(session: Session, versions: Iterable[int] = (4, 6)) -> str:
     """What lacks our rule though it needs one, in words; "" where all is well."""
     for version in versions:
         chain = _find_chain(session, version, FORWARD)
-        if chain is not None and _needs(chain, (), top := _top(version)) and not _is_right(top, ()):
+        if chain is not None and _needs(chain, (), top := _top(session, version, chain)) and not _is_right(top, ()):
             return f"{FORWARD} of table {_NAMES[_FAMILIES[version]]} {FILTER}"
         if _legacy_in_use(version) and _legacy_lacks(_list_legacy(version), ()):
             return f"{FORWARD} of {_LEGACY_PROGRAMS[version]}"
@@ -206,7 +208,7 @@ def _lets_pass(family: int, table: str, chain: str) -> bool:
 def _ensure(session: Session, version: int, chain: _Chain, admin_chains: Collection[str]) -> bool:
     if not chain.drops and not chain.rules and not admin_chains:
         return False
-    top = _top(version)
+    top = _top(session, version, chain)
     if not _needs(chain, admin_chains, top) or _is_right(top, admin_chains):
         return False
     return _change(session, version, admin_chains)[0]
@@ -236,10 +238,10 @@ def _change(session: Session, version: int, admin_chains: Collection[str] | None
     family, where = _FAMILIES[version], f"{FORWARD} of table {_NAMES[_FAMILIES[version]]} {FILTER}"
     for _ in range(_TRIES):
         generation = _generation(session)
-        try:
-            rules = _rules(version)
-        except NotFound:
+        chain = _find_chain(session, version, FORWARD)
+        if chain is None:
             return False, []
+        rules = _rules(session, version, chain)
         ours = [rule for rule in rules if rule.ours]
         asked = [rule.admin_chain for rule in ours if rule.admin_chain]
         if not ours if admin_chains is None else _is_right(rules, admin_chains):
@@ -285,24 +287,23 @@ def _locate(family: int, handle: int = 0) -> bytes:
     return body + attr(_RULE_HANDLE, handle.to_bytes(8, "big")) if handle else body
 
 
-def _rules(version: int, enough: int = 1000) -> list[_Rule]:
-    """The first rules of FORWARD; `enough`: how many are read where there are so many.
-
-    Raises:
-        NotFound: somebody removed it.
-    """
+def _rules(session: Session, version: int, chain: _Chain, enough: int = 1000) -> list[_Rule]:
+    """The first rules of FORWARD; `enough`: how many are read where there are more than a few."""
     what = Message(_GETRULE, 0, _locate(_FAMILIES[version]), "look at the first rules of FORWARD")
-    with netlink.Socket(netlink.NETFILTER) as own:  # a list that is not read to its end
-        bodies = own.begin_dump(what, enough)
+    try:
+        if chain.rules <= _FEW:
+            bodies = list(session.netfilter.dump(what))
+        else:
+            with netlink.Socket(netlink.NETFILTER) as own:  # a list that is not read to its end
+                bodies = own.begin_dump(what, enough)
+    except NotFound:  # somebody removed it meanwhile
+        return []
     return list(_parse(bodies))
 
 
-def _top(version: int) -> list[_Rule]:
-    """The dozen or so that come in one part. None where somebody removed the chain."""
-    try:
-        return _rules(version, 1)
-    except NotFound:
-        return []
+def _top(session: Session, version: int, chain: _Chain) -> list[_Rule]:
+    """The first dozen, at least."""
+    return _rules(session, version, chain, 1)
 
 
 def _parse(bodies: Iterable[bytes]) -> Iterator[_Rule]:

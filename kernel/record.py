@@ -145,7 +145,6 @@ class Records:
         path, network = self._path(record.key), record.key.network
         with self._locked(fcntl.LOCK_SH):
             self._take_out(session, record)
-            foreign.settle(session, _forwarded(record))
             others = _has_others(path)
             if others:
                 _unlink(path)
@@ -160,6 +159,7 @@ class Records:
                     self._unmark(network)
                 for top in (self._root, self._shared):
                     _remove_files(top)
+                self._end_passing(session, path)
             _unlink(path)
             with contextlib.suppress(OSError):  # a new attachment came
                 os.rmdir(os.path.dirname(path))
@@ -212,6 +212,15 @@ class Records:
         """Keep every other process from writing or removing records for the duration of the block."""
         with self._locked(fcntl.LOCK_EX):
             yield
+
+    def _end_passing(self, session: Session, path: str) -> None:
+        """Take our rules out of other firewalls if nobody wants them, now that a network's last attachment goes.
+        Exclusive. Once for a network, because to look whether anybody does may have to wait for what was deleted just
+        now (kernel.foreign)."""
+        if _has_others(os.path.dirname(path)):  # other networks
+            foreign.settle(session)
+        else:
+            foreign.remove(session)
 
     def _path(self, key: Key) -> str:
         name = f"{_name(key.container_id)}@{_name(key.ifname)}.{key.plugin}"

@@ -135,13 +135,14 @@ def test_among_20000_rules_only_the_first_are_looked_at(session: Session) -> Non
     many = "".join(f"-A FORWARD -s 10.{n >> 8 & 255}.{n & 255}.0/24 -j DROP\n" for n in range(20_000))
     restore(f"*filter\n:FORWARD DROP [0:0]\n{many}COMMIT\n")
     assert foreign.ensure(session)
-    top = foreign._top(4)
+    chain = foreign._Chain(True, 20_001)
+    top = foreign._top(session, 4, chain)
     assert top[0].ours
     assert 1 < len(top) < 200
-    assert len(foreign._rules(4)) < 2000
+    assert len(foreign._rules(session, 4, chain)) < 2000
     assert not foreign.ensure(session)
     foreign.settle(session)
-    assert not foreign._top(4)[0].ours
+    assert not foreign._top(session, 4, chain)[0].ours
 
 
 @pytest.fixture

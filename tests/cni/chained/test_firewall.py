@@ -287,7 +287,7 @@ def test_as_a_process_where_packets_are_dropped(lab: Lab) -> None:
 @pytest.mark.parametrize("make", [like_docker, like_ufw, like_rhel])
 def test_packets_pass_another_firewall(lab: Lab, outside: Netns, make: Any) -> None:
     host = lab.host
-    with dropping(host, make), lab.attached(web()) as plain:
+    with dropping(host, make), lab.attached(numbered(2)) as plain:
         assert not_outward(plain.netns)
         with walled(lab) as one:
             top = [forward(host, version)[0] for version in ((4, 6) if IPV6 else (4,))]
@@ -698,7 +698,6 @@ def test_a_fault_at_each_step_leaves_nothing(lab: Lab, when: str) -> None:
             assert answer.code() > 0, label
             try:
                 host.assert_clean(before)
-                assert ACCEPT not in forward(host)
             except AssertionError as error:
                 raise AssertionError(f"{kind} {when} step {number}, {label}: {error}") from error
         undone = two.call("ADD", faults=[{"at": len(called), "when": when, "kind": "error"}]).undo_calls
