@@ -94,6 +94,7 @@ def attach(
     by its conflist in /etc/cni/net.d. The interface goes with the container, or by `netloom detach`.
     """
     _require_root()
+    prune()
     args = _arguments(ips, gateway, mac)
     runtime: dict[str, Any] = {"ips": list(ips)} if ips else {}
     if mac:
@@ -163,7 +164,7 @@ def detach(choices: Choices, target: str, network: str, ifname: str, cni_path: s
             chain.delete(one.container_id, path, one.ifname, one.runtime, one.result, one.args)
         except DriverError as error:
             raise Failure(str(error)) from None
-        os.unlink(_file(one))
+        _forget(one)
     _print(choices, wanted)
 
 
@@ -290,6 +291,21 @@ def _all() -> list[Attached]:
                 if name.endswith(".json"):
                     found.append(msgspec.json.decode(file.read(), type=Attached))
     return found
+
+
+def prune() -> int:
+    """Forget what was attached to namespaces that are gone; how many."""
+    gone = [one for one in _all() if not _is_still(one)]
+    for one in gone:
+        _forget(one)
+    return len(gone)
+
+
+def _forget(one: Attached) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(_file(one))
+    with contextlib.suppress(OSError):  # others are there
+        os.rmdir(_directory())
 
 
 def _is_still(one: Attached) -> bool:

@@ -13,7 +13,7 @@ from typing import TypedDict
 
 import click
 
-from cli import addresses, documents, output
+from cli import addresses, attach, documents, output
 from cli.documents import AllocationDocument
 from cli.failure import EPILOG, Failure, Status
 from cli.options import Choices, common, pass_choices
@@ -108,6 +108,8 @@ def _sweep_kernel(observation: _Observation, dry_run: bool, rebuild: bool) -> Gc
 
     with Session() as host:
         gone = leftovers.sweep(host, records, lock, observe=observation, dry_run=dry_run)
+        if not dry_run:
+            attach.prune()
         rebuilt: RebuiltDocument | None = None
         # An address may have got a new holder already, whose elements are then the same: those come back here.
         if rebuild or (gone and not dry_run):

@@ -301,6 +301,11 @@ class Host:
             raise HostError(f"{inside} is not below any path that a host has to itself: {', '.join(self._fixed)}")
         return self.directory / "fs" / inside[1:]
 
+    @property
+    def netns_path(self) -> str:
+        """The host's network namespace, for programs anywhere on the machine, as long as this process lives."""
+        return f"/proc/{os.getpid()}/fd/{self._net}"
+
     def command(self, argv: Sequence[str], cwd: str | Path = ROOT) -> list[str]:
         """The command line that runs `argv` in this host: one execve more, no process more."""
         own = f"/proc/{os.getpid()}/fd"

@@ -186,7 +186,7 @@ class Docker(RuntimeHost):
     def _facts(self) -> Iterator[str]:
         # Docker makes and removes its own directories' mounts as it likes.
         for fact in super()._facts():
-            if not fact.startswith(("process dockerd", "process containerd")):
+            if not fact.startswith(("process dockerd", "process containerd", "mount /run/docker/netns/default")):
                 yield fact
         for kind, ids in self.state().items():
             for one in ids:
