@@ -15,9 +15,10 @@ Rules of this file
 - The rule goes to the top. Where it is there already, what somebody put in front of it stays in front.
 - A change is made for one generation of the whole rule set: whoever else changes it meanwhile, we look again. So any
   number of processes leave one rule, without a lock.
-- On the way of an ADD: one look at the chain, one at its rules; of many only the first are looked at, on a socket of
-  their own. Not always, because closing one waits for all that was deleted from nftables lately, for milliseconds
-  (nf_tables_api.c, nft_rcv_nl_event). What is deeper than the first thousand is never looked at.
+- On the way of an ADD: one look at the chain, one at its rules. Of many only the first are looked at, on a socket of
+  their own; what is deeper than the first thousand, never. Closing such a socket waits for all that was deleted from
+  nftables lately, for milliseconds (nf_tables_api.c, nft_rcv_nl_event), so a process that saw our rule among many looks
+  it up by its handle.
 - iptables-legacy can only be asked by its program; whether its tables are in use is in /proc.
 
 Sources: include/uapi/linux/netfilter/nf_tables.h, net/netfilter/nf_tables_api.c, nfnetlink.c (NFNL_BATCH_GENID);
@@ -45,6 +46,7 @@ _ACCEPTED = "netloom lets pass"  # the beginning of our accept rule's comment; t
 _ADMIN = "netloom asks first:"  # that of the jump to an administrator's chain, whose name follows
 _TRIES = 50
 _FEW = 200  # rules come in a few parts
+_seen: dict[int, int] = {}  # by IP version, the handle of our accept rule; to be looked up before it is believed
 _HOOK_FORWARD = 2
 
 _SUBSYSTEM = 10 << 8
@@ -208,10 +210,25 @@ def _lets_pass(family: int, table: str, chain: str) -> bool:
 def _ensure(session: Session, version: int, chain: _Chain, admin_chains: Collection[str]) -> bool:
     if not chain.drops and not chain.rules and not admin_chains:
         return False
+    if chain.rules > _FEW and not admin_chains and _is_still_there(session, version):
+        return False
     top = _top(session, version, chain)
+    _seen.update((version, rule.handle) for rule in top if rule.comment == _accept_comment())
     if not _needs(chain, admin_chains, top) or _is_right(top, admin_chains):
         return False
     return _change(session, version, admin_chains)[0]
+
+
+def _is_still_there(session: Session, version: int) -> bool:
+    """Whether our accept rule is where this process saw it last."""
+    what = Message(_GETRULE, 0, _locate(_FAMILIES[version], _seen.get(version, 0)), "look up our rule in FORWARD")
+    if version not in _seen:
+        return False
+    try:
+        (found,) = _parse([session.netfilter.get(what)])
+    except NotFound:
+        return False
+    return found.comment == _accept_comment()
 
 
 def _needs(chain: _Chain, admin_chains: Collection[str], top: Sequence[_Rule]) -> bool:

@@ -141,6 +141,11 @@ def test_among_20000_rules_only_the_first_are_looked_at(session: Session) -> Non
     assert 1 < len(top) < 200
     assert len(foreign._rules(session, 4, chain)) < 2000
     assert not foreign.ensure(session)
+    assert foreign._is_still_there(session, 4)
+    iptables("-D FORWARD 1")
+    assert not foreign._is_still_there(session, 4)
+    assert foreign.ensure(session)
+    assert not foreign.ensure(session)
     foreign.settle(session)
     assert not foreign._top(session, 4, chain)[0].ours
 
