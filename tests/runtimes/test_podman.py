@@ -330,6 +330,23 @@ def test_a_host_port_that_is_taken(podman: Podman) -> None:
     path.unlink()
 
 
+def test_ports_of_a_container_in_two_networks(podman: Podman) -> None:
+    """podman publishes them by each network, and conmon listens at them while a network comes back."""
+    second = bridge("back0", isDefaultGateway=False, isGateway=True, ipam={"type": "ipamd", "subnet": "10.21.0.0/24"})
+    paths = [podman.conflist("chain", networks.CHAIN), podman.conflist("second", [second, networks.PORTMAP])]
+    podman.start("a", "--network", "chain,second", "-p", "8080:80")
+    assert published(podman, 8080) == ["a"] * 3
+    for verb in ("disconnect", "connect"):
+        podman.podman("network", verb, "second", "a")
+        assert published(podman, 8080) == ["a"] * 3
+    podman.podman("network", "reload", "a")
+    assert published(podman, 8080) == ["a"] * 3
+    remove(podman, "a")
+    podman.host.run(["ip", "address", "flush", "dev", "back0"])
+    for path in paths:
+        path.unlink()
+
+
 def test_podmans_own_network(podman: Podman) -> None:
     """What `podman network create` writes, as it is: version 0.4.0, bridge, portmap, firewall, tuning, host-local."""
     podman.podman("network", "create", "made")
