@@ -34,6 +34,7 @@ from kernel.netlink import Message
 from kernel.qdisc import Tbf
 from kernel.record import Record, Records
 from kernel.session import Session
+from telemetry import trace
 
 _CAPABILITY = "bandwidth"
 _PREFIX = "bwp"  # the reference's
@@ -160,7 +161,8 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
         undo.push(f"delete the shaper of {port.name}", lambda: qdisc.delete(host, port.index))
         messages.append(_shaper(port, port.mtu, limits.ingress))
         shaped.append((port, limits.ingress))
-    host.rtnl.execute(messages)
+    with trace.step("shaper"):
+        host.rtnl.execute(messages)
     fair = [qdisc.fq_codel_message(one, limit.rate, port.mtu + _ETHERNET_HEADER) for one, limit in shaped]
     for error in host.rtnl.attempt(fair):
         if error is not None and not isinstance(error, NotFound):

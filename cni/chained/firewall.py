@@ -38,6 +38,7 @@ from kernel.link import Link
 from kernel.nft import Element
 from kernel.record import Record, Records
 from kernel.session import Session
+from telemetry import trace
 
 _OPEN, _SAME_BRIDGE, _ISOLATED = ("", "open"), "same-bridge", "isolated"
 _FIREWALLD = "firewalld"
@@ -195,7 +196,8 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
         attachment.write_record(host, records, record, undo)
         if wishes.port is not None:
             _isolate(host, wishes.port, undo)
-        records.apply(host, record)
+        with trace.step("nftables"):
+            records.apply(host, record)
         if asked is not None:
             undo.push("take the addresses out of firewalld's zone", lambda: leftovers.forget_sources(record))
             for source in wishes.sources:

@@ -36,6 +36,7 @@ from kernel.nft import Chain, Element
 from kernel.ports import Listener, Port, Ports, Process
 from kernel.record import Record, Records
 from kernel.session import Session
+from telemetry import trace
 
 _PROTOCOLS = ("tcp", "udp", "sctp")
 _EVERYWHERE = {4: "0.0.0.0", 6: "::"}  # noqa: S104 - compared with what was asked for
@@ -276,7 +277,8 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
     undo.push("take the published ports back", lambda: leftovers.discard(host, records, record))
     _take(request, host, records, record, wanted)
     _refuse_listened(request, wanted)
-    records.apply(host, record)
+    with trace.step("nftables"):
+        records.apply(host, record)
     if wanted.loopback:
         _route_loopback(host, next(wish.address for wish in wanted.wishes if wish.port.version == 4))
     _forget_flows(host, wanted)
@@ -308,6 +310,7 @@ def _condition(conf: PortmapConf, version: int) -> str:
     return conditions.parse(f"conditionsV{version}", words, version)
 
 
+@trace.step("listeners")
 def _refuse_listened(request: Request, wanted: Plan) -> None:
     """Refuse ports at which a process of the host listens; its packets would go to the container.
 
@@ -346,6 +349,7 @@ def _who_listens(one: Listener, processes: Sequence[Process]) -> str:
     return f"process {listed}, which listens at {one.address}"
 
 
+@trace.step("record")
 def _take(request: Request, host: Session, records: Records, record: Record, wanted: Plan) -> None:
     """Claim the ports and write the record; take from the dead what they hold.
 
@@ -405,6 +409,7 @@ def _route_loopback(host: Session, address: AnyAddress) -> None:
         return  # the link went with its container
 
 
+@trace.step("flows")
 def _forget_flows(host: Session, wanted: Plan) -> None:
     """UDP clients that went on sending come to this container now. No ADD fails for it."""
     udp = [wish.port for wish in wanted.wishes if wish.port.protocol == "udp"]

@@ -39,6 +39,7 @@ from kernel.link import Link
 from kernel.netlink import Message
 from kernel.record import Record, Records
 from kernel.session import Session, Visit
+from telemetry import trace
 
 ALLOWLIST = "/etc/cni/tuning/allowlist.conf"
 
@@ -355,6 +356,7 @@ def _read_sysctls(inside: Visit, wishes: Wishes) -> dict[str, str]:
     return values
 
 
+@trace.step("sysctls")
 def _write_sysctls(inside: Visit, wishes: Wishes) -> None:
     if wishes.sysctls:
         with inside.inside():
@@ -393,6 +395,7 @@ def _changes(wishes: Wishes, eth: Link) -> Iterator[tuple[str, object, Message]]
         yield "txQLen", wishes.tx_q_len, link.tx_queue_message(eth.index, wishes.tx_q_len)
 
 
+@trace.step("link")
 def _change(inside: Visit, wishes: Wishes, eth: Link) -> None:
     """Set the interface's attributes.
 
