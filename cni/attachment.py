@@ -27,13 +27,15 @@ def owner(request: Request) -> str:
 
 @trace.step("record")
 def write_record(host: Session, records: Records, record: Record, undo: Undo) -> None:
-    """Write the record; `undo` removes it, and its elements from the kernel."""
-    undo.push("remove the attachment record", lambda: records.remove(host, record))
+    """Write the record; `undo` removes it, and its elements from the kernel, as it is on disk by then."""
+    undo.push("remove the attachment record", lambda: records.remove(host, records.read(record.key) or record))
     records.write(record)
 
 
-def complete_record(host: Session, records: Records, record: Record, wanted: Record, undo: Undo) -> Record:
+def complete_record(records: Records, record: Record, wanted: Record) -> Record:
     """Write the record anew with the elements that are wanted, where it was written before they were known.
+
+    Undoing that is the first writing's inverse: two would remove the record although its elements are still there.
 
     Returns:
         The record as it is now.
@@ -41,7 +43,7 @@ def complete_record(host: Session, records: Records, record: Record, wanted: Rec
     if (wanted.elements, wanted.shared) == (record.elements, record.shared):
         return record
     record = dataclasses.replace(record, elements=wanted.elements, shared=wanted.shared)
-    write_record(host, records, record, undo)
+    records.write(record)
     return record
 
 

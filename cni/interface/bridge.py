@@ -133,7 +133,7 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
             _ensure_gateways(host, bridge, conf, [_gateway_interface(ip) for ip in ips])
         if eth is None:
             eth = _plug_in(host, inside, conf, spec, bridge, undo)
-        record = attachment.complete_record(host, records, record, _record(request, conf, ips, port_name, mac), undo)
+        record = attachment.complete_record(records, record, _record(request, conf, ips, port_name, mac))
         with trace.step("nftables"):
             records.apply(host, record)
         result = Result((), tuple(ips), tuple(routes), conf.dns or lease.dns)

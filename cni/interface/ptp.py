@@ -97,7 +97,7 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
         ips = tuple(_checked(ip) for ip in lease.ips)
         own, shared = veth.masquerade(request, ips if conf.ip_masq else ())
         wanted = dataclasses.replace(record, elements=tuple(own), shared=tuple(shared))
-        record = attachment.complete_record(host, records, record, wanted, undo)
+        record = attachment.complete_record(records, record, wanted)
         veth.forward(ip_address(ip.gateway).version for ip in ips)
         _configure_host(host, port, ips)
         with trace.step("nftables"):
