@@ -21,7 +21,7 @@ from tests.build.places import GLIBC, Chroot
 from tests.hosts import IPV6, PROGRAM_PATH, ROOT, Host
 
 OLDEST = (2, 36)  # Debian 12's glibc
-PROGRAMS = ("netloom-cni", "netloom-warm", "ipamd", "netloom")
+PROGRAMS = ("netloom-cni", "netloom-warm", "ipamd", "netloom", "netloom-docker")
 CONF = {
     "cniVersion": "1.1.0",
     "name": "web",
@@ -58,7 +58,8 @@ def test_every_plugin_answers_under_its_name(bundle: Path, plugin: str) -> None:
 
 
 def test_every_plugins_module_is_inside(bundle: Path) -> None:
-    modules = {entry.module for entry in PLUGINS.values()} | {"ipamd.client", "kernel.nft", "warm.worker"}
+    modules = {entry.module for entry in PLUGINS.values()}
+    modules |= {"ipamd.client", "kernel.nft", "libnetwork.http", "warm.worker"}
     missing = [name for name in modules if not (bundle / "_internal" / f"{name.replace('.', '/')}.pyc").exists()]
     assert missing == []
 
@@ -119,7 +120,7 @@ def test_it_is_made_again_only_when_something_changed(bundle: Path, tmp_path: Pa
         return done.stdout
 
     copy = tmp_path / "copy"
-    for package in ("build", "cli", "cni", "ipamd", "kernel", "protos", "telemetry", "warm"):
+    for package in ("build", "cli", "cni", "ipamd", "kernel", "libnetwork", "protos", "telemetry", "warm"):
         shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__", ".*_cache"))
     shutil.copy(ROOT / "pyproject.toml", copy)
     before = name(copy)
@@ -143,6 +144,7 @@ def test_the_command_and_the_daemon_say_who_they_are(bundle: Path) -> None:
     assert "Container networking" in printed("netloom", "--help")
     assert "address daemon" in printed("ipamd", "--help")
     assert "warm workers" in printed("netloom-warm", "--help").lower()
+    assert "Docker" in printed("netloom-docker", "--help")
 
 
 def test_a_name_that_is_no_plugin(bundle: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from cni.registry import PLUGINS
 from tests.build.places import Tree
 
-PROGRAMS = ("ipamd", "netloom", "netloom-cni", "netloom-warm")
+PROGRAMS = ("ipamd", "netloom", "netloom-cni", "netloom-docker", "netloom-warm")
 UNKIND = 'a folder, it\'s "so" $HOME & co'
 
 
@@ -74,7 +74,13 @@ def test_everything_is_in_its_place(tree: Tree, destination: Path, launcher: Pat
     done = subprocess.run([destination / "usr/bin/netloom", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("netloom ")
     units = {path.name for path in (destination / "lib/systemd/system").iterdir()}
-    assert units == {"netloom-cni.service", "netloom-cni.socket", "netloom-ipamd.service"}
+    assert units == {
+        "netloom-cni.service",
+        "netloom-cni.socket",
+        "netloom-docker.service",
+        "netloom-docker.socket",
+        "netloom-ipamd.service",
+    }
     for name in ("usr/lib/sysusers.d", "usr/lib/tmpfiles.d"):
         assert (destination / name / "netloom.conf").exists()
     assert "[ipamd]" in (destination / "etc/netloom/netloom.toml").read_text()

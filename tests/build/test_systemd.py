@@ -104,6 +104,9 @@ class Booted:
     def main_pid(self, unit: str) -> str:
         return self.sh(f"systemctl show --property MainPID --value {unit}").strip()
 
+    def journal(self) -> str:
+        return self.sh("journalctl | tail -n 50")
+
     def build(self, unit: str) -> str:
         """The build that the unit's process was started from."""
         return Path(self.sh(f"readlink /proc/{self.main_pid(unit)}/exe")).parent.name
@@ -217,9 +220,23 @@ def test_boot_attach_upgrade_purge(booted: Booted) -> None:
     booted.cni("VERSION", CONF)
     wait_until(booted.active, "the units")
 
+    # The Docker shim is nobody's default. Enabled, its socket is there first, and an upgrade restarts it.
+    assert booted.sh("systemctl is-enabled netloom-docker.socket netloom-docker.service") == "disabled\n" * 2
+    booted.sh("systemctl enable --now netloom-docker.socket")
+    assert booted.sh("stat -c '%a %U' /run/docker/plugins /run/docker/plugins/netloom.sock") == "700 root\n600 root\n"
+    booted.sh("systemctl start netloom-docker.service")
+    wait_until(lambda: booted.build("netloom-docker").startswith("1.0.0-1-"), "the shim", booted.journal)
+    owned = "stat -c '%a %U' /run/netloom/staging /var/lib/netloom/docker"
+    wait_until(lambda: booted.sh(owned) == "700 root\n" * 2, "the shim's directories", booted.journal)
+    # Its namespaces are mounts; the purge below takes them away.
+    booted.sh("touch /run/netloom/staging/one; mount --bind /proc/self/ns/net /run/netloom/staging/one")
+    assert "/run/netloom/staging/one" in booted.sh("cat /proc/mounts")
+
     # Disabled by an operator: an upgrade does not enable it.
     booted.sh("systemctl disable netloom-ipamd.service; dpkg --force-downgrade -i /srv/0.deb")
     assert booted.sh("systemctl is-enabled netloom-ipamd.service") == "disabled\n"
+    assert booted.sh("systemctl is-enabled netloom-docker.socket") == "enabled\n"
+    wait_until(lambda: booted.build("netloom-docker").startswith("0.0.9-1-"), "the shim's other build", booted.journal)
 
     booted.sh("dpkg --purge netloom")
     assert booted.sh("systemctl list-units --no-legend 'netloom*'") == ""

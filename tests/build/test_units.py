@@ -13,10 +13,17 @@ from pathlib import Path
 
 import pytest
 
+from libnetwork.__main__ import SOCKET as docker_socket  # noqa: N811
 from tests.build.places import Chroot
 from tests.hosts import CNI_BIN, PROGRAM_PATH, ROOT, Host, wait_until
 
-UNITS = ("netloom-ipamd.service", "netloom-cni.socket", "netloom-cni.service")
+UNITS = (
+    "netloom-ipamd.service",
+    "netloom-cni.socket",
+    "netloom-cni.service",
+    "netloom-docker.socket",
+    "netloom-docker.service",
+)
 
 
 def unit(name: str) -> list[tuple[str, str]]:
@@ -24,15 +31,23 @@ def unit(name: str) -> list[tuple[str, str]]:
     return [tuple(line.split("=", 1)) for line in lines if "=" in line and not line.startswith("#")]  # type: ignore[misc]
 
 
-def test_the_workers_have_no_option_that_changes_what_a_plugin_may_do_or_sees() -> None:
+@pytest.mark.parametrize("name", ["netloom-cni.service", "netloom-docker.service"])
+def test_the_workers_and_the_shim_have_no_option_that_changes_what_a_plugin_may_do_or_sees(name: str) -> None:
     """A list of what is harmless, as systemd.exec(5) gets new options that make a mount namespace: each addition is to
     be looked up there."""
     harmless = {
         "Type", "ExecStart", "ExecReload", "KillMode", "TimeoutStopSec", "Restart", "RestartSec", "OOMScoreAdjust",
         "LimitNOFILE", "TasksMax", "Description", "Documentation", "Requires", "After", "Wants", "WantedBy", "Also",
-        "StartLimitIntervalSec",
+        "StartLimitIntervalSec", "Before",
     }  # fmt: skip
-    assert {name for name, _ in unit("netloom-cni.service")} <= harmless
+    assert {option for option, _ in unit(name)} <= harmless
+
+
+def test_dockers_socket_is_roots_and_where_docker_looks() -> None:
+    settings = dict(unit("netloom-docker.socket"))
+    assert settings["SocketMode"] == "0600"
+    assert settings["ListenStream"] == docker_socket
+    assert settings["Before"] == dict(unit("netloom-docker.service"))["Before"] == "docker.service"
 
 
 def test_the_socket_is_roots_and_where_launchers_look(launcher: Path) -> None:
@@ -194,3 +209,47 @@ class TestSocketActivation:
             assert "READY=1" in told.recv(1000).decode()
             process.terminate()
             assert process.wait() == 0
+
+
+@pytest.mark.kernel
+class TestDockersSocketActivation:
+    """netloom-docker.socket listens, netloom-docker.service inherits: the first call starts it."""
+
+    @pytest.fixture
+    def activated(self, host: Host, bundle: Path) -> Iterator[Host]:
+        host.start_ipamd()
+        host.path("/run/docker/plugins").mkdir(parents=True)
+        argv = ["systemd-socket-activate", f"--listen={docker_socket}", str(bundle / "netloom-docker")]
+        log = (host.directory / "log").open("w")
+        environment = {"PATH": PROGRAM_PATH, "NETLOOM_CNI_COLD": str(bundle / "netloom-cni")}
+        process = host.popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        wait_until(lambda: host.path(docker_socket).exists(), "the socket")
+        yield host
+        process.terminate()
+        assert process.wait() == 0, (host.directory / "log").read_text()
+        log.close()
+
+    def call(self, host: Host, name: str, **arguments: object) -> dict[str, object]:
+        script = [sys.executable, "-I", "-S", str(ROOT / "tests/docker/call.py"), name, json.dumps(arguments)]
+        answer: dict[str, object] = json.loads(host.run(script).stdout)
+        assert "Err" not in answer, answer
+        return answer
+
+    def test_a_container_is_attached_by_the_bundled_program(self, activated: Host) -> None:
+        assert self.call(activated, "Plugin.Activate") == {"Implements": ["NetworkDriver", "IpamDriver"]}
+        pool = self.call(activated, "IpamDriver.RequestPool", Pool="10.71.0.0/24")["PoolID"]
+        gateway = {"RequestAddressType": "com.docker.network.gateway"}
+        assert (
+            self.call(activated, "IpamDriver.RequestAddress", PoolID=pool, Options=gateway)["Address"] == "10.71.0.1/24"
+        )
+        given = self.call(activated, "IpamDriver.RequestAddress", PoolID=pool)["Address"]
+        network, ends = {"NetworkID": "n1"}, {"NetworkID": "n1", "EndpointID": "e1"}
+        data = [{"Pool": "10.71.0.0/24", "Gateway": "10.71.0.1/24"}]
+        self.call(activated, "NetworkDriver.CreateNetwork", **network, IPv4Data=data)
+        self.call(activated, "NetworkDriver.CreateEndpoint", **ends, Interface={"Address": given})
+        joined = self.call(activated, "NetworkDriver.Join", **ends, SandboxKey="/none")
+        assert joined["InterfaceName"] == {"SrcName": "nle1", "DstPrefix": "eth"}
+        assert {"nle1", "nl-n1"} <= set(activated.links())
+        self.call(activated, "NetworkDriver.DeleteEndpoint", **ends)
+        assert "nle1" not in activated.links()
+        self.call(activated, "NetworkDriver.DeleteNetwork", **network)

@@ -1,0 +1,11 @@
+"""The Docker shim."""
+
+import sys
+
+import environment
+
+environment.restore()
+
+from libnetwork.__main__ import main  # noqa: E402 - the environment first: it may be read at import
+
+sys.exit(main())
