@@ -25,7 +25,7 @@ from kernel.link import Link
 from kernel.netlink import Socket
 from kernel.session import Door, Session, Visit
 
-MOST = 4  # threads
+MOST = 16  # threads; in a burst four workers have as many links on their way out as the kernel frees at once
 _FIRST_PAUSE_S = 0.00005
 _LONGEST_PAUSE_S = 0.005
 

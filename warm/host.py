@@ -5,7 +5,9 @@ Rules of this file
   netlink sockets and its own gRPC channel.
 - Workers wait in accept(2) on the one listening socket. Nobody hands requests out, so nobody can lose one.
 - When every worker is busy and somebody waits, another is forked, up to a limit; it goes when it was not needed for a
-  while. A worker that holds one request far beyond its deadline is killed.
+  while. But not beyond what the processors can make use of: more workers at work than that serve a burst slower. Those
+  that have held one request for long wait for somebody else, and count for nothing here.
+- A worker that holds one request far beyond its deadline is killed.
 - SIGTERM drains: each worker finishes what it has in hand. Who still waits in the queue goes the cold way.
 - SIGHUP is an upgrade: this process executes the program on disk in its own place, keeps the listening socket and its
   process id, and stops the old workers once new ones wait for requests. The queue is served without a pause.
@@ -40,6 +42,7 @@ _BACKLOG = 4096  # the kernel takes the smaller of this and net.core.somaxconn
 _FIRST_DESCRIPTOR = 3  # sd_listen_fds(3)
 _OLD_WORKERS = "NETLOOM_OLD_WORKERS"  # from the program before an upgrade: its workers' process ids,
 _OLD_LISTENER = "NETLOOM_OLD_LISTENER"  # and its listening socket's descriptor
+_HELD_S = 0.1  # one request for so long: it waits for something
 _CROWDED_S = 0.02  # all busy and somebody waiting for so long: one more worker
 _IDLE_S = 30.0  # more than WORKERS and not all needed for so long: one less
 _UNDO_GRACE_S = 60.0  # after a request's deadline, before its worker is killed
@@ -227,6 +230,7 @@ class Master:
         self._wake_read, self._wake_write = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         for end in (self._wake_read, self._wake_write):
             end.setblocking(False)
+        self._useful = max(options.workers, 2 * len(os.sched_getaffinity(0)))
         self._draining = False
         self._upgrade = False
 
@@ -301,8 +305,9 @@ class Master:
     def _grow_or_shrink(self, now: float) -> None:
         state = self._state
         active = [child for child in state.children.values() if not child.stopping]
-        busy = sum(1 for child in active if self._board.busy_since_ns(child.slot))
-        if busy == len(active) and self._somebody_waits():
+        since_ns = [self._board.busy_since_ns(child.slot) for child in active]
+        busy = sum(1 for since in since_ns if since)
+        if one_more_helps(since_ns, now, self._useful) and self._somebody_waits():
             state.crowded_since = state.crowded_since or now
             if now - state.crowded_since >= _CROWDED_S and len(state.children) < self._options.max_workers:
                 state.crowded_since = now
@@ -452,6 +457,17 @@ class Master:
             os.set_inheritable(self._listener.fileno(), False)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             sys.stderr.write(f"netloom-cni: cannot execute {sys.executable}: {error}; going on with this version\n")
+
+
+def one_more_helps(since_ns: Sequence[int], now: float, useful: int) -> bool:
+    """Whether those who wait would be served faster by one worker more.
+
+    Args:
+        since_ns: for each worker, when it got the connection that it has; 0: it has none. CLOCK_MONOTONIC.
+        now: the same clock, in seconds.
+        useful: how many at work the processors can make use of.
+    """
+    return all(since_ns) and sum(1 for since in since_ns if now - since / 1e9 < _HELD_S) < useful
 
 
 def _command_line() -> list[str]:

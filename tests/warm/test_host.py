@@ -16,6 +16,7 @@ import pytest
 
 from tests.hosts import ROOT, Host, wait_until
 from tests.warm.service import SOCKET, Service, bridge
+from warm.host import one_more_helps
 
 CLIENTS = 32
 RESULT = """echo '{"cniVersion": "1.0.0", "ips": [{"address": "10.7.0.5/24"}]}'"""
@@ -74,6 +75,17 @@ def network(ipam: str) -> dict[str, object]:
 
 
 @kernel
+def test_more_workers_only_where_processors_are_left_or_requests_hang() -> None:
+    second = 10**9
+    now, just, long_ago = 50.0, 50 * second - 1, 49 * second
+    assert not one_more_helps([just, 0], now, useful=4)  # one is idle
+    assert one_more_helps([just, just], now, useful=4)
+    assert not one_more_helps([just] * 4, now, useful=4)
+    assert one_more_helps([just] * 3 + [long_ago], now, useful=4)
+    assert not one_more_helps([just] * 4 + [long_ago] * 9, now, useful=4)
+    assert one_more_helps([long_ago] * 9, now, useful=1)
+
+
 def test_a_killed_worker_is_replaced(service: Service) -> None:
     service.start()
     wait_until(lambda: len(service.workers()) == 3, "three workers")
