@@ -368,6 +368,21 @@ def test_published_ports_pass_with_the_plugin_and_without(lab: Lab, outside: Net
         lab.cni("DEL", "portmap", ports, **known).ok()
 
 
+def test_isolation_has_no_way_round_by_published_ports(lab: Lab, outside: Netns) -> None:
+    """By way of the host's address, packets go from the bridge to the bridge, past the ports' flags."""
+    network = web(hairpinMode=True)
+    with walled(lab, network, ingressPolicy="isolated") as one, walled(lab, network, ingressPolicy="isolated") as two:
+        mapping = [{"hostPort": 8080, "containerPort": 81, "protocol": "tcp"}]
+        ports = {**conf_of(two.one), "type": "portmap", "runtimeConfig": {"portMappings": mapping}}
+        known: dict[str, Any] = {"netns": two.netns, "container_id": two.one.container_id}
+        lab.cni("ADD", "portmap", ports, **known).ok()
+        queries = [("tcp", target, 8080) for target in (HOST, HOST6)[:FAMILIES]]
+        with serving(two.netns, "two", "tcp:81"):
+            assert all(ask(outside, *queries))
+            assert not any(no_answer(one.netns, *queries))
+        lab.cni("DEL", "portmap", ports, **known).ok()
+
+
 @pytest.mark.parametrize("name", ["", "MY-RULES"])
 def test_an_administrators_rules_come_first(lab: Lab, name: str) -> None:
     chain = name or "CNI-ADMIN"
