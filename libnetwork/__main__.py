@@ -19,6 +19,7 @@ from ipamd.client import Client
 from ipamd.errors import StartError
 from ipamd.listen import SocketPlace
 from kernel import paths
+from kernel.errors import KernelError
 from kernel.session import Session
 from libnetwork import conflist, docker, http, messages, reconcile
 from libnetwork.errors import DriverError
@@ -58,13 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="SECONDS",
         help=f"how long Docker must not have a thing before it is removed; default: {reconcile.GRACE_S:g}",
     )
-    parser.add_argument("--log-level", default="info")
-    parser.add_argument("--log-format", default="text")
+    parser.add_argument("--log-level", choices=log.LEVELS, default="info", help="default: info")
+    parser.add_argument("--log-format", choices=log.FORMATS, default="text", help="default: text")
     arguments = parser.parse_args(argv)
     log.setup(arguments.log_level, arguments.log_format)
     try:
         asyncio.run(_run(arguments))
-    except (StartError, DriverError, paths.PathError) as error:
+    except (StartError, DriverError, paths.PathError, KernelError, OSError) as error:
         log.event(_logger, "error", "netloom-docker cannot start", error=str(error))
         return 1
     return 0

@@ -60,21 +60,26 @@ class Chain:
         Raises:
             DriverError: with the plugin's words; nothing is left then.
         """
-        result = previous
+        result: dict[str, Any] = previous or {}
         try:
             for plugin in self.plugins:
-                conf = self._conf(plugin, runtime, result)
+                conf = self._conf(plugin, runtime, result or None)
                 answer = self._execute("ADD", plugin, conf, container_id, netns, ifname, args)
-                result = msgspec.json.decode(answer)
-        except (DriverError, msgspec.DecodeError) as error:
+                result = self._result(plugin, answer)
+        except DriverError as error:
             for failure in self._delete(container_id, netns, ifname, runtime, previous, args):
                 error.add_note(failure)
-            if isinstance(error, DriverError):
-                raise
-            raise DriverError(f"network {self.name}: a plugin printed no result: {error}") from error
-        if not isinstance(result, dict):
-            raise DriverError(f"network {self.name}: its plugins gave no result, found {result!r}")
+            raise
         return result
+
+    def _result(self, plugin: Plugin, answer: bytes) -> dict[str, Any]:
+        try:
+            return msgspec.json.decode(answer, type=dict[str, Any])
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            shown = answer[:100].decode(errors="replace")
+            raise DriverError(
+                f"network {self.name}: plugin {plugin.get('type')} (add): wanted a result, found {shown!r}: {error}"
+            ) from error
 
     def delete(
         self, container_id: str, netns: str, ifname: str, runtime: Mapping[str, Any], result: Any, args: str = ""
@@ -97,12 +102,21 @@ class Chain:
         return failures
 
     def gc(self, valid: Sequence[tuple[str, str]]) -> None:
-        """Have each plugin remove what belongs to none of the attachments (container id, interface)."""
+        """Have each plugin remove what belongs to none of the attachments (container id, interface).
+
+        Raises DriverError with the failures, after all were asked.
+        """
+        failures = []
         attachments = [{"containerID": container_id, "ifname": ifname} for container_id, ifname in valid]
         for plugin in self.plugins:
             conf = {**self._conf(plugin, {}, None), "cniVersion": "1.1.0"}
             conf |= {"cni.dev/valid-attachments": attachments, "cni.dev/attachments": attachments}
-            self._execute("GC", plugin, conf, "", "", "", "")
+            try:
+                self._execute("GC", plugin, conf, "", "", "", "")
+            except DriverError as error:
+                failures.append(str(error))
+        if failures:
+            raise DriverError("; ".join(failures))
 
     def _conf(self, plugin: Plugin, runtime: Mapping[str, Any], result: Any) -> dict[str, Any]:
         conf = {**plugin, "name": self.name, "cniVersion": self.version}
@@ -162,6 +176,7 @@ class Chain:
 def _words(done: subprocess.CompletedProcess[bytes]) -> str:
     try:
         document = json.loads(done.stdout)
-        return ": ".join(str(document[key]) for key in ("msg", "details") if document.get(key))
-    except (ValueError, KeyError, AttributeError):
-        return f"exit status {done.returncode}: {done.stderr.decode(errors='replace').strip()[-500:]}"
+        words = ": ".join(str(document[key]) for key in ("msg", "details") if document.get(key))
+    except (ValueError, AttributeError):
+        words = ""
+    return words or f"exit status {done.returncode}: {done.stderr.decode(errors='replace').strip()[-500:]}"

@@ -19,6 +19,8 @@ def chain(network: Network, endpoint: Endpoint, path: tuple[str, ...], conf_dir:
     if network.options.conflist:
         document = read(network.options.conflist, conf_dir)
         plugins = tuple(plugin for plugin in document["plugins"] if plugin.get("type") != "portmap")
+        if not plugins:
+            raise DriverError(f"conflist {network.options.conflist}: it has no plugin that makes an interface")
         if endpoint.addresses:
             plugins = ({**plugins[0], "ipam": static(network, endpoint)}, *plugins[1:])
         return Chain(name(network), plugins, path, str(document.get("cniVersion", VERSION)))
@@ -107,9 +109,9 @@ def read(wanted: str, directory: str) -> dict[str, Any]:
         try:
             with open(os.path.join(directory, file), "rb") as opened:
                 document = msgspec.json.decode(opened.read())
-        except (OSError, msgspec.DecodeError):
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
             continue
-        if not isinstance(document, dict) or not document.get("plugins"):
+        if not isinstance(document, dict) or not _are_plugins(document.get("plugins")):
             continue
         names.append(str(document.get("name")))
         if names[-1] == wanted:
@@ -117,3 +119,8 @@ def read(wanted: str, directory: str) -> dict[str, Any]:
     raise DriverError(
         f"conflist {wanted}: no .conflist in {directory} has this name; there are {', '.join(names) or 'none'}"
     )
+
+
+def _are_plugins(found: Any) -> bool:
+    """Whether this is a list of objects, as far as a runtime must know."""
+    return isinstance(found, list) and bool(found) and all(isinstance(one, dict) for one in found)

@@ -48,7 +48,7 @@ def look(path: str, driver: str) -> Truth:
         ipam = network.get("IPAM") or {}
         for pool in ipam.get("Config") or ():
             if ipam.get("Driver") == driver:
-                pools.add(pool["Subnet"])
+                pools.add(pool.get("Subnet"))
             addresses |= {text.partition("/")[0] for text in (pool.get("AuxiliaryAddresses") or {}).values()}
             addresses.add((pool.get("Gateway") or "").partition("/")[0])
     endpoints = set()
@@ -59,7 +59,7 @@ def look(path: str, driver: str) -> Truth:
     return Truth(
         frozenset(network["Id"] for network in networks),
         frozenset(filter(None, endpoints)),
-        frozenset(pools),
+        frozenset(filter(None, pools)),
         frozenset(filter(None, addresses)),
     )
 

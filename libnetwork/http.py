@@ -43,7 +43,10 @@ def application(calls: Mapping[str, tuple[type, Handler]], executor: Executor) -
         if found is None:
             return _answer(_refusal(f"netloom-docker knows no call {name}"), status=404)
         kind, handler = found
-        body = await request.read()
+        try:
+            body = await request.read()
+        except web.HTTPRequestEntityTooLarge:
+            return _answer(_refusal(f"{name}: a request of more than {_LARGEST} bytes"), status=413)
         began = time.monotonic()
         answer = await asyncio.get_running_loop().run_in_executor(executor, _call, name, kind, handler, body)
         log.event(
@@ -63,7 +66,7 @@ def application(calls: Mapping[str, tuple[type, Handler]], executor: Executor) -
 def _call(name: str, kind: type, handler: Handler, body: bytes) -> Mapping[str, Any]:
     try:
         message: Any = msgspec.json.decode(body or b"{}", type=kind)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         return _refusal(f"{name}: {error}")
     try:
         return handler(message)

@@ -55,6 +55,7 @@ class IpamDriver:
         # After our own restart dockerd does not ask again: everything is somebody's.
         self._unclaimed_pools: set[str] = set()
         self._unclaimed: set[tuple[str, str]] = set()
+        self._dockerd_is_new = False
 
     def recover(self) -> None:
         """After a start: a pool of which nothing is held was being requested when the shim ended; Docker asks again.
@@ -74,12 +75,21 @@ class IpamDriver:
         return {"LocalDefaultAddressSpace": _SPACE, "GlobalDefaultAddressSpace": _SPACE}
 
     def activate(self) -> None:
-        """A dockerd has started: it will ask again for what it still has."""
+        """A dockerd has started: it will ask again for what it still has.
+
+        ipamd is asked at the first need: where it cannot answer now, Docker would take us for no driver at all.
+        """
         with self._turn:
             self._unclaimed_pools = {pool.id for pool in self._state.all(Pool)}
+            self._dockerd_is_new = True
+
+    def _note_unclaimed(self) -> None:
+        """Raises DriverError while ipamd is away."""
+        if self._dockerd_is_new:
             self._unclaimed = {
                 (one.key.network, _bare(address.cidr)) for one in self._held() for address in one.addresses
             }
+            self._dockerd_is_new = False
 
     def _held(self) -> list[pb.Allocation]:
         try:
@@ -202,15 +212,17 @@ class IpamDriver:
         """The address that was named, or a free one; with the network's prefix length."""
         with self._turn:
             pool = self._state.get(Pool, asked.pool_id)
+            self._note_unclaimed()
             is_gateway = (asked.options or {}).get("RequestAddressType") == _GATEWAY
-            name, wanted = self._where(pool, asked.address, is_gateway)
+            address = asked.address
+            if is_gateway and not address:
+                address = str(next(ip_network(pool.pool).hosts()))
+            name, wanted = self._where(pool, address)
             if wanted and (name, wanted) in self._unclaimed:
                 self._unclaimed.discard((name, wanted))
                 return self._answer(pool, wanted)
             holder = _GATEWAY_HOLDER if is_gateway else os.urandom(8).hex()
             key = pb.AttachmentKey(client=CLIENT, network=name, container_id=holder, ifname=_ADDRESS)
-            if is_gateway and not wanted:
-                wanted = str(next(ip_network(pool.pool).hosts()))
             try:
                 given = self._client().allocate(key, pools=[name], requested=[wanted] if wanted else [])
             except IpamError as error:
@@ -223,7 +235,7 @@ class IpamDriver:
             pool = self._state.find(Pool, asked.pool_id)
             if pool is None:
                 return {}
-            name, wanted = self._where(pool, asked.address, False)
+            name, wanted = self._where(pool, asked.address)
             self._release(name, wanted)
         return {}
 
@@ -238,12 +250,11 @@ class IpamDriver:
         self._unclaimed.discard((name, address))
 
     @staticmethod
-    def _where(pool: Pool, address: str, is_gateway: bool) -> tuple[str, str]:
+    def _where(pool: Pool, address: str) -> tuple[str, str]:
         """ipamd's pool for an address, and the address in canonical spelling."""
         names = _names(pool)
         if not address:
-            # Docker chooses the gateway itself where --ip-range is given, and says so.
-            return (names[-1] if is_gateway else names[0]), ""
+            return names[0], ""
         try:
             wanted = ip_address(address.partition("/")[0])
         except ValueError as error:

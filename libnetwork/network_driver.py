@@ -151,7 +151,13 @@ class NetworkDriver:
                 answer["MacAddress"] = endpoint.mac
             if not addresses:
                 # Docker has no IPAM here, and asks for the addresses now: so the ADD happens now.
-                endpoint = self._attach(network, endpoint)
+                try:
+                    endpoint = self._attach(network, endpoint)
+                except DriverError as error:
+                    # Docker does not call DeleteEndpoint. What could not be undone is left to the comparison.
+                    if not getattr(error, "__notes__", ()):
+                        self._state.remove(Endpoint, endpoint.id)
+                    raise
                 for text in endpoint.addresses:
                     answer["Address" if ip_interface(text).version == 4 else "AddressIPv6"] = text
             self._state.put(endpoint)
@@ -236,15 +242,25 @@ class NetworkDriver:
         return {}
 
     def _detach(self, endpoint: Endpoint) -> None:
+        """Raises DriverError with all failures, after everything was tried; the endpoint is kept then."""
         host = self._session()
         network = self._state.find(Network, endpoint.network_id)
+        failures = []
         if endpoint.staging and network is not None:
             if endpoint.ports is not None:
-                endpoint = self._revoke(network, endpoint)
-            chain = conflist.chain(network, endpoint, self._path, self._conf_dir)
-            # The interface is in dockerd's namespace by now, or gone: no namespace is named.
-            self._undo(host, chain, endpoint)
+                try:
+                    endpoint = self._revoke(network, endpoint)
+                except DriverError as error:
+                    failures.append(str(error))
+            try:
+                # The interface is in dockerd's namespace by now, or gone: no namespace is named.
+                self._undo(host, conflist.chain(network, endpoint, self._path, self._conf_dir), endpoint)
+            except DriverError as error:
+                failures.append(str(error))
         link.delete(host, endpoint.ifname)
+        if failures:
+            self._state.put(endpoint)
+            raise DriverError("; ".join(failures))
         self._state.remove(Endpoint, endpoint.id)
         self._staging.forget(lambda: {one.staging for one in self._state.all(Endpoint)})
 

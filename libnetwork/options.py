@@ -6,6 +6,7 @@ ours is refused with the list of those that there are; of Docker's (com.docker.*
 
 import re
 from collections.abc import Mapping
+from ipaddress import ip_address
 from typing import Any
 
 import msgspec
@@ -18,6 +19,7 @@ _GENERIC = "com.docker.network.generic"
 _INTERNAL = "com.docker.network.internal"
 _IPV6 = "com.docker.network.enable_ipv6"
 _IFNAME = re.compile(r"[A-Za-z0-9_.\-]{1,15}", re.ASCII)
+_OF_OUR_PLUGINS = frozenset({"type", "bridge", "icc", "masquerade", "mtu", "parent", "macvlan_mode"})
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -76,6 +78,9 @@ def parse(options: Mapping[str, Any] | None) -> tuple[NetworkOptions, list[str]]
             values[field] = _value(name, field, str(text))
     found = NetworkOptions(**values)
     _check_together(found)
+    idle = sorted(name for name in generic if found.conflist and _NAMES.get(name) in _OF_OUR_PLUGINS)
+    if idle:
+        raise DriverError(f"option {idle[0]}={generic[idle[0]]}: with -o conflist=NAME the conflist says such things")
     return found, unknown
 
 
@@ -84,6 +89,11 @@ def _value(name: str, field: str, text: str) -> object:
         if text.lower() not in _BOOLEANS:
             raise DriverError(f"option {name}={text}: wanted true or false")
         return _BOOLEANS[text.lower()]
+    if field == "host_binding":
+        try:
+            return str(ip_address(text))
+        except ValueError as error:
+            raise DriverError(f"option {name}={text}: wanted an address of this host: {error}") from error
     if field == "mtu":
         if not text.isdecimal() or not 68 <= int(text) <= 65535:
             raise DriverError(f"option {name}={text}: wanted a number from 68 to 65535")

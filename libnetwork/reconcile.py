@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+from kernel.errors import KernelError
 from libnetwork import docker
 from libnetwork.errors import DriverError
 from libnetwork.ipam_driver import IpamDriver
@@ -63,6 +64,8 @@ class Reconciler:
             except docker.DockerAwayError as error:
                 self._missing.clear()
                 self._complain(str(error))
+            except DriverError as error:
+                self._complain(str(error))
             except Exception as error:  # noqa: BLE001 - the next look may fare better
                 self._complain(repr(error))
             else:
@@ -100,7 +103,7 @@ class Reconciler:
         for thing in [thing for thing, since in self._missing.items() if now - since >= self._grace_s]:
             try:
                 missing[thing]()
-            except DriverError as error:
+            except (DriverError, KernelError, OSError) as error:  # of one thing; the others are not to wait
                 log.event(_logger, "warning", "cannot remove what Docker does not have", thing=thing, error=str(error))
             else:
                 removed.append(thing)

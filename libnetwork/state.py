@@ -1,11 +1,13 @@
 """What the shim must know after a restart: Docker repeats neither CreateNetwork nor CreateEndpoint nor Join.
 
 One file for each network, endpoint and pool, `<state dir>/docker/<kind>/<id>.json`, replaced as a whole and synced
-before Docker gets its answer. The shim is the only writer; a lock on the directory sees to that.
+before Docker gets its answer. The shim is the only writer; a lock on the directory sees to that. A file that cannot be
+understood is told and set aside as `<file>.bad`: the rest of the host's containers must not wait for it.
 """
 
 import contextlib
 import fcntl
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -16,7 +18,9 @@ import msgspec
 from libnetwork.errors import DriverError
 from libnetwork.messages import PortBinding
 from libnetwork.options import NetworkOptions
+from telemetry import log
 
+_logger = logging.getLogger("netloom-docker")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 
 
@@ -87,17 +91,26 @@ class State:
         temporary = f"{path}.tmp"
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            os.write(fd, msgspec.json.encode(value))
-            os.fdatasync(fd)
-        finally:
-            os.close(fd)
-        os.rename(temporary, path)
+            with open(fd, "wb") as file:
+                file.write(msgspec.json.encode(value))
+                file.flush()
+                os.fdatasync(fd)
+            os.rename(temporary, path)
+        except OSError:
+            os.unlink(temporary)
+            raise
         self._sync(os.path.dirname(path))
 
     def get(self, kind: type[T], id: str) -> T:  # noqa: A002 - Docker's word
         """The one of this id. Raises DriverError where there is none."""
         found = self.find(kind, id)
         if found is None:
+            bad = f"{self._path(kind, id)}.bad"
+            if os.path.exists(bad):
+                raise DriverError(
+                    f"{kind.__name__.lower()} {id[:12]}: what netloom-docker wrote down about it could not be read "
+                    f"and is in {bad}: remove it in Docker and make it again"
+                )
             raise DriverError(
                 f"{kind.__name__.lower()} {id[:12]} is unknown to netloom-docker; it was made while another state "
                 f"directory than {self._directory} was in use: remove it in Docker and make it again"
@@ -109,11 +122,16 @@ class State:
         return self._read(kind, self._path(kind, id))
 
     def all(self, kind: type[T]) -> Iterator[T]:
-        """Every one of a kind."""
+        """Every one of a kind that can be read."""
         directory = os.path.join(self._directory, _KINDS[kind])
         for name in sorted(os.listdir(directory)):
             if name.endswith(".json"):
-                found = self._read(kind, os.path.join(directory, name))
+                path = os.path.join(directory, name)
+                try:
+                    found = self._read(kind, path)
+                except OSError as error:
+                    log.event(_logger, "error", "cannot read state", file=path, error=str(error))
+                    continue
                 if found is not None:
                     yield found
 
@@ -133,9 +151,19 @@ class State:
     def _read(kind: type[T], path: str) -> T | None:
         try:
             with open(path, "rb") as file:
-                return msgspec.json.decode(file.read(), type=kind)
+                found = msgspec.json.decode(file.read(), type=kind)
         except FileNotFoundError:
             return None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            wrong = str(error)
+        else:
+            if f"{found.id}.json" == os.path.basename(path):
+                return found
+            wrong = f"it is about {found.id}"
+        log.event(_logger, "error", "state set aside, as it makes no sense", file=f"{path}.bad", error=wrong)
+        with contextlib.suppress(FileNotFoundError):  # another thread was first
+            os.rename(path, f"{path}.bad")
+        return None
 
     @staticmethod
     def _sync(directory: str) -> None:

@@ -1,0 +1,1 @@
+"""Tests of the Docker shim that need neither root nor Docker."""
