@@ -1,0 +1,301 @@
+"""The IPAM driver on a real ipamd with the memory store; the host's routes are played."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from ipaddress import ip_network
+from typing import Any
+
+import pytest
+
+from ipamd.client import Client
+from libnetwork.errors import DriverError
+from libnetwork.ipam_driver import CLIENT, DEFAULT_POOLS, IpamDriver
+from libnetwork.messages import Empty, PoolRef, ReleaseAddress, RequestAddress, RequestPool
+from libnetwork.state import Pool, State
+from protos.ipam.v1 import ipam_pb2 as pb
+from tests.ipamd.daemon import Daemon
+
+GATEWAY = {"RequestAddressType": "com.docker.network.gateway"}
+
+
+@dataclass(frozen=True)
+class Route:
+    dst: Any
+
+
+class Driver:
+    """An IpamDriver, and what Docker asks of it, in short."""
+
+    def __init__(self, state: State, client: Client) -> None:
+        self.client = client
+        self.driver = IpamDriver(state, lambda: client, lambda: None)  # type: ignore[arg-type, return-value]
+
+    def pool(self, pool: str = "", sub: str = "", v6: bool = False) -> str:
+        answer = self.driver.request_pool(RequestPool("netloom", pool, sub, {}, v6))
+        assert answer["Data"] == {}
+        return str(answer["PoolID"])
+
+    def subnet(self, **given: Any) -> str:
+        return str(self.driver.request_pool(RequestPool(**given))["Pool"])
+
+    def address(self, pool: str, address: str = "", gateway: bool = False) -> str:
+        return str(self.driver.request_address(RequestAddress(pool, address, GATEWAY if gateway else None))["Address"])
+
+    def release(self, pool: str, address: str) -> None:
+        assert self.driver.release_address(ReleaseAddress(pool, address)) == {}
+
+    def drop(self, pool: str) -> None:
+        assert self.driver.release_pool(PoolRef(pool)) == {}
+
+    def held(self) -> list[str]:
+        found = self.client.list_allocations(pb.ListAllocationsRequest(client=CLIENT))
+        return sorted(address.cidr for one in found for address in one.addresses)
+
+    def pools(self) -> list[str]:
+        return sorted(pool.name for pool in self.client.list_pools() if pool.name.startswith("docker-"))
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    one = Daemon(tmp_path_factory.mktemp("ipamd"))
+    text = one.config.read_text()
+    path = f'path = "{one.database}"'
+    assert path in text
+    one.config.write_text(text.replace(path, 'kind = "memory"'))
+    with one:
+        yield one
+
+
+@pytest.fixture
+def routes(monkeypatch: pytest.MonkeyPatch) -> list[Route]:
+    found = [Route(ip_network("0.0.0.0/0"))]
+    monkeypatch.setattr("libnetwork.ipam_driver.route.all_routes", lambda *_: list(found))
+    return found
+
+
+@pytest.fixture
+def ipam(daemon: Daemon, state: State, routes: list[Route]) -> Iterator[Driver]:
+    with daemon.client() as client:
+        one = Driver(state, client)
+        yield one
+        for pool in list(state.all(Pool)):
+            for held in list(client.list_allocations(pb.ListAllocationsRequest(client=CLIENT))):
+                client.release(held.key)
+            one.drop(pool.id)
+        assert (one.held(), one.pools()) == ([], [])
+
+
+def test_what_docker_is_told(ipam: Driver) -> None:
+    assert ipam.driver.capabilities(Empty()) == {"RequiresMACAddress": False, "RequiresRequestReplay": True}
+    assert set(ipam.driver.address_spaces(Empty()).values()) == {"netloom"}
+
+
+def test_one_network_from_pool_to_nothing(ipam: Driver) -> None:
+    pool = ipam.pool("10.1.0.0/24")
+    assert ipam.address(pool, gateway=True) == "10.1.0.1/24"
+    assert ipam.address(pool) == "10.1.0.2/24"
+    assert ipam.address(pool, "10.1.0.77") == "10.1.0.77/24"
+    assert ipam.address(pool) == "10.1.0.3/24"
+    ipam.release(pool, "10.1.0.2")
+    ipam.release(pool, "10.1.0.2")
+    assert ipam.held() == ["10.1.0.1/24", "10.1.0.3/24", "10.1.0.77/24"]
+    with pytest.raises(DriverError, match=r"10\.1\.0\.0/24: ipamd: "):
+        ipam.drop(pool)
+    for address in ("10.1.0.1", "10.1.0.3", "10.1.0.77"):
+        ipam.release(pool, address)
+    ipam.drop(pool)
+    ipam.drop(pool)
+    ipam.release(pool, "10.1.0.3")
+
+
+def test_an_address_that_is_taken_or_outside_or_none(ipam: Driver) -> None:
+    pool = ipam.pool("10.2.0.0/24")
+    ipam.address(pool, "10.2.0.5")
+    with pytest.raises(DriverError, match=r"10\.2\.0\.5"):
+        ipam.address(pool, "10.2.0.5")
+    with pytest.raises(DriverError, match=r"address 10\.3\.0\.5 does not lie in the network's subnet 10\.2\.0\.0/24"):
+        ipam.address(pool, "10.3.0.5")
+    with pytest.raises(DriverError, match="wanted an address, found 'five'"):
+        ipam.address(pool, "five")
+    with pytest.raises(DriverError, match="pool nowhere is unknown to netloom-docker"):
+        ipam.address("nowhere")
+
+
+def test_a_full_network(ipam: Driver) -> None:
+    pool = ipam.pool("10.2.0.0/30")
+    ipam.address(pool, gateway=True)
+    ipam.address(pool)
+    with pytest.raises(DriverError, match=r"pool 10\.2\.0\.0/30: ipamd: "):
+        ipam.address(pool)
+
+
+def test_ip_range_gateway_and_auxiliary_addresses(ipam: Driver) -> None:
+    pool = ipam.pool("10.3.0.0/16", "10.3.5.0/30")
+    assert len(ipam.pools()) == 2
+    assert ipam.address(pool, gateway=True) == "10.3.0.1/16"
+    assert ipam.address(pool, "10.3.5.1") == "10.3.5.1/16"  # --aux-address
+    # All four addresses of the range are a container's: it is no subnet.
+    assert [ipam.address(pool) for _ in range(3)] == ["10.3.5.0/16", "10.3.5.2/16", "10.3.5.3/16"]
+    with pytest.raises(DriverError):
+        ipam.address(pool)
+    assert ipam.address(pool, "10.3.200.3") == "10.3.200.3/16"
+    ipam.release(pool, "10.3.200.3")
+    ipam.release(pool, "10.3.5.2")
+    assert ipam.address(pool) == "10.3.5.2/16"
+
+
+def test_a_range_that_holds_the_gateway(ipam: Driver) -> None:
+    pool = ipam.pool("10.3.0.0/16", "10.3.0.0/24")
+    assert ipam.address(pool, gateway=True) == "10.3.0.1/16"
+    assert ipam.address(pool) == "10.3.0.2/16"
+
+
+def test_a_range_at_the_end_leaves_the_broadcast_address_alone(ipam: Driver) -> None:
+    pool = ipam.pool("10.3.0.0/24", "10.3.0.252/30")
+    assert [ipam.address(pool) for _ in range(3)] == ["10.3.0.252/24", "10.3.0.253/24", "10.3.0.254/24"]
+    with pytest.raises(DriverError):
+        ipam.address(pool)
+
+
+def test_a_range_that_is_the_subnet(ipam: Driver) -> None:
+    pool = ipam.pool("10.3.0.0/24", "10.3.0.0/24")
+    assert len(ipam.pools()) == 1
+    assert ipam.address(pool) == "10.3.0.1/24"
+
+
+@pytest.mark.parametrize(
+    ("pool", "sub", "words"),
+    [
+        ("10.4.0.0/24", "10.5.0.0/25", "--ip-range 10.5.0.0/25 does not lie in --subnet 10.4.0.0/24"),
+        ("10.4.0.0/24", "10.4.0.0/16", "does not lie in"),
+        ("10.4.0.0/24", "fd00::/64", "does not lie in"),
+        ("10.4.0.7/24", "", "--subnet 10.4.0.7/24: "),
+        ("ten", "", "--subnet ten: "),
+        ("10.4.0.0/24", "ten", "--ip-range ten: "),
+    ],
+)
+def test_what_is_no_pool(ipam: Driver, pool: str, sub: str, words: str) -> None:
+    with pytest.raises(DriverError) as refused:
+        ipam.pool(pool, sub)
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("other", ["10.5.0.0/24", "10.5.0.0/25", "10.0.0.0/8", "10.5.0.128/25"])
+def test_what_overlaps_is_refused(ipam: Driver, other: str) -> None:
+    ipam.pool("10.5.0.0/24")
+    with pytest.raises(DriverError, match=f"pool {other} overlaps with 10.5.0.0/24, which another network has"):
+        ipam.pool(other)
+    assert ipam.pools() == ["docker-10.5.0.0_24"]
+
+
+def test_a_free_one_is_chosen_that_no_route_and_no_network_has(ipam: Driver, routes: list[Route]) -> None:
+    routes += [
+        Route(ip_network("172.17.0.0/16")),
+        Route(ip_network("172.18.5.0/24")),
+        Route(ip_network("172.20.0.1/32")),
+    ]
+    ipam.pool("172.19.128.0/17")
+    assert ipam.subnet() == "172.21.0.0/16"
+    # Docker asks again for as long as it finds the answer in use.
+    assert ipam.subnet() == "172.22.0.0/16"
+    routes.append(Route(ip_network("172.0.0.0/8")))
+    assert ipam.subnet() == "192.168.0.0/20"
+    routes.append(Route(ip_network("192.0.0.0/8")))
+    with pytest.raises(DriverError, match="none of the 31 default pools is free of other networks and of this host's"):
+        ipam.subnet()
+    assert len(DEFAULT_POOLS) == 31
+
+
+def test_ipv6(ipam: Driver) -> None:
+    pool = ipam.pool("fd00:6::/64", v6=True)
+    assert ipam.address(pool, gateway=True) == "fd00:6::1/64"
+    assert ipam.address(pool, "FD00:6:0::77") == "fd00:6::77/64"
+    assert ipam.address(pool) == "fd00:6::2/64"
+    ipam.release(pool, "fd00:6:0:0::77")
+    assert "fd00:6::77/64" not in ipam.held()
+    with pytest.raises(DriverError, match="an IPv6 pool needs --subnet"):
+        ipam.pool(v6=True)
+
+
+def test_dockerd_starts_again_and_asks_for_what_it_has(ipam: Driver) -> None:
+    pool = ipam.pool("10.7.0.0/16", "10.7.1.0/24")
+    ipam.address(pool, "10.7.0.1", gateway=True)
+    container = ipam.address(pool)
+    outside = ipam.address(pool, "10.7.9.9")
+    before = ipam.held()
+    ipam.driver.activate()
+    assert ipam.pool("10.7.0.0/16", "10.7.1.0/24") == pool
+    assert ipam.address(pool, "10.7.0.1", gateway=True) == "10.7.0.1/16"
+    assert ipam.address(pool, container.partition("/")[0]) == container
+    assert ipam.address(pool, "10.7.9.9") == outside
+    assert ipam.held() == before
+    # Once each: from then on it is somebody else's wish.
+    for address in ("10.7.0.1", "10.7.9.9", container.partition("/")[0]):
+        with pytest.raises(DriverError):
+            ipam.address(pool, address)
+    with pytest.raises(DriverError, match="overlaps with"):
+        ipam.pool("10.7.0.0/16", "10.7.1.0/24")
+
+
+def test_after_our_own_restart_docker_does_not_ask_again(ipam: Driver, state: State) -> None:
+    pool = ipam.pool("10.8.0.0/24")
+    ipam.address(pool, gateway=True)
+    given = ipam.address(pool)
+    again = Driver(state, ipam.client)
+    again.driver.recover()
+    with pytest.raises(DriverError):
+        again.address(pool, given.partition("/")[0])
+    with pytest.raises(DriverError, match="overlaps"):
+        again.pool("10.8.0.0/24")
+    again.release(pool, given.partition("/")[0])
+    assert again.held() == ["10.8.0.1/24"]
+
+
+def test_a_pool_that_was_asked_for_when_the_shim_died_is_given_again(ipam: Driver, state: State) -> None:
+    pool = ipam.pool("10.8.0.0/24")
+    again = Driver(state, ipam.client)
+    again.driver.recover()
+    assert again.pool("10.8.0.0/24") == pool
+
+
+def test_a_dockerd_that_starts_while_ipamd_is_away(
+    ipam: Driver, daemon: Daemon, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Activate must not fail: Docker would take us for no driver until its next start."""
+    pool = ipam.pool("10.8.0.0/24")
+    given = ipam.address(pool)
+    with Client(f"{daemon.directory}/nobody.sock", timeout_s=0.2) as away:
+        driver = Driver(state, ipam.client)
+        driver.driver._client = lambda: away
+        driver.driver.activate()
+        with pytest.raises(DriverError, match="ipamd"):
+            driver.address(pool, given.partition("/")[0])
+        driver.driver._client = lambda: ipam.client
+        assert driver.address(pool, given.partition("/")[0]) == given
+
+
+def test_what_the_comparison_removes(ipam: Driver) -> None:
+    pool = ipam.pool("10.9.0.0/16", "10.9.1.0/24")
+    ipam.address(pool, gateway=True)
+    ipam.address(pool)
+    ipam.address(pool, "10.9.7.7")
+    pools, addresses = ipam.driver.owned()
+    assert pools == {pool: "10.9.0.0/16"}
+    assert addresses == {(pool, "10.9.1.0"), (f"{pool}.rest", "10.9.7.7")}
+    for name, address in addresses:
+        ipam.driver.discard_address(name, address)
+        ipam.driver.discard_address(name, address)
+    assert ipam.held() == ["10.9.0.1/16"]
+    ipam.driver.discard_pool(pool)
+    ipam.driver.discard_pool(pool)
+    assert (ipam.held(), ipam.pools(), ipam.driver.owned()) == ([], [], ({}, set()))
+
+
+def test_many_at_once(ipam: Driver, daemon: Daemon, state: State) -> None:
+    pool = ipam.pool("10.10.0.0/24")
+    with ThreadPoolExecutor(8) as executor:
+        given = list(executor.map(lambda _: ipam.address(pool), range(40)))
+    assert len(set(given)) == 40
