@@ -163,8 +163,8 @@ class Ports:
                 path = self._path(port)
                 before = _load(path)
                 after = [one for one in before if (one.address, one.holder) != (port.address, record.key)]
-                others |= {one.holder for one in after if one.address == port.address}
-                if len(before) != len(after):
+                if len(before) != len(after):  # else it had claimed nothing: an ADD that was refused
+                    others |= {one.holder for one in after if one.address == port.address}
                     self._store(path, after)
         return {key for key in others if self._records.read(key) is not None}
 

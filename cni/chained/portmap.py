@@ -367,7 +367,7 @@ def _take(request: Request, host: Session, records: Records, record: Record, wan
         if not held:
             return
         for port, holder in held:
-            if observer.lives_at(holder.netns, holder.netns_inode, holder.netns_cookie):
+            if _lives(observer, holder):
                 raise _held(port, holder, wanted)
         for holder in {one.key: one for _, one in held}.values():
             own = (holder.key.container_id, holder.key.ifname) == (request.container_id, request.ifname)
@@ -377,6 +377,15 @@ def _take(request: Request, host: Session, records: Records, record: Record, wan
             with attachment_lock(run_dir, holder.key.container_id, holder.key.ifname, "portmap", _LOCK_DEADLINE_S):
                 _discard_unchanged(host, records, holder)
     raise _held(*held[0], wanted)
+
+
+def _lives(observer: Observer, holder: Record) -> bool:
+    """Whether the holder's namespace does. Where nobody can tell, it keeps its ports."""
+    try:
+        return observer.lives_at(holder.netns, holder.netns_inode, holder.netns_cookie)
+    except KernelError as error:
+        note(f"portmap: whether {holder.key.container_id} lives cannot be seen: {error}")
+        return True
 
 
 def _discard_unchanged(host: Session, records: Records, holder: Record) -> None:

@@ -117,7 +117,9 @@ def test_a_claim_without_its_record_counts_for_nothing(claims: Ports, records: R
 def test_one_container_shares_with_itself(claims: Ports, records: Records) -> None:
     first, second = record("c1", ("", "tcp", 80)), record("c1", ("", "tcp", 80), network="second")
     assert claims.take(first) == claims.take(second) == []
-    assert {holder.key for _, holder in claims.take(record("c2", ("", "tcp", 80)))} == {first.key, second.key}
+    other = record("c2", ("", "tcp", 80))
+    assert {holder.key for _, holder in claims.take(other)} == {first.key, second.key}
+    assert claims.release(other) == set()  # it was refused, and nothing of theirs is missing
     os.unlink(records._path(second.key))
     assert claims.release(second) == {first.key}
     os.unlink(records._path(first.key))

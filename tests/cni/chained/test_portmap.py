@@ -11,11 +11,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from cni.chained import portmap
 from cni.versions import SUPPORTED
+from kernel.errors import Denied
+from kernel.record import Key, Record
 from tests.cni.chained.traffic import ask, no_answer, serving, until
 from tests.cni.lab import WITH_CHECK, Attached, Lab, Served, both, elements, net, pool
 from tests.hosts import IPV6, Host, Netns
@@ -481,6 +485,15 @@ def test_a_dead_containers_port_is_taken_over(lab: Lab, outside: Netns) -> None:
             two.call("CHECK").ok()
             assert ask(outside, ("tcp", HOST, 8080)) == [f"two {OUTSIDE}"]
     lab.tidy(before)
+
+
+def test_who_cannot_be_seen_keeps_its_ports(capsys: pytest.CaptureFixture[str]) -> None:
+    def hidden(*_: object) -> bool:
+        raise Denied("observe network namespaces", 13)
+
+    holder = Record(Key("net", "hidden-one", "eth0", "portmap"), netns_inode=1)
+    assert portmap._lives(SimpleNamespace(lives_at=hidden), holder)  # type: ignore[arg-type]
+    assert "hidden-one" in capsys.readouterr().err
 
 
 def test_claims_that_a_crash_left_are_in_nobodys_way(lab: Lab) -> None:
