@@ -144,6 +144,10 @@ class Containerd(RuntimeHost):
     def address(self, pod: str) -> str:
         return str(self.cri.status(pod)["network"]["ip"])
 
+    def state(self, pod: str) -> str:
+        """SANDBOX_READY, which is also what an answer without a state means, or SANDBOX_NOTREADY."""
+        return str(self.cri.status(pod).get("state", "SANDBOX_READY"))
+
     def pid(self, pod: str) -> int:
         """Of the pod's own container."""
         info = self.cri.call("PodSandboxStatus", {"pod_sandbox_id": pod, "verbose": True})["info"]["info"]

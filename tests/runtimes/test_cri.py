@@ -185,7 +185,7 @@ def test_a_pod_is_killed(containerd: Containerd) -> None:
         pid = containerd.pid(pod)
         netns = containerd.netns(pod)
         containerd.kill(pid)
-        wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the end of the pod")  # noqa: B023 - called here only
+        wait_until(lambda: containerd.state(pod) == "SANDBOX_NOTREADY", "containerd to see it")  # noqa: B023
         if vanished:
             containerd.host.run(["umount", netns.path])
             containerd.host.run(["rm", netns.path])
