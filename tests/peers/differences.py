@@ -25,6 +25,7 @@ class Accepted:
         what, ours, theirs: regular expressions for the whole of a difference's fields.
         reference, netloom, why: for people.
         refused: only in cases that our ADD refuses.
+        needs: a queueing discipline that some kernels lack, without which there is no such difference.
     """
 
     plugins: tuple[str, ...]
@@ -35,6 +36,7 @@ class Accepted:
     netloom: str
     why: str
     refused: bool = False
+    needs: str = ""
 
     def covers(self, case: Case, difference: Difference) -> bool:
         return bool(
@@ -229,6 +231,17 @@ ACCEPTED: tuple[Accepted, ...] = (
         "switches `accept_ra` off on a bridge that was there",
         "does so only on a bridge that it makes",
         "It may be how the host itself gets its addresses.",
+    ),
+    # Queueing disciplines.
+    Accepted(
+        ("bandwidth",),
+        r"after ADD: host qdisc (<host end of eth0>|bwp\w+) \S+",
+        ".*kind fq_codel.*",
+        ABSENT,
+        "has one queue for all below the shaper",
+        "fair queues (`fq_codel`), where the kernel has them",
+        "One download does not delay everything else.",
+        needs="fq_codel",
     ),
     # host-local.
     Accepted(
