@@ -23,7 +23,7 @@ from kernel.errors import KernelError
 from kernel.session import Session
 from libnetwork import conflist, docker, http, messages, reconcile
 from libnetwork.errors import DriverError
-from libnetwork.ipam_driver import IpamDriver
+from libnetwork.ipam_driver import DEFAULT_POOLS, IpamDriver
 from libnetwork.network_driver import NetworkDriver
 from libnetwork.staging import Staging
 from libnetwork.state import Endpoint, State
@@ -44,6 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--socket", default=SOCKET, help=f"default: {SOCKET}")
     parser.add_argument("--cni-path", default=CNI_PATH, help=f"where the plugins are; default: {CNI_PATH}")
     parser.add_argument("--conf-dir", default=conflist.CONF_DIR, help=f"for -o conflist; default: {conflist.CONF_DIR}")
+    parser.add_argument(
+        "--default-pool",
+        action="append",
+        metavar="CIDR[,LENGTH]",
+        help="of these, a network without --subnet gets the first that is free; with LENGTH, a part of CIDR with this "
+        "prefix length; may be repeated; default: 172.17.0.0/16 to 172.31.0.0/16, then 192.168.0.0/16,20",
+    )
     parser.add_argument("--docker", default=docker.SOCKET, help=f"Docker's own socket; default: {docker.SOCKET}")
     parser.add_argument(
         "--interval",
@@ -82,7 +89,7 @@ async def _run(arguments: argparse.Namespace) -> None:
     network = NetworkDriver(
         state, staging, own.session, tuple(arguments.cni_path.split(os.pathsep)), arguments.conf_dir
     )
-    ipam = IpamDriver(state, own.client, own.session)
+    ipam = IpamDriver(state, own.client, own.session, arguments.default_pool or DEFAULT_POOLS)
     with contextlib.suppress(DriverError):  # ipamd may start after us
         await asyncio.to_thread(ipam.recover)
     reconciler = reconcile.Reconciler(

@@ -25,7 +25,8 @@ from libnetwork.state import Pool, State
 from protos.ipam.v1 import ipam_pb2 as pb
 
 CLIENT = "docker"
-DEFAULT_POOLS = tuple(f"172.{n}.0.0/16" for n in range(17, 32)) + tuple(f"192.168.{n}.0/20" for n in range(0, 256, 16))
+DEFAULT_POOLS = (*(f"172.{n}.0.0/16" for n in range(17, 32)), "192.168.0.0/16,20")
+_MOST_POOLS = 65536
 _SPACE = "netloom"
 _REST = ".rest"
 _GATEWAY_HOLDER = "gateway"
@@ -46,11 +47,14 @@ class IpamDriver:
         session: Callable[[], Session],
         default_pools: Iterable[str] = DEFAULT_POOLS,
     ) -> None:
-        """`client` and `session` are the calling thread's."""
+        """`client` and `session` are the calling thread's; `default_pools`: "CIDR", or "CIDR,prefix length of a part".
+
+        Raises DriverError for a default pool that is none.
+        """
         self._state = state
         self._client = client
         self._session = session
-        self._default_pools = tuple(ip_network(text) for text in default_pools)
+        self._default_pools = tuple(pool for text in default_pools for pool in _default(text))
         self._turn = threading.Lock()
         # After our own restart dockerd does not ask again: everything is somebody's.
         self._unclaimed_pools: set[str] = set()
@@ -298,6 +302,20 @@ def _network(text: str, option: str) -> AnyNetwork:
         return ip_network(text)
     except ValueError as error:
         raise DriverError(f"{option} {text}: {error}") from error
+
+
+def _default(text: str) -> list[AnyNetwork]:
+    whole, _, length = text.partition(",")
+    network = _network(whole, "--default-pool")
+    if not length:
+        return [network]
+    if network.version != 4 or not length.isdecimal() or not network.prefixlen <= int(length) <= 30:
+        raise DriverError(
+            f"--default-pool {text}: wanted an IPv4 network and a prefix length from its own to 30: 10.128.0.0/12,24"
+        )
+    if 1 << (int(length) - network.prefixlen) > _MOST_POOLS:
+        raise DriverError(f"--default-pool {text}: these are more than {_MOST_POOLS} pools; name a smaller network")
+    return list(network.subnets(new_prefix=int(length)))
 
 
 def _bare(cidr: str) -> str:

@@ -206,7 +206,29 @@ def test_a_free_one_is_chosen_that_no_route_and_no_network_has(ipam: Driver, rou
     routes.append(Route(ip_network("192.0.0.0/8")))
     with pytest.raises(DriverError, match="none of the 31 default pools is free of other networks and of this host's"):
         ipam.subnet()
-    assert len(DEFAULT_POOLS) == 31
+
+
+def test_default_pools_of_the_operators_choice(ipam: Driver, state: State, routes: list[Route]) -> None:
+    def driver(*pools: str) -> Driver:
+        chosen = Driver(state, ipam.client)
+        chosen.driver = IpamDriver(state, lambda: ipam.client, lambda: None, pools)  # type: ignore[arg-type, return-value]
+        return chosen
+
+    routes.append(Route(ip_network("10.200.1.0/24")))
+    few = driver("10.200.0.0/22,24", "10.201.0.0/16")
+    assert [few.subnet() for _ in range(4)] == ["10.200.0.0/24", "10.200.2.0/24", "10.200.3.0/24", "10.201.0.0/16"]
+    for wrong in (
+        "ten",
+        "10.0.0.1/8",
+        "10.0.0.0/8,7",
+        "10.0.0.0/8,31",
+        "10.0.0.0/8,x",
+        "fd00::/48,64",
+        "10.0.0.0/8,25",
+    ):
+        with pytest.raises(DriverError, match=f"--default-pool {wrong.partition(',')[0]}"):
+            driver(wrong)
+    assert len(driver(*DEFAULT_POOLS).driver._default_pools) == 31
 
 
 def test_ipv6(ipam: Driver) -> None:
