@@ -125,12 +125,13 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
         ours = found is not None and found.alias == leftovers.BRIDGE_MARK
         bridge = _ensure_bridge(host, conf, found) if ours else None
         eth = _plug_in(host, inside, conf, spec, bridge, undo) if bridge is not None else None
+        present = _addresses(host, bridge) if bridge is not None and conf.gateway else None
         lease = wait()
         ips, routes = _with_gateways(conf, lease)
         if bridge is None:
             bridge = _ensure_bridge(host, conf, found)
         if conf.gateway:
-            _ensure_gateways(host, bridge, conf, [_gateway_interface(ip) for ip in ips])
+            _ensure_gateways(host, bridge, conf, [_gateway_interface(ip) for ip in ips], present)
         if eth is None:
             eth = _plug_in(host, inside, conf, spec, bridge, undo)
         record = attachment.complete_record(records, record, _record(request, conf, ips, port_name, mac))
@@ -143,11 +144,12 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
             configure(inside, request.ifname, eth.index, result, dad=conf.enabledad)
             port = veth.wait_for_carrier(host, port_name)
             container.announce(inside, eth)
+        if bridge.alias != leftovers.BRIDGE_MARK:
+            bridge = link.get(host, conf.bridge)  # once more: somebody else's may take the MAC of a port
     return msgspec.structs.replace(
         result,
         interfaces=(
-            # Once more: somebody else's bridge may take the MAC of a port.
-            Interface(conf.bridge, link.get(host, conf.bridge).mac),
+            Interface(conf.bridge, bridge.mac),
             Interface(port.name, port.mac),
             Interface(request.ifname, eth.mac, request.netns),
         ),
@@ -232,13 +234,19 @@ def _ensure_bridge(host: Session, conf: BridgeConf, bridge: Link | None) -> Link
 
 
 @trace.step("gateway")
-def _ensure_gateways(host: Session, bridge: Link, conf: BridgeConf, gateways: list[AnyInterface]) -> None:
+def _ensure_gateways(
+    host: Session,
+    bridge: Link,
+    conf: BridgeConf,
+    gateways: list[AnyInterface],
+    present: set[AnyInterface] | None = None,
+) -> None:
     """Put the gateways' addresses on the bridge and let the host forward.
 
     As in the reference, another IPv4 address, or an overlapping IPv6 one, is an error unless forceAddress replaces it.
     Unlike there, the several addresses of one container may have a gateway each.
     """
-    present = {address.interface for address in addr.all_addresses(host, bridge.index)}
+    present = _addresses(host, bridge) if present is None else present
     for gateway in gateways:
         if gateway in present:
             continue
@@ -263,6 +271,10 @@ def _ensure_gateways(host: Session, bridge: Link, conf: BridgeConf, gateways: li
         # Pins the MAC of a bridge that was made without one; ours has its own from birth.
         link.set_mac(host, bridge.index, bridge.mac)
     veth.forward(gateway.version for gateway in gateways)
+
+
+def _addresses(host: Session, bridge: Link) -> set[AnyInterface]:
+    return {address.interface for address in addr.all_addresses(host, bridge.index)}
 
 
 def _conflict(present: AnyInterface, wanted: AnyInterface) -> bool:
