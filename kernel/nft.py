@@ -666,10 +666,11 @@ def _change(session: Session, removed: Sequence[Element], added: Sequence[Elemen
         NotFound: a table, or an element to be removed, is missing.
         Exists: an element with an owner is there.
     """
-    version = schema()
+    # Only what is added needs the right tables: a wrong configuration must not keep anything from being removed.
+    version = schema() if added else ""
     messages = [
         Message(_NEWSETELEM, netlink.CREATE, _elements(family, version, [_MARKER]), f"check the table {family} {TABLE}")
-        for family in sorted({element.family for element in (*removed, *added)})
+        for family in sorted({element.family for element in added})
     ]
     messages += _messages(_DELSETELEM, removed, "remove")
     messages += _messages(_NEWSETELEM, added, "add")

@@ -105,6 +105,7 @@ class Watch:
                 for record in wanted:
                     for source in leftovers.sources(record):
                         asked.add_source(record.firewalld_zone, source)
+                _say(f"firewalld was loaded anew: its zones have the addresses of {len(wanted)} attachments again")
 
     def _report(self) -> None:
         at = pb.Instant(boot_id=boot_id(), boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME))

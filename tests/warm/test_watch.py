@@ -198,6 +198,7 @@ def test_sources_that_firewalld_forgot_come_back(service: Service) -> None:
             assert calls() == []
             host.run(["nft", "add", "table", "inet", "firewalld"])  # as it does when it starts, and when it reloads
             wait_until(lambda: calls() == ["addSource trusted 10.9.0.2/32"], "the source", service.log)
+            wait_until(lambda: "addresses of 1 attachments again" in service.log(), "a line that says so")
             wall(service, c1, "DEL").ok()
             assert calls()[1:] == ["removeSource trusted 10.9.0.2/32"]
 

@@ -409,13 +409,12 @@ def test_the_configured_bit(lab: Lab) -> None:
             with walled(lab) as one:
                 assert forward(lab.host)[0] == ACCEPT.replace("0x1000000", "0x80")
                 assert outward(one.netns) == [f"outside {target}" for target in one.targets]
-            file.write_text(f"{before}\n[cni]\nforward_mark_bit = 77\n", encoding="utf-8")
+                file.write_text(f"{before}\n[cni]\nforward_mark_bit = 77\n", encoding="utf-8")
+            # A wrong bit keeps nobody from going, and everybody from coming.
             with lab.attached(web()) as plain:
                 answer = Walled(plain, conf_of(plain)).call("ADD")
                 assert answer.code() == 999
                 assert "cni.forward_mark_bit: want a whole number from 0 to 31, found 77" in answer.json["msg"]
-                file.write_text(before, encoding="utf-8")
-                Walled(plain, conf_of(plain)).call("DEL").ok()
     finally:
         file.write_text(before, encoding="utf-8")
         # As the first ADD found them.
