@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
 from kernel import link
-from kernel.errors import KernelError, NotFound, from_oserror
+from kernel.errors import Busy, KernelError, NotFound, from_oserror
 from kernel.netlink import Message, attr, attribute_list, attributes, string, text
 from kernel.session import Session
 
@@ -382,7 +382,11 @@ def _remove_chains(session: Session, family: str, table: str, names: Sequence[st
             found.append(Message(_DELCHAIN, 0, chain, f"remove chain {family} {table} {name}"))
         return found
 
-    _change(session, messages)
+    try:
+        _change(session, messages)
+    except Busy:
+        # An administrator's rule leads there. Empty it does nothing, and a DEL must not fail for ever.
+        _change(session, lambda: [message for message in messages() if message.kind != _DELCHAIN])
 
 
 def _remove_rules(
@@ -437,7 +441,10 @@ def _remove_legacy_chains(family: str, chains: Mapping[str, str]) -> None:
             jumps = [line for line in listed if line.startswith(f"-A {caller} ") and line.endswith(f" -j {name}")]
             commands += [*(f"-D{line[2:]}" for line in jumps), f"-F {name}", f"-X {name}"]
     if commands:
-        _restore(family, "nat", commands)
+        try:
+            _restore(family, "nat", commands)
+        except KernelError:  # as above; iptables does not say which it was
+            _restore(family, "nat", [command for command in commands if not command.startswith("-X ")])
 
 
 def _remove_legacy_accepted(family: str, addresses: Collection[AnyAddress]) -> None:

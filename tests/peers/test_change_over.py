@@ -219,6 +219,21 @@ def test_ipmasq_of_either_iptables(changing: Changing, netns: Netns, iptables: s
     other.delete()
 
 
+def test_a_chain_that_an_administrator_uses_too(changing: Changing, netns: Netns, iptables: str) -> None:
+    held = changing.attach(changing.theirs, [BRIDGE], netns)
+    chain = left_by_reference.chain_name("net", netns.name)
+    program = f"iptables-{iptables}"
+    changing.host.run([program, "-t", "nat", "-N", "MINE"])
+    changing.host.run([program, "-t", "nat", "-A", "MINE", "-j", chain])
+    changing.detach(changing.ours, [BRIDGE], netns, held)
+    rules = changing.host.run([program, "-t", "nat", "-S"]).stdout.splitlines()
+    assert [line for line in rules if chain in line] == [f"-N {chain}", f"-A MINE -j {chain}"]
+    changing.host.run([program, "-t", "nat", "-F", "MINE"])
+    changing.host.run([program, "-t", "nat", "-X", "MINE"])
+    changing.detach(changing.ours, [BRIDGE], netns, None)
+    assert changing.left(netns, *addresses(held)) == []
+
+
 def test_ports_of_either_iptables(changing: Changing, netns: Netns, iptables: str) -> None:
     other = changing.host.netns()
     plugins = [BRIDGE, PORTMAP]
