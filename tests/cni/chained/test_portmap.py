@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -484,6 +485,29 @@ def test_a_dead_containers_port_is_taken_over(lab: Lab, outside: Netns) -> None:
             gone.call("DEL", netns="").ok()
             two.call("CHECK").ok()
             assert ask(outside, ("tcp", HOST, 8080)) == [f"two {OUTSIDE}"]
+    lab.tidy(before)
+
+
+def test_of_many_at_once_one_gets_the_port_of_a_dead_one(lab: Lab, outside: Netns) -> None:
+    before = lab.host.snapshot()
+    with contextlib.ExitStack() as stack:
+        dead, *rest = [stack.enter_context(lab.attached(web())) for _ in range(6)]
+        gone = Published(dead, chained(dead, port(8080)))
+        gone.call("ADD").ok()
+        dead.netns.delete()
+        wanting = [Published(one, chained(one, port(8080))) for one in rest]
+        with ThreadPoolExecutor(len(wanting)) as pool_of_threads:
+            answers = list(pool_of_threads.map(lambda one: one.call("ADD"), wanting))
+        (winner,) = [one for one, answer in zip(wanting, answers, strict=True) if answer.status == 0]
+        for answer in answers:
+            if answer.status:
+                assert answer.code() == 103
+                assert winner.one.container_id in answer.json["msg"]
+        with serving(winner.netns, "winner", "tcp:80"):
+            assert ask(outside, ("tcp", HOST, 8080)) == [f"winner {OUTSIDE}"]
+        winner.call("CHECK").ok()
+        for one in (*wanting, gone):
+            one.call("DEL", netns="").ok()
     lab.tidy(before)
 
 
