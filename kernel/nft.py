@@ -51,6 +51,8 @@ SCHEMA = "schema2"  # raise the number with every change of _TABLES
 #   All this takes no mark: a target that somebody else's DNAT leads to as well is no worse off.
 # accept4, accept6: containers that may talk to whom they like and get answers, whatever another firewall says. With
 #   br_netfilter a bridge's own packets are forwarded ones, neighbour discovery among them.
+#   Errors about whatever DNAT led somewhere pass as well: no set can tell whose they are, and who does not hear that a
+#   packet is too large sends it again for ever.
 # separated: bridges whose traffic does not go to another such bridge; same: (bridge . bridge), each with itself;
 #   isolated: (bridge . bridge), where not even that passes.
 # guarded: bridge ports whose source MAC is checked; allowed: (port . MAC) that may pass there.
@@ -115,6 +117,7 @@ table inet {TABLE} {{
 		ct status dnat ip saddr . meta l4proto . th sport @published4 goto accepted
 		ct status dnat ip6 daddr . meta l4proto . th dport @published6 goto accepted
 		ct status dnat ip6 saddr . meta l4proto . th sport @published6 goto accepted
+		ct status dnat ct state related meta l4proto {{ icmp, ipv6-icmp }} goto accepted
 	}}
 }}
 """,

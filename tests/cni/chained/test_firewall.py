@@ -368,6 +368,33 @@ def test_published_ports_pass_with_the_plugin_and_without(lab: Lab, outside: Net
         lab.cni("DEL", "portmap", ports, **known).ok()
 
 
+def test_errors_about_published_ports_pass(lab: Lab, outside: Netns) -> None:
+    """A router with a narrow link behind it says so, and the container must hear it."""
+    far = lab.host.netns("far")
+    try:
+        outside.run(["ip", "link", "add", "far0", "type", "veth", "peer", "name", "eth0", "netns", "far"])
+        for netns, link, address in ((outside, "far0", "198.51.100.1/24"), (far, "eth0", "198.51.100.2/24")):
+            netns.run(["ip", "address", "add", address, "dev", link])
+            netns.run(["ip", "link", "set", link, "up"])
+        outside.run(["ip", "link", "set", "far0", "mtu", "900"])
+        outside.run(["sysctl", "-qw", "net.ipv4.ip_forward=1"])
+        far.run(["ip", "route", "add", "default", "via", "198.51.100.1"])
+        lab.host.run(["ip", "route", "add", "198.51.100.0/24", "via", OUTSIDE])
+        with dropping(lab.host), lab.attached(web(ipam=pool())) as one:
+            mapping = [{"hostPort": 8080, "containerPort": 81, "protocol": "tcp"}]
+            ports = {**conf_of(one), "type": "portmap", "runtimeConfig": {"portMappings": mapping}}
+            known: dict[str, Any] = {"netns": one.netns, "container_id": one.container_id}
+            lab.cni("ADD", "portmap", ports, **known).ok()
+            with serving(one.netns, "x" * 5000, "tcp:81"):
+                read = f"one = socket.create_connection(('{HOST}', 8080), 20)\nprint(len(one.makefile().read()))"
+                assert int(far.run([sys.executable, "-c", f"import socket\n{read}"]).stdout) > 5000
+            lab.cni("DEL", "portmap", ports, **known).ok()
+    finally:
+        lab.host.run(["ip", "route", "delete", "198.51.100.0/24"], check=False)
+        outside.run(["ip", "link", "delete", "far0"], check=False)
+        far.delete()
+
+
 def test_isolation_has_no_way_round_by_published_ports(lab: Lab, outside: Netns) -> None:
     """By way of the host's address, packets go from the bridge to the bridge, past the ports' flags."""
     network = web(hairpinMode=True)
