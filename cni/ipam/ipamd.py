@@ -9,6 +9,7 @@ A DEL while ipamd is away leaves a release record, which ipamd replays when it i
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -78,12 +79,14 @@ def _invalid(what: str, remedy: str) -> CniError:
     return CniError(Code.INVALID_CONFIG, f"invalid network config: $.ipam.{what}", remedy)
 
 
-def _range_sets(request: Request, conf: IpamConf) -> list[tuple[RangeConf, ...]]:
-    """The range sets in host-local's order: runtimeConfig.ipRanges, the keys at the top, then `ranges`."""
-    sets = list(request.capability("ipRanges", tuple[tuple[RangeConf, ...], ...]) or ())
+def _range_sets(request: Request, conf: IpamConf) -> list[tuple[str, tuple[RangeConf, ...]]]:
+    """The range sets, each with its JSON path, in host-local's order: runtimeConfig.ipRanges, the keys at the top, then
+    `ranges`."""
+    given = request.capability("ipRanges", tuple[tuple[RangeConf, ...], ...]) or ()
+    sets = [(f"$.runtimeConfig.ipRanges[{index}]", one) for index, one in enumerate(given)]
     if conf.subnet:
-        sets.append((RangeConf(conf.subnet, conf.range_start, conf.range_end, conf.gateway),))
-    sets.extend(conf.ranges)
+        sets.append(("$.ipam.subnet", (RangeConf(conf.subnet, conf.range_start, conf.range_end, conf.gateway),)))
+    sets += [(f"$.ipam.ranges[{index}]", one) for index, one in enumerate(conf.ranges)]
     return sets
 
 
@@ -101,9 +104,10 @@ def _network_pool(request: Request, conf: IpamConf) -> "pb.NetworkPool | None":
     if not sets:
         raise _invalid("pool is missing", "name a pool in `pool`, or give `subnet` or `ranges` as for host-local")
     spec = pb.PoolSpec(excludes=conf.exclude)
-    for ranges in sets:
+    for place, ranges in sets:
         if not ranges:
-            raise _invalid("ranges: found an empty range set, []", "want at least one range in each set")
+            wish = "want at least one range in each set"
+            raise CniError(Code.INVALID_CONFIG, f"invalid network config: {place}: found an empty range set, []", wish)
         spec.range_sets.add(
             ranges=[pb.Range(subnet=r.subnet, start=r.range_start, end=r.range_end, gateway=r.gateway) for r in ranges]
         )
@@ -413,7 +417,17 @@ def _error(request: Request, error: "IpamError") -> CniError:
         grpc.StatusCode.INVALID_ARGUMENT: Code.INVALID_CONFIG,
         grpc.StatusCode.NOT_FOUND: Code.INVALID_CONFIG,
     }.get(error.code, Code.INTERNAL)
-    return CniError(code, f"ipamd: {error.message}", f"request {request.request_id}")
+    return CniError(code, f"ipamd: {error.message}", f"{_where(request, error)}request {request.request_id}")
+
+
+def _where(request: Request, error: "IpamError") -> str:
+    """Where the configuration has what ipamd calls range_sets[i]."""
+    named = re.search(r"range_sets\[(\d+)\]", error.message)
+    if named is None:
+        return ""
+    sets = _range_sets(request, config.convert(request.config.get("ipam", {}), IpamConf, "$.ipam"))
+    index = int(named[1])
+    return f"range_sets[{index}] is {sets[index][0]}; " if index < len(sets) else ""
 
 
 def _key(request: Request) -> "pb.AttachmentKey":

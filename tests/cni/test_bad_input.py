@@ -133,6 +133,19 @@ def of_ranges() -> Iterator[Case]:
             yield Case(plugin, keys, 7, ("$.ipam.addresses[0]", f'"{address}"'))
 
 
+def of_named_sets() -> Iterator[Case]:
+    """ipamd's own words for a place, and what they mean in the configuration."""
+    bad = [subnet("10.8.0.0/24", "10.9.0.9")]
+    keys: dict[str, Any] = {"ipam": {"type": "ipamd", "subnet": "10.7.0.0/24", "ranges": [bad]}}
+    yield Case("ipamd", keys, 7, ("range_sets[1] is $.ipam.ranges[0];", "10.9.0.9"))
+    keys = {"ipam": {"type": "ipamd", **bad[0]}}
+    yield Case("ipamd", keys, 7, ("range_sets[0] is $.ipam.subnet;", "10.9.0.9"))
+    keys = {"ipam": {"type": "ipamd", "subnet": "10.7.0.0/24"}, "runtimeConfig": {"ipRanges": [bad]}}
+    yield Case("ipamd", keys, 7, ("range_sets[0] is $.runtimeConfig.ipRanges[0];", "10.9.0.9"))
+    keys = {"ipam": {"type": "ipamd", "subnet": "10.7.0.0/24"}, "runtimeConfig": {"ipRanges": [[]]}}
+    yield Case("ipamd", keys, 7, ("$.runtimeConfig.ipRanges[0]", "[]"))
+
+
 def of_leases() -> Iterator[Case]:
     """What no interface can have, whoever gives it."""
     for plugin in INTERFACE:
@@ -240,7 +253,19 @@ def of_ports() -> Iterator[Case]:
         yield Case("portmap", keys, 103, ("hostPort", "7000", "python"), after=True)
 
 
-ALL = (of_masters, of_mtus, of_macs, of_ranges, of_leases, of_long_names, of_namespaces, of_names, of_results, of_ports)
+ALL = (
+    of_masters,
+    of_mtus,
+    of_macs,
+    of_ranges,
+    of_named_sets,
+    of_leases,
+    of_long_names,
+    of_namespaces,
+    of_names,
+    of_results,
+    of_ports,
+)
 CASES = [case for some in ALL for case in some() if case.plugin in PLUGINS]
 
 
