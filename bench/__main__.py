@@ -29,7 +29,7 @@ from bench.verdict import complaints
 from tests.hosts import ROOT, HostError, keep_in_memory, remove_scratch, sweep
 
 OUT = ROOT / "out"
-_FULL_S, _QUICK_S = 420.0, 80.0  # after which the rounds of a comparison end early
+_FULL_S, _QUICK_S = 390.0, 80.0  # after which the rounds of a comparison end early
 _BUSY = 15.0  # percent of the processors; ratios bear it, rates do not
 
 
