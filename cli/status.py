@@ -6,11 +6,12 @@ from typing import TypedDict
 
 import click
 
-from cli import documents, output
+from cli import documents, output, shim
 from cli.documents import PoolDocument
 from cli.failure import Failure, Status
 from cli.options import Choices, common, pass_choices
 from cli.pools import NUMBERS, USAGE_COLUMNS, usage_rows
+from cli.shim import DockerDocument
 from ipamd.client import Client, IpamError
 from kernel import foreign, nft, paths
 from kernel.errors import KernelError
@@ -42,6 +43,7 @@ class StatusDocument(TypedDict):
     ipamd: IpamdDocument | None
     pools: list[PoolDocument]
     kernel: KernelDocument
+    docker: DockerDocument | None  # None: no shim ever ran on this host, or only root may look
 
 
 _EPILOG = (
@@ -54,17 +56,24 @@ _EPILOG = (
 @common
 @pass_choices
 def status(choices: Choices) -> None:
-    """Show whether ipamd runs, how full the pools are, and what the host's kernel side knows."""
+    """Show whether ipamd and Docker's driver run, how full the pools are, and what the host's kernel side knows."""
     kernel = _kernel(paths.run_dir(os.environ))
+    docker = shim.look(paths.state_dir(os.environ))
     socket = choices.socket_path()
     try:
         with choices.ipamd() as ipamd:
-            found = _ask(ipamd, socket, kernel)
+            found = _ask(ipamd, socket, kernel, docker)
     except Failure as failure:
         if choices.as_json:
             output.document(
                 StatusDocument(
-                    state="unreachable", problems=[failure.message], socket=socket, ipamd=None, pools=[], kernel=kernel
+                    state="unreachable",
+                    problems=[failure.message, *shim.problems(docker)],
+                    socket=socket,
+                    ipamd=None,
+                    pools=[],
+                    kernel=kernel,
+                    docker=docker,
                 )
             )
         raise
@@ -76,10 +85,10 @@ def status(choices: Choices) -> None:
         raise click.exceptions.Exit(Status.FAILED)
 
 
-def _ask(ipamd: Client, socket: str, kernel: KernelDocument) -> StatusDocument:
+def _ask(ipamd: Client, socket: str, kernel: KernelDocument, docker: DockerDocument | None) -> StatusDocument:
     answer = ipamd.status()
     pools = sorted((documents.pool(entry) for entry in ipamd.list_pools()), key=lambda entry: entry["name"])
-    problems = [*_refusals(ipamd, pools), *_bad_records(kernel), *_other_firewalls()]
+    problems = [*_refusals(ipamd, pools), *_bad_records(kernel), *_other_firewalls(), *shim.problems(docker)]
     return StatusDocument(
         state="degraded" if problems else "healthy",
         problems=problems,
@@ -96,6 +105,7 @@ def _ask(ipamd: Client, socket: str, kernel: KernelDocument) -> StatusDocument:
         ),
         pools=pools,
         kernel=kernel,
+        docker=docker,
     )
 
 
@@ -155,7 +165,7 @@ def _kernel(run_dir: str) -> KernelDocument:
 
 
 def _print(found: StatusDocument) -> None:
-    ipamd, kernel = found["ipamd"], found["kernel"]
+    ipamd, kernel, docker = found["ipamd"], found["kernel"], found["docker"]
     facts = [("state", found["state"]), ("socket", found["socket"])]
     if ipamd is not None:
         facts += [
@@ -167,12 +177,15 @@ def _print(found: StatusDocument) -> None:
     facts += [
         ("attachments", _count(kernel["attachments"], "with state in this host's kernel")),
         ("releases", _count(kernel["releases_waiting"], "waiting for ipamd")),
+        *([("docker", shim.fact(docker))] if docker is not None else []),
         *(("problem", problem) for problem in found["problems"]),
     ]
     output.facts(facts)
     if found["pools"]:
         output.line("")
         output.table(USAGE_COLUMNS, usage_rows(found["pools"]), NUMBERS)
+    if docker is not None:
+        shim.print_tables(docker)
 
 
 def _count(number: int | None, what: str) -> str:

@@ -66,6 +66,18 @@ T = TypeVar("T", Network, Endpoint, Pool)
 _KINDS: dict[type, str] = {Network: "networks", Endpoint: "endpoints", Pool: "pools"}
 
 
+def peek(directory: str, kind: type[T]) -> list[T]:
+    """Every one of a kind that can be read, for who only looks. Raises OSError where the directory cannot be read."""
+    found = []
+    top = os.path.join(directory, _KINDS[kind])
+    for name in sorted(os.listdir(top)):
+        with contextlib.suppress(FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
+            if name.endswith(".json"):
+                with open(os.path.join(top, name), "rb") as file:
+                    found.append(msgspec.json.decode(file.read(), type=kind))
+    return found
+
+
 class State:
     """See the module. Its methods may be called from any thread."""
 

@@ -6,11 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
+from cli import shim
 from cli.status import _duration
 from kernel.record import Key, Record, Records
+from libnetwork.messages import PortBinding
+from libnetwork.options import NetworkOptions
+from libnetwork.state import Endpoint, Network, State
 from tests.cli.conftest import Ipamd, Netloom
 from tests.hosts import Host
+from tests.libnetwork.test_http import serving
 
 
 def test_healthy(ipamd: Ipamd, netloom: Netloom, scratch: Path) -> None:
@@ -37,6 +43,7 @@ def test_healthy(ipamd: Ipamd, netloom: Netloom, scratch: Path) -> None:
         "problems": [],
         "socket": f"{scratch}/ipamd.sock",
         "kernel": {"attachments": 1, "releases_waiting": 0, "releases_bad": 0},
+        "docker": None,
     }
     people = netloom("status")
     assert people.status == 0
@@ -57,6 +64,57 @@ def test_a_full_pool_is_degraded_and_says_so(ipamd: Ipamd, netloom: Netloom) -> 
     document = json.loads(netloom("status", "--json").out)
     assert document["state"] == "degraded"
     assert len(document["problems"]) == 1
+
+
+def shims_state(scratch: Path) -> None:
+    """Two networks, one with a container whose port 80 is published at a port of the shim's choice."""
+    state = State(str(scratch / "docker"))
+    state.put(Network("a" * 64, NetworkOptions(), ("10.1.0.0/24",), ("10.1.0.1/24",)))
+    state.put(Network("b" * 64, NetworkOptions(conflist="mine")))
+    ports = (PortBinding(6, 80, "127.0.0.1", 8080), PortBinding(17, 53, "", 32768))
+    state.put(Endpoint("e" * 64, "a" * 64, ("10.1.0.2/24",), "02:42:0a:01:00:02", "nle", ports=ports))
+    (scratch / "docker/endpoints/damaged.json").write_text("{")
+    state.close()
+
+
+def test_dockers_driver(ipamd: Ipamd, netloom: Netloom, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(scratch)  # the path of a socket has 107 bytes
+    monkeypatch.setattr(shim.look, "__defaults__", ("s",))
+    shims_state(scratch)
+    away = netloom("status")
+    assert away.status == 1
+    problem = "Docker's driver does not answer at s: No such file or directory: systemctl start netloom-docker.socket"
+    assert problem in away.out
+    assert (scratch / "docker/endpoints/damaged.json").exists()
+
+    async def capabilities(_: web.Request) -> web.Response:
+        return web.json_response({"Scope": "local"})
+
+    application = web.Application()
+    application.router.add_post("/NetworkDriver.GetCapabilities", capabilities)
+    with serving(application, "s"):
+        there = netloom("status")
+        assert there.status == 0
+        assert "docker       driver answers, 2 networks, 1 endpoints\n" in there.out
+        assert "aaaaaaaaaaaa    bridge         nl-aaaaaaaaaaaa  10.1.0.0/24          1\n" in there.out
+        assert "bbbbbbbbbbbb    conflist mine" in there.out
+        assert "10.1.0.2/24  127.0.0.1:8080->80/tcp *:32768->53/udp\n" in there.out
+        document = json.loads(netloom("status", "--json").out)["docker"]
+    assert (document["answers"], document["error"]) == (True, "")
+    assert [one["endpoints"] for one in document["networks"]] == [1, 0]
+    assert document["endpoints"][0]["ports"][1] == {
+        "protocol": "udp",
+        "host_ip": "",
+        "host_port": 32768,
+        "container_port": 53,
+    }
+
+
+def test_a_driver_that_has_nothing_may_be_away(ipamd: Ipamd, netloom: Netloom, scratch: Path) -> None:
+    State(str(scratch / "docker")).close()
+    ran = netloom("status")
+    assert ran.status == 0
+    assert "docker       driver does not answer" in ran.out
 
 
 def test_release_records_that_cannot_be_read(ipamd: Ipamd, netloom: Netloom, scratch: Path) -> None:

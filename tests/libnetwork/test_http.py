@@ -47,26 +47,32 @@ def ask(path: str, name: str, body: bytes = b"") -> tuple[int, dict[str, Any]]:
 
 
 @contextmanager
-def serving(path: str, calls: Mapping[str, tuple[type, shim.Handler]], threads: int = 4) -> Iterator[None]:
+def serving(application: web.Application, path: str) -> Iterator[None]:
+    """Listens at a path while the block lasts."""
     loop = asyncio.new_event_loop()
 
     async def start() -> web.AppRunner:
-        runner = web.AppRunner(shim.application(calls, executor))
+        runner = web.AppRunner(application)
         await runner.setup()
         await web.UnixSite(runner, path).start()
         return runner
 
-    with ThreadPoolExecutor(threads) as executor:
-        runner = loop.run_until_complete(start())
-        thread = threading.Thread(target=loop.run_forever)
-        thread.start()
-        try:
-            yield
-        finally:
-            asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(30)
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join()
-            loop.close()
+    runner = loop.run_until_complete(start())
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield
+    finally:
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(30)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+@contextmanager
+def answering(path: str, calls: Mapping[str, tuple[type, shim.Handler]]) -> Iterator[None]:
+    with ThreadPoolExecutor(4) as executor, serving(shim.application(calls, executor), path):
+        yield
 
 
 @pytest.fixture
@@ -96,7 +102,7 @@ def test_answers(path: str) -> None:
         seen.append(message)
         return {"Value": {}}
 
-    with serving(path, {"A.Empty": (messages.Empty, note), "A.Ref": (messages.NetworkRef, note)}):
+    with answering(path, {"A.Empty": (messages.Empty, note), "A.Ref": (messages.NetworkRef, note)}):
         assert ask(path, "A.Empty") == (200, {"Value": {}})
         assert ask(path, "A.Empty", b"{}") == (200, {"Value": {}})
         assert ask(path, "A.Ref", b'{"NetworkID": "n"}') == (200, {"Value": {}})
@@ -114,7 +120,7 @@ def test_refusals(path: str, capfd: pytest.CaptureFixture[str]) -> None:
         "A.Bug": (messages.Empty, raising(ZeroDivisionError("by zero"))),
         "A.Ref": (messages.NetworkRef, raising(AssertionError("never called"))),
     }
-    with serving(path, calls):
+    with answering(path, calls):
         assert refusal(*ask(path, "A.Driver")) == "first; also: second"
         assert refusal(*ask(path, "A.Ipamd")) == "A.Ipamd: ipamd: pool web is full"
         assert refusal(*ask(path, "A.Kernel")) == "A.Kernel: move link: Device or resource busy"
@@ -129,7 +135,7 @@ def test_refusals(path: str, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_body_without_end(path: str) -> None:
-    with serving(path, {"A.Ref": (messages.NetworkRef, raising(AssertionError("never called")))}):
+    with answering(path, {"A.Ref": (messages.NetworkRef, raising(AssertionError("never called")))}):
         status, answer = ask(path, "A.Ref", b'{"NetworkID": "' + b"x" * shim._LARGEST + b'"}')
         assert status == 413
         assert "a request of more than 4194304 bytes" in refusal(status, answer)
@@ -144,7 +150,7 @@ def test_one_call_does_not_wait_for_another(path: str) -> None:
         return {}
 
     calls = {"A.Slow": (messages.Empty, slow), "A.Fast": (messages.Empty, lambda _: {"Value": {}})}
-    with serving(path, calls), ThreadPoolExecutor(1) as other:
+    with answering(path, calls), ThreadPoolExecutor(1) as other:
         waiting = other.submit(ask, path, "A.Slow")
         assert arrived.wait(30)
         assert ask(path, "A.Fast") == (200, {"Value": {}})
