@@ -140,16 +140,22 @@ def _configure_host(host: Session, port: Link, ips: tuple[IPConfig, ...]) -> Non
         veth.try_sysctl("0", "ipv6", "conf", port.name, "disable_ipv6")
         # Forwarding asks for neighbours under the link-local address: not after the second that detection takes.
         veth.try_sysctl("0", "ipv6", "conf", port.name, "accept_dad")
-    host.rtnl.execute([addr.add_message(port.index, gateway) for gateway in gateways])
-    for one in _routes_on_host(port.index, ips):
-        try:
-            route.add(host, one, exclusive=True)
-        except Exists as error:
+    routes = _routes_on_host(port.index, ips)
+    messages = [addr.add_message(port.index, gateway) for gateway in gateways]
+    messages += [route.add_message(one, exclusive=True) for one in routes]
+    failures = host.rtnl.attempt(messages)
+    for error in failures[: len(gateways)]:
+        if error is not None:
+            raise error
+    for one, error in zip(routes, failures[len(gateways) :], strict=True):
+        if isinstance(error, Exists):
             raise CniError(
                 Code.ADDRESS_UNAVAILABLE,
                 f"the host has a route to {one.dst} already, and the container would get that address",
                 f"look at `ip route show {one.dst}`; remove it or exclude the address from the pool",
             ) from error
+        if error is not None:
+            raise error
 
 
 def _gateways(ips: Iterable[IPConfig]) -> list[addr.AnyInterface]:
