@@ -35,6 +35,9 @@ _logger = logging.getLogger("ipamd")
 _SERVICE = ipam_pb2.DESCRIPTOR.services_by_name["Ipam"].full_name
 _LARGEST_MESSAGE = 64 << 20  # a GC that names 100,000 attachments has 8 MiB
 _DRAIN_S = 10.0
+# Nothing in hand at so many looks in a row: what had arrived has been begun, and the answers have gone out.
+_QUIET = 5
+_QUIET_INTERVAL_S = 0.02
 _RECORDS_INTERVAL_S = 2.0
 _SAMPLES_INTERVAL_S = 5.0
 # The commit's thread waits at most this long for the interpreter after the disk answered; the default is 5 ms.
@@ -157,10 +160,23 @@ class _Daemon:
             log.event(_logger, "info", "ipamd is stopping: it answers what it took")
             place.remove()
             await self._health.enter_graceful_shutdown()
-            await server.stop(_DRAIN_S)
+            await self._drain(server)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _drain(self, server: aio.Server) -> None:
+        """Takes nothing any more, answers what is in hand.
+
+        gRPC alone would wait for connections to be closed, too; those of idle workers stay until their next request.
+        """
+        stopping = asyncio.create_task(server.stop(_DRAIN_S))
+        quiet = 0
+        while quiet < _QUIET and not stopping.done():
+            await asyncio.sleep(_QUIET_INTERVAL_S)
+            quiet = 0 if self._service.in_hand else quiet + 1
+        await server.stop(None)
+        await stopping
 
     def _server(self) -> aio.Server:
         server = aio.server(

@@ -68,6 +68,7 @@ def _unary(
         began = time.perf_counter()
         request_id = _request_id(context)
         code = "CANCELLED"
+        self.in_hand += 1
         try:
             response = await handler(self, request, request_id)
             code = "OK"
@@ -77,6 +78,7 @@ def _unary(
                       error=str(error), request_id=request_id)  # fmt: skip
             await _abort(context, error)
         finally:
+            self.in_hand -= 1
             self.metrics.request(name, code, time.perf_counter() - began)
         return response
 
@@ -84,7 +86,7 @@ def _unary(
 
 
 class Service(IpamServicer):
-    """The handlers. One instance serves all requests, in the event loop."""
+    """The handlers. One instance serves all requests, in the event loop. `in_hand`: how many it has yet to answer."""
 
     def __init__(
         self,
@@ -99,6 +101,7 @@ class Service(IpamServicer):
         version: str,
     ) -> None:
         self.metrics = metrics
+        self.in_hand = 0
         self._engine = engine
         self._ledger = ledger
         self._store = store
@@ -231,16 +234,20 @@ class Service(IpamServicer):
             await _abort(context, error)
         wanted = Filter(request.node, request.client, request.network, request.container_id, request.pool, ip)
         after = 0
-        while True:
-            try:
-                page = await self._engine.run(functools.partial(self._store.allocations, wanted, after, _PAGE))
-            except IpamdError as error:
-                await _abort(context, error)
-            for allocation in page:
-                yield messages.allocation_message(allocation)
-            if len(page) < _PAGE:
-                return
-            after = page[-1].generation
+        self.in_hand += 1
+        try:
+            while True:
+                try:
+                    page = await self._engine.run(functools.partial(self._store.allocations, wanted, after, _PAGE))
+                except IpamdError as error:
+                    await _abort(context, error)
+                for allocation in page:
+                    yield messages.allocation_message(allocation)
+                if len(page) < _PAGE:
+                    return
+                after = page[-1].generation
+        finally:
+            self.in_hand -= 1
 
     @_unary
     async def Reserve(self, request: pb.ReserveRequest, request_id: str) -> pb.Reservation:

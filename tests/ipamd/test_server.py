@@ -1,5 +1,6 @@
 """Start, stop, socket and lock of a real process."""
 
+import asyncio
 import os
 import signal
 import socket
@@ -13,7 +14,9 @@ from pathlib import Path
 import grpc
 import pytest
 
+from ipamd import server
 from ipamd.client import Client, IpamError
+from ipamd.config import load
 from ipamd.listen import SocketPlace
 from protos.ipam.v1 import ipam_pb2 as pb
 from tests.ipamd.daemon import ROOT, WAIT_S, Daemon, cidrs, key, now, own, wait_for
@@ -34,6 +37,28 @@ def test_a_clean_stop_and_a_new_start(tmp_path: Path) -> None:
         # The same client object finds the new daemon at once, by its one repetition.
         again = client.allocate(key("a"), network_pool=own("10.1.0.0/24"))
         assert (again.created, cidrs(again), again.generation) == (False, cidrs(first), first.generation)
+
+
+def test_connections_that_stay_open_do_not_hold_up_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker keeps its connection for the next request, and does not look at it before."""
+    monkeypatch.setattr(server, "_DRAIN_S", 1e6)
+    path = tmp_path / "ipamd.sock"
+    file = tmp_path / "netloom.toml"
+    file.write_text(f'[ipamd]\nnode = "n"\nsocket = "{path}"\n[store]\nkind = "memory"\n')
+
+    async def allocate_and_stop() -> None:
+        stop = asyncio.Event()
+        serving = asyncio.create_task(server.serve(load(str(file), {}, {}), stop, version="0"))
+        with Client(str(path), timeout_s=WAIT_S) as client:
+            while not path.exists():
+                assert not serving.done()
+                await asyncio.sleep(0.01)
+            answer = await asyncio.to_thread(client.allocate, key("a"), network_pool=own("10.1.0.0/24"))
+            assert cidrs(answer) == ["10.1.0.2/24"]
+            stop.set()
+            await asyncio.wait_for(serving, WAIT_S)
+
+    asyncio.run(allocate_and_stop())
 
 
 def test_a_client_survives_a_restart_between_two_calls(tmp_path: Path) -> None:
