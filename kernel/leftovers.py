@@ -25,6 +25,7 @@ def sweep(
     *,
     observe: Callable[[], Iterable[LiveNetns]] = liveness.observe,
     dry_run: bool = False,
+    only: Callable[[Record], bool] = lambda _: True,
 ) -> list[Record]:
     """Remove what belongs to attachments whose namespace is gone.
 
@@ -36,11 +37,12 @@ def sweep(
         lock: the attachment's lock, from (container id, ifname), held while its things are removed.
         observe: lists every namespace that lives.
         dry_run: only say what would be removed.
+        only: which records to look at.
 
     Returns:
         The records of the dead.
     """
-    candidates = list(records.all())
+    candidates = [record for record in records.all() if only(record)]
     living = set(observe()) if candidates else set()
     cookies = {one.cookie for one in living if one.cookie}
     inodes = {one.inode for one in living}

@@ -2,6 +2,7 @@
 
 - It tells ipamd which network namespaces live, so that the addresses of what died without a DEL come back. Only root
   sees them all, and ipamd is not root.
+- It removes what such containers left in the kernel, once they were dead in every look for a while.
 - It puts back what somebody took out of our nftables tables (`nft flush ruleset`, a reloaded firewall), from the
   attachment records, at once when the kernel tells of it, and at its own start.
 - It puts back the rule that stands in front of another firewall's drops, when that one was loaded anew, and the sources
@@ -15,14 +16,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from cni.errors import CniError
 from cni.living import boot_id
+from cni.lock import AttachmentLock, attachment_lock
 from cni.registry import PLUGINS
 from ipamd.client import Client, IpamError
 from kernel import firewalld, foreign, leftovers, nft
 from kernel.errors import KernelError
 from kernel.events import Change, Events
-from kernel.liveness import observe
-from kernel.record import Records
+from kernel.liveness import LiveNetns, observe
+from kernel.record import Record, Records
 from kernel.session import Session
 from protos.ipam.v1 import ipam_pb2 as pb
 
@@ -30,6 +33,8 @@ NAME = "netloom-watch"
 LIVENESS_S = 20.0  # ipamd's grace between two observations is a minute
 _SETTLE_S = 0.05  # a reload comes as several transactions
 _CALL_TIMEOUT_S = 10.0
+_LOOKS = 3  # so many intervals long nobody has seen a namespace, before it is taken for gone
+_LOCK_DEADLINE_S = 15.0  # a request of that attachment is under way: it will see to its own
 
 
 class Watch:
@@ -41,7 +46,9 @@ class Watch:
         self._records = Records(run_dir)
         self._ipamd = Client(ipamd_socket, timeout_s=_CALL_TIMEOUT_S)
         self._liveness_s = liveness_s
-        self._complained = ""
+        self._run_dir = run_dir
+        self._dead: dict[Record, float] = {}  # since when
+        self._complained: dict[str, str] = {}  # by what was attempted
         self._rewrote = False  # the last thing was writing the tables anew because events were missed
 
     def run(self) -> None:
@@ -51,7 +58,7 @@ class Watch:
         while True:
             if time.monotonic() >= due:
                 due = time.monotonic() + self._liveness_s
-                self._attempt("report of living namespaces", self._report)
+                self._attempt("report of living namespaces", self._look)
                 if foreign.legacy_in_use():
                     self._let_pass("iptables-legacy")
             changes = [change for change in self._events.wait(due - time.monotonic()) if _concerns_us(change)]
@@ -107,23 +114,49 @@ class Watch:
                         asked.add_source(record.firewalld_zone, source)
                 _say(f"firewalld was loaded anew: its zones have the addresses of {len(wanted)} attachments again")
 
-    def _report(self) -> None:
+    def _look(self) -> None:
         at = pb.Instant(boot_id=boot_id(), boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME))
-        live = [pb.LiveNetns(inode=one.inode, cookie=one.cookie) for one in observe()]
+        living = observe()
+        self._attempt("removal of what dead containers left", lambda: self._sweep(living))
+        live = [pb.LiveNetns(inode=one.inode, cookie=one.cookie) for one in living]
         for one in self._ipamd.report_liveness(at, live).released:
             held = ", ".join(address.cidr for address in one.addresses)
             _say(f"released {held} of {one.key.container_id} {one.key.ifname}: {one.reason}")
+
+    def _sweep(self, living: Sequence[LiveNetns]) -> None:
+        """An ADD that came after the look seems dead in this one, and alive in the next."""
+        now = time.monotonic()
+
+        def sweep(*, dry_run: bool, only: Callable[[Record], bool]) -> list[Record]:
+            return leftovers.sweep(
+                self._session, self._records, self._lock, observe=lambda: living, dry_run=dry_run, only=only
+            )
+
+        dead = sweep(dry_run=True, only=lambda _: True)
+        self._dead = {record: self._dead.get(record, now) for record in dead}
+        ripe = {record for record, since in self._dead.items() if now - since >= _LOOKS * self._liveness_s}
+        gone = sweep(dry_run=False, only=ripe.__contains__) if ripe else []
+        for record in gone:
+            del self._dead[record]
+            key = record.key
+            _say(f"removed what {key.plugin} left of {key.container_id} {key.ifname}: its network namespace is gone")
+        if gone:
+            # An address may have a new holder already, whose elements were the same.
+            self._records.rebuild(self._session)
+
+    def _lock(self, container_id: str, ifname: str) -> AttachmentLock:
+        return attachment_lock(self._run_dir, container_id, ifname, NAME, _LOCK_DEADLINE_S)
 
     def _attempt(self, what: str, work: Callable[[], None]) -> None:
         """Do it; a failure is told when it is another than the last time."""
         complaint = ""
         try:
             work()
-        except (IpamError, KernelError, OSError) as error:
+        except (CniError, IpamError, KernelError, OSError) as error:
             complaint = f"{what}: {error}"
-        if complaint and complaint != self._complained:
+        if complaint and complaint != self._complained.get(what):
             _say(complaint)
-        self._complained = complaint
+        self._complained[what] = complaint
 
 
 def _concerns_us(change: Change) -> bool:

@@ -55,6 +55,22 @@ def test_addresses_of_a_container_that_died_without_a_del_come_back(service: Ser
     assert f"released {lost}" in service.log()
 
 
+def test_what_a_container_left_that_died_without_a_del_goes(service: Service) -> None:
+    host = service.host
+    alive, dead = host.netns("alive"), host.netns("dead")
+    service.add(alive, "alive").ok()
+    before = elements(service, "masq4")
+    records = host.path("/run/netloom/attachments/net")
+    there = sorted(path.name for path in records.iterdir())
+    service.add(dead, "dead").ok()
+    assert len(elements(service, "masq4")) == 2
+    dead.delete()
+    wait_until(lambda: elements(service, "masq4") == before, "the element to go", service.log)
+    wait_until(lambda: sorted(path.name for path in records.iterdir()) == there, "the record to go", service.log)
+    wait_until(lambda: "removed what bridge left of dead eth0" in service.log(), "a line that says so")
+    alive.ping(host.addresses()["br0"][0].split("/")[0])
+
+
 @pytest.mark.parametrize(
     "command",
     ["flush ruleset", "delete table inet netloom", "flush table inet netloom", "flush set inet netloom masq4"],
