@@ -15,6 +15,7 @@ from tests import hosts
 from tests.hosts import wait_until
 
 _TOP = Path("/sys/fs/cgroup")
+_STRANGER = 0  # how the kernel lists a process of a pid namespace that we do not see into
 
 
 def parent() -> str:
@@ -42,26 +43,33 @@ def remove(name: str = "") -> None:
                 os.rmdir(directory)
 
 
-def _kill(name: str) -> list[int]:
+def sweep() -> list[str]:
+    """Removes those of runs whose scratch directory is gone, and says which. Where one has processes of another pid
+    namespace, it is of a container that shares our cgroups and not our /tmp."""
+    names = {path.name for path in tops(f"netloom-{os.geteuid()}-*")}
+    dead = [name for name in sorted(names) if not any(Path(base, name).exists() for base in ("/tmp", "/dev/shm"))]
+    done = [name for name in dead if _STRANGER not in _processes(name)]
+    for name in done:
+        remove(name)
+    return [f"removed cgroups {name}" for name in done]
+
+
+def _kill(name: str) -> set[int]:
     """Who is there still, and has been told to end."""
+    pids = _processes(name) - {_STRANGER}
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return pids
+
+
+def _processes(name: str) -> set[int]:
     pids = set()
     for top in tops(name):
         for directory, _, _ in os.walk(top):
             with contextlib.suppress(OSError):
                 pids |= {int(pid) for pid in (Path(directory) / "cgroup.procs").read_text(encoding="ascii").split()}
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    return sorted(pids)
-
-
-def sweep() -> list[str]:
-    """Removes those of runs whose scratch directory is gone, and says which."""
-    names = {path.name for path in tops(f"netloom-{os.geteuid()}-*")}
-    done = [name for name in sorted(names) if not any(Path(base, name).exists() for base in ("/tmp", "/dev/shm"))]
-    for name in done:
-        remove(name)
-    return [f"removed cgroups {name}" for name in done]
+    return pids
 
 
 def tops(pattern: str) -> Iterator[Path]:
