@@ -18,6 +18,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from ipaddress import ip_interface, ip_network
 from typing import Any
@@ -196,12 +197,15 @@ class NetworkDriver:
             # Before the ADD: whoever finds the shim dead in the middle knows what to undo.
             self._state.put(msgspec.structs.replace(endpoint, staging=path))
             try:
+                began = time.monotonic()
                 result = chain.add(endpoint.id, path, endpoint.ifname, runtime)
+                added = time.monotonic()
                 try:
                     self._move_out(host, path, endpoint.ifname)
                 except KernelError as error:
                     chain.delete(endpoint.id, path, endpoint.ifname, runtime, result)
                     raise DriverError(f"endpoint {endpoint.id[:12]}: {error}") from error
+                _log_parts("attached", endpoint, plugins=added - began, link=time.monotonic() - added)
             except DriverError:
                 self._state.put(endpoint)
                 raise
@@ -269,8 +273,11 @@ class NetworkDriver:
         """DEL. The interface is in dockerd's namespace by now, or gone: then no namespace is named. Where an ADD did
         not end, it may still be in the staging one."""
         netns_path = "" if endpoint.result is not None else endpoint.staging
+        began = time.monotonic()
         chain.delete(endpoint.id, netns_path, endpoint.ifname, {}, endpoint.result)
+        deleted = time.monotonic()
         link.delete(host, endpoint.ifname)
+        _log_parts("detached", endpoint, plugins=deleted - began, link=time.monotonic() - deleted)
 
     # Published ports
 
@@ -337,6 +344,12 @@ class Locks:
                 lock, users = self._held.pop(name)
                 if users > 1:
                     self._held[name] = (lock, users - 1)
+
+
+def _log_parts(what: str, endpoint: Endpoint, **parts_s: float) -> None:
+    """Where the time of a call went: the plugins', and the kernel's for the link."""
+    milliseconds: dict[str, Any] = {f"{name}_ms": round(seconds * 1000, 1) for name, seconds in parts_s.items()}
+    log.event(_logger, "debug", what, endpoint=endpoint.id, **milliseconds)
 
 
 def _mac(addresses: Sequence[str]) -> str:

@@ -1,0 +1,153 @@
+"""Docker on our networks beside Docker on its own bridge, one dockerd: containers that do nothing, networks that come
+and go, and where the shim's time goes.
+
+- Only with --only, as it starts dockerd, and takes minutes. Both sides are asked of the same dockerd in turn.
+- A run is `docker run --rm --network NETWORK IMAGE true`, from the start of the docker command to its end. Ours is a
+  network of type bridge with ipamd's addresses; the peer a network of Docker's driver bridge with Docker's addresses.
+- The shim's time is what it logs of each call. Moving an interface between namespaces and deleting a link wait for the
+  kernel (`dev_change_net_namespace`, `netdev_run_todo`): what is left is our own share, plugins included.
+- The shim, the workers and ipamd run from the checkout.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from bench.host import BenchError, Plan, finished
+from bench.stats import Row, Spec, absent, row
+from bench.warm import _compiled
+from tests.docker.engine import Docker
+from tests.hosts import HostError
+from tests.runtimes import images
+
+RUN = Spec("docker run --rm of a no-op", "ms", "lower", 1.10, 1.0, "peer: Docker's driver bridge")
+NETWORK = Spec("docker network create and rm", "ms", "lower", 1.2, None, RUN.note)
+OWN = Spec(
+    "docker run: the shim's own share", "ms", "lower", 15.0, None, "all calls of a run, but what waits for the kernel"
+)
+ALL = Spec("docker run: all calls of the shim", "ms")
+PARTS = {
+    name: Spec(f"docker run: {title}", "ms")
+    for name, title in {
+        "RequestAddress": "RequestAddress",
+        "CreateEndpoint": "CreateEndpoint",
+        "Join": "Join",
+        "attached plugins": "Join, the plugins",
+        "attached link": "Join, moving the interface",
+        "ProgramExternalConnectivity": "ProgramExternalConnectivity",
+        "EndpointOperInfo": "EndpointOperInfo",
+        "RevokeExternalConnectivity": "RevokeExternalConnectivity",
+        "Leave": "Leave",
+        "DeleteEndpoint": "DeleteEndpoint",
+        "detached plugins": "DeleteEndpoint, the plugins",
+        "detached link": "DeleteEndpoint, deleting the interface",
+        "ReleaseAddress": "ReleaseAddress",
+    }.items()
+}
+_RUNS, _NETWORKS = 5, 3
+_CALL = re.compile(r"netloom-docker: (?:NetworkDriver|IpamDriver)\.(\w+) +took_ms=([\d.]+)")
+_STEP = re.compile(r"netloom-docker: (attached|detached) .*plugins_ms=([\d.]+) link_ms=([\d.]+)")
+_WAITS = ("attached link", "detached link")
+
+
+def specs() -> list[Spec]:
+    """All rows of this file, in their order."""
+    return [RUN, NETWORK, OWN, ALL, *PARTS.values()]
+
+
+def measure(plan: Plan, place: Path, wanted: Callable[[Spec], bool], say: Callable[[str], None]) -> Iterable[Row]:
+    """Rows of all that is wanted; what cannot be measured becomes a row that says so."""
+    wishes = [spec for spec in specs() if wanted(spec)]
+    if not wishes:
+        return
+    if shutil.which("dockerd") is None:
+        yield from (absent(spec, "dockerd is not installed", excused=True) for spec in wishes)
+        return
+    say("docker run, docker network")
+    try:
+        with Docker("engine", _compiled(place)) as docker:
+            found = {one.name: one for one in _measure(plan, docker)}
+    except (BenchError, HostError, OSError) as error:
+        yield from (absent(spec, str(error), excused=False) for spec in wishes)
+        return
+    yield from (found[spec.name] for spec in wishes)
+
+
+def _measure(plan: Plan, docker: Docker) -> Iterable[Row]:
+    docker.network("ours", "--subnet", "10.70.0.0/16")
+    docker.docker("network", "create", "-d", "bridge", "--subnet", "10.71.0.0/16", "theirs")
+    for name in ("ours", "theirs"):
+        _run(docker, name)  # makes the bridge
+        _network(docker, name)
+    runs: dict[str, list[list[float]]] = {"ours": [], "theirs": []}
+    networks: dict[str, list[list[float]]] = {"ours": [], "theirs": []}
+    calls: list[Mapping[str, float]] = []
+    rounds = 0
+    for number in range(plan.rounds):
+        if number and plan.budget.over:
+            break
+        rounds += 1
+        for took in (runs["ours"], runs["theirs"], networks["ours"], networks["theirs"]):
+            took.append([])
+        for sample in range(plan.samples(_RUNS)):
+            for name in _order(number + sample):
+                before = len(docker.shim_log())
+                runs[name][-1].append(_run(docker, name))
+                if name == "ours":
+                    calls.append(_parts(docker.shim_log()[before:]))
+        for sample in range(plan.samples(_NETWORKS)):
+            for name in _order(number + sample):
+                networks[name][-1].append(_network(docker, name))
+    yield finished(plan, RUN, runs["ours"], runs["theirs"])
+    yield finished(plan, NETWORK, networks["ours"], networks["theirs"])
+    per = len(calls) // rounds
+    grouped = [calls[start : start + per] for start in range(0, len(calls), per)]
+    totals = [[sum(took for name, took in one.items() if name in _OUTER) for one in group] for group in grouped]
+    waits = [[sum(one[name] for name in _WAITS) for one in group] for group in grouped]
+    own = [[all_ - wait for all_, wait in zip(*pair, strict=True)] for pair in zip(totals, waits, strict=True)]
+    yield row(OWN, own)
+    yield row(ALL, totals)
+    for name, spec in PARTS.items():
+        yield row(spec, [[one[name] for one in group] for group in grouped])
+
+
+_OUTER = frozenset(name for name in PARTS if " " not in name)
+
+
+def _order(number: int) -> tuple[str, str]:
+    return ("theirs", "ours") if number % 2 else ("ours", "theirs")
+
+
+def _run(docker: Docker, network: str) -> float:
+    """Milliseconds."""
+    began = time.monotonic()
+    docker.docker("run", "--rm", "--network", network, images.NAME, "true")
+    return (time.monotonic() - began) * 1000
+
+
+def _network(docker: Docker, side: str) -> float:
+    """Milliseconds for both commands together."""
+    driver = ["-d", "netloom", "--ipam-driver", "netloom"] if side == "ours" else ["-d", "bridge"]
+    began = time.monotonic()
+    docker.docker("network", "create", *driver, "--subnet", "10.72.0.0/24", "fleeting")
+    docker.docker("network", "rm", "fleeting")
+    return (time.monotonic() - began) * 1000
+
+
+def _parts(text: str) -> Mapping[str, float]:
+    """What one run's calls took. Raises BenchError where a call is missing, or one was refused."""
+    took: dict[str, float] = defaultdict(float)
+    for name, milliseconds in _CALL.findall(text):
+        took[name] += float(milliseconds)
+    for what, plugins, link in _STEP.findall(text):
+        took[f"{what} plugins"] += float(plugins)
+        took[f"{what} link"] += float(link)
+    missing = sorted(set(PARTS) - set(took))
+    if missing:
+        raise BenchError(f"the shim's log of a run lacks {', '.join(missing)}: {text[-2000:]}")
+    return took
