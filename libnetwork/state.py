@@ -1,7 +1,9 @@
 """What the shim must know after a restart: Docker repeats neither CreateNetwork nor CreateEndpoint nor Join.
 
-One file for each network, endpoint and pool, `<state dir>/docker/<kind>/<id>.json`, replaced as a whole and synced
-before Docker gets its answer. The shim is the only writer; a lock on the directory sees to that. A file that cannot be
+One file for each network, endpoint and pool, `<state dir>/docker/<kind>/<id>.json`, replaced as a whole; those of
+networks and pools are on the disk before Docker gets its answer. An endpoint's is not waited for: what it speaks of, an
+interface and rules, survives no power cut either, and one that comes back is what Docker does not have
+(libnetwork.reconcile). The shim is the only writer; a lock on the directory sees to that. A file that cannot be
 understood is told and set aside as `<file>.bad`: the rest of the host's containers must not wait for it.
 """
 
@@ -98,7 +100,7 @@ class State:
         os.close(self._lock)
 
     def put(self, value: Network | Endpoint | Pool) -> None:
-        """Writes one; it is on disk when this returns."""
+        """Writes one; unless it is an endpoint, it is on disk when this returns."""
         path = self._path(type(value), value.id)
         temporary = f"{path}.tmp"
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -106,12 +108,13 @@ class State:
             with open(fd, "wb") as file:
                 file.write(msgspec.json.encode(value))
                 file.flush()
-                os.fdatasync(fd)
+                if not isinstance(value, Endpoint):
+                    os.fdatasync(fd)
             os.rename(temporary, path)
         except OSError:
             os.unlink(temporary)
             raise
-        self._sync(os.path.dirname(path))
+        self._sync(type(value), path)
 
     def get(self, kind: type[T], id: str) -> T:  # noqa: A002 - Docker's word
         """The one of this id. Raises DriverError where there is none."""
@@ -152,7 +155,7 @@ class State:
         path = self._path(kind, id)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
-            self._sync(os.path.dirname(path))
+            self._sync(kind, path)
 
     def _path(self, kind: type, id: str) -> str:  # noqa: A002
         if not _ID.fullmatch(id):
@@ -178,8 +181,11 @@ class State:
         return None
 
     @staticmethod
-    def _sync(directory: str) -> None:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    def _sync(kind: type, path: str) -> None:
+        """The entry of the directory."""
+        if kind is Endpoint:
+            return
+        fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(fd)
         finally:
