@@ -5,6 +5,9 @@ networks and pools are on the disk before Docker gets its answer. An endpoint's 
 interface and rules, survives no power cut either, and one that comes back is what Docker does not have
 (libnetwork.reconcile). The shim is the only writer; a lock on the directory sees to that. A file that cannot be
 understood is told and set aside as `<file>.bad`: the rest of the host's containers must not wait for it.
+
+As installed, the state directory belongs to ipamd's user, who must not tell root what to do. So ours must be our own
+user's, and is held open: whatever is put into its place later is not looked at.
 """
 
 import contextlib
@@ -84,20 +87,44 @@ class State:
     """See the module. Its methods may be called from any thread."""
 
     def __init__(self, directory: str) -> None:
-        """Makes the directories where they are missing. Raises DriverError where another shim has them."""
+        """Makes the directories where they are missing.
+
+        Raises:
+            DriverError: another shim has them, or another user.
+            OSError: they cannot be made.
+        """
         self._directory = directory
-        for path in (directory, *(os.path.join(directory, kind) for kind in _KINDS.values())):
-            os.makedirs(path, 0o700, exist_ok=True)
-        self._lock = os.open(os.path.join(directory, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        os.makedirs(directory, 0o700, exist_ok=True)
+        self._held = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._place = f"/proc/self/fd/{self._held}"
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._take()
+        except BaseException:
+            os.close(self._held)
+            raise
+
+    def _take(self) -> None:
+        found = os.fstat(self._held)
+        if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+            raise DriverError(
+                f"{self._directory} belongs to user {found.st_uid} with mode {found.st_mode & 0o777:04o}; wanted one "
+                f"that only user {os.geteuid()} can write to: move it away"
+            )
+        for kind in _KINDS.values():
+            os.makedirs(os.path.join(self._place, kind), 0o700, exist_ok=True)
+        # Of the directory itself: the kernel frees it at our end.
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            os.close(self._lock)
-            raise DriverError(f"{directory} is in use by another netloom-docker; stop it first") from None
+            raise DriverError(f"{self._directory} is in use by another netloom-docker; stop it first") from None
 
     def close(self) -> None:
         """Lets another shim have the directory."""
-        os.close(self._lock)
+        os.close(self._held)
+
+    def _shown(self, path: str) -> str:
+        """As an operator finds it."""
+        return path.replace(self._place, self._directory)
 
     def put(self, value: Network | Endpoint | Pool) -> None:
         """Writes one; unless it is an endpoint, it is on disk when this returns."""
@@ -124,7 +151,7 @@ class State:
             if os.path.exists(bad):
                 raise DriverError(
                     f"{kind.__name__.lower()} {id[:12]}: what netloom-docker wrote down about it could not be read "
-                    f"and is in {bad}: remove it in Docker and make it again"
+                    f"and is in {self._shown(bad)}: remove it in Docker and make it again"
                 )
             raise DriverError(
                 f"{kind.__name__.lower()} {id[:12]} is unknown to netloom-docker; it was made while another state "
@@ -138,14 +165,14 @@ class State:
 
     def all(self, kind: type[T]) -> Iterator[T]:
         """Every one of a kind that can be read."""
-        directory = os.path.join(self._directory, _KINDS[kind])
+        directory = os.path.join(self._place, _KINDS[kind])
         for name in sorted(os.listdir(directory)):
             if name.endswith(".json"):
                 path = os.path.join(directory, name)
                 try:
                     found = self._read(kind, path)
                 except OSError as error:
-                    log.event(_logger, "error", "cannot read state", file=path, error=str(error))
+                    log.event(_logger, "error", "cannot read state", file=self._shown(path), error=str(error))
                     continue
                 if found is not None:
                     yield found
@@ -160,10 +187,9 @@ class State:
     def _path(self, kind: type, id: str) -> str:  # noqa: A002
         if not _ID.fullmatch(id):
             raise DriverError(f"wanted an id of letters, digits and . _ -, found {id!r}")
-        return os.path.join(self._directory, _KINDS[kind], f"{id}.json")
+        return os.path.join(self._place, _KINDS[kind], f"{id}.json")
 
-    @staticmethod
-    def _read(kind: type[T], path: str) -> T | None:
+    def _read(self, kind: type[T], path: str) -> T | None:
         try:
             with open(path, "rb") as file:
                 found = msgspec.json.decode(file.read(), type=kind)
@@ -175,7 +201,9 @@ class State:
             if f"{found.id}.json" == os.path.basename(path):
                 return found
             wrong = f"it is about {found.id}"
-        log.event(_logger, "error", "state set aside, as it makes no sense", file=f"{path}.bad", error=wrong)
+        log.event(
+            _logger, "error", "state set aside, as it makes no sense", file=f"{self._shown(path)}.bad", error=wrong
+        )
         with contextlib.suppress(FileNotFoundError):  # another thread was first
             os.rename(path, f"{path}.bad")
         return None

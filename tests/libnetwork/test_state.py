@@ -34,7 +34,7 @@ def test_everything_comes_back(state: State, tmp_path: Path) -> None:
         assert again.find(Endpoint, one.id) is None
     finally:
         again.close()
-        state._lock = os.open("/dev/null", os.O_RDONLY)  # the fixture closes once more
+        state._held = os.open("/dev/null", os.O_RDONLY)  # the fixture closes once more
 
 
 def test_only_root_may_look(state: State, tmp_path: Path) -> None:
@@ -77,6 +77,30 @@ def test_who_waits_for_the_disk(state: State, monkeypatch: pytest.MonkeyPatch) -
 def test_half_a_write_is_not_seen(state: State, tmp_path: Path) -> None:
     (tmp_path / "state/endpoints/e2.json.tmp").write_text('{"id": "e2"')
     assert list(state.all(Endpoint)) == []
+
+
+def test_a_directory_of_others_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who owns the directory above could put it there."""
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o770)
+    with pytest.raises(DriverError, match=r"open belongs to user \d+ with mode 0770; wanted one that only user"):
+        State(str(tmp_path / "open"))
+    (tmp_path / "own").mkdir(0o700)
+    (tmp_path / "link").symlink_to("own")
+    with pytest.raises(OSError, match="link"):
+        State(str(tmp_path / "link"))
+    monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    with pytest.raises(DriverError, match="only user 4711 can write to: move it away"):
+        State(str(tmp_path / "own"))
+
+
+def test_what_is_put_in_its_place_is_not_looked_at(state: State, tmp_path: Path) -> None:
+    state.put(endpoint("ours"))
+    os.rename(tmp_path / "state", tmp_path / "aside")
+    other = State(str(tmp_path / "state"))
+    other.put(endpoint("theirs"))
+    other.close()
+    assert [one.id for one in state.all(Endpoint)] == ["ours"]
 
 
 def test_another_shim_is_refused(state: State, tmp_path: Path) -> None:
