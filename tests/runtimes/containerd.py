@@ -35,8 +35,8 @@ conf_dir = "{NET_D}"
 class Containerd(RuntimeHost):
     """A host where containerd has one image: a web server, `PAUSE`."""
 
-    def __init__(self, launcher: Path, cgroup2: bool = False) -> None:
-        super().__init__("containerd", launcher, cgroup2)
+    def __init__(self, launcher: Path, cgroup2: bool = False, liveness_s: float = 3600) -> None:
+        super().__init__("containerd", launcher, cgroup2, liveness_s)
         self.cri: Cri
         self._process: subprocess.Popen[str] | None = None
         self._pods = 0

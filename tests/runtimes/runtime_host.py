@@ -39,7 +39,6 @@ _OWN = (
 )
 _LIB = "/usr/lib/netloom"
 _REQUESTS = "/run/requests"
-_WATCHING = ["--liveness-interval", "0.5"]
 _CACHE = "file /run/netloom/host-local"  # host-local's index; the addresses themselves are in /var/lib/cni
 # What is in the first counts. The second is mounted on itself by podman, now and then.
 _FURNITURE = ("file /var/lib/cni/networks", "mount /var/lib/containers/storage/overlay")
@@ -99,13 +98,15 @@ class RuntimeHost:
 
     `launcher`: the built launcher, before workers that run this checkout. Or a directory that `make install` wrote to:
     then its launchers, its workers and its programs for the cold way are at their places, and nobody notes requests
-    but they themselves (`netloom trace`). `cgroup2`: the host has only cgroup v2, as newer systems do.
+    but they themselves (`netloom trace`). `cgroup2`: the host has only cgroup v2, as newer systems do. `liveness_s`:
+    how often the workers' helper looks for what died; else so rarely that DEL has to do everything by itself.
     """
 
-    def __init__(self, name: str, launcher: Path, cgroup2: bool = False) -> None:
+    def __init__(self, name: str, launcher: Path, cgroup2: bool = False, liveness_s: float = 3600) -> None:
         self.installed = launcher.is_dir()
         self.host = Host(name, plugins=not self.installed, own=(*_OWN, *([_LIB] if self.installed else [])))
         self.cgroup2 = cgroup2
+        self._arguments = ["--liveness-interval", str(liveness_s)]
         self._launcher = launcher
         self._master: subprocess.Popen[str] | None = None
         self._before: Snapshot | None = None
@@ -138,7 +139,7 @@ class RuntimeHost:
         if self.installed:
             shutil.copytree(self._launcher / CNI_BIN[1:], host.path(CNI_BIN), dirs_exist_ok=True)
         else:
-            self._service = Service(host, self._launcher, _WATCHING, "tests.runtimes.recording")
+            self._service = Service(host, self._launcher, self._arguments, "tests.runtimes.recording")
         self._boot()
 
     def _boot(self) -> None:
@@ -185,7 +186,7 @@ class RuntimeHost:
         socket.unlink(missing_ok=True)  # of the one before
         with (self.host.directory / "warm.log").open("a", encoding="utf-8") as log:
             self._master = self.host.popen(
-                [f"{_LIB}/netloom-warm", *_WATCHING], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/"
+                [f"{_LIB}/netloom-warm", *self._arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/"
             )
         wait_until(socket.is_socket, "the installed workers' socket")
 
@@ -263,7 +264,10 @@ class RuntimeHost:
 
     def settle(self) -> None:
         """What is there now is what has to be there after each scenario."""
-        self._before = self.snapshot()
+        before = self.snapshot()
+        left = [fact for fact in before.facts if fact.startswith(("allocation ", "file /run/netloom/attachments/"))]
+        assert left == [], "what was attached and detached until now is not gone"
+        self._before = before
 
     def snapshot(self) -> Snapshot:
         return Snapshot(self.host.snapshot().facts | frozenset(self._facts()))

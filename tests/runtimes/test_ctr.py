@@ -22,7 +22,7 @@ def shared(request: pytest.FixtureRequest, launcher: Path) -> Iterator[Container
     version2 = request.param == "cgroup2"
     if not version2 and not cgroups.has_version1():
         pytest.skip("this machine mounts no cgroup version 1, only cgroup2")
-    with Containerd(launcher, version2) as containerd:
+    with Containerd(launcher, version2, liveness_s=0.5) as containerd:
         containerd.conflist("web", networks.CHAIN)
         containerd.ctr_run("first", "--rm", command=["true"])
         containerd.delete_network("web", "web0")
@@ -89,8 +89,12 @@ def test_a_container_in_the_foreground(containerd: Containerd) -> None:
     assert {one.status for one in requests} == {0}
 
 
+def records(containerd: Containerd) -> str:
+    return " ".join(file.name for file in containerd.host.path("/run/netloom/attachments").rglob("*@*"))
+
+
 def test_what_a_detached_container_leaks_comes_back(containerd: Containerd) -> None:
-    """The address by itself, once the container is dead; the rest by `netloom gc`."""
+    """By itself, once the container is dead: address, records, and what they stand for in the kernel."""
     containerd.ctr_run("a", "-d")
     containerd.ctr_run("b", "-d")
     b = address(containerd, "b")
@@ -98,14 +102,23 @@ def test_what_a_detached_container_leaks_comes_back(containerd: Containerd) -> N
     kill(containerd, "a")
     assert containerd.verbs("default-a") == networks.added()
     wait_until(lambda: "default-a" not in str(containerd.host.allocations()), "the release of a's address")
+    wait_until(lambda: "default-a" not in records(containerd), "the end of a's records")
     assert "default-b" in str(containerd.host.allocations())
-    containerd.netloom("gc")
+    assert records(containerd).count("default-b") >= 3
     containerd.ask(b)
     kill(containerd, "b")
     wait_until(lambda: not containerd.host.allocations(), "the release of b's address")
-    containerd.netloom("gc")
     for name in ("a", "b"):
         forget_cache(containerd, name)
+
+
+def test_what_it_leaks_goes_at_once_with_netloom_gc(containerd: Containerd) -> None:
+    containerd.ctr_run("a", "-d")
+    kill(containerd, "a")
+    containerd.netloom("gc")
+    assert records(containerd) == ""
+    wait_until(lambda: not containerd.host.allocations(), "the release of the address, seen dead twice")
+    forget_cache(containerd, "a")
 
 
 def test_the_same_name_once_more_after_a_leak(containerd: Containerd) -> None:

@@ -22,7 +22,6 @@ def test_podman(launcher: Path) -> None:
         a = podman.start("a", "--network", "web", "-p", "8080:80")
         b = podman.start("b", "--network", "web", "-p", "8081:80")
         podman.reboot()
-        podman.settle()
         podman.forget()
         podman.podman("start", "a")
         assert podman.ask(HOST_OUTSIDE, 8080, netns=podman.outside) == "a"
