@@ -2,7 +2,7 @@
 
 Only root sees every network namespace, so this command looks; what to release is ipamd's decision, which wants to see
 an attachment dead twice with a grace between. The kernel's side goes first: an address must not be handed out while
-this host still has rules for its last holder.
+this host still has rules for its last holder. Where Docker's driver is, it compares with Docker in between.
 """
 
 import os
@@ -13,10 +13,11 @@ from typing import TypedDict
 
 import click
 
-from cli import addresses, attach, documents, output
+from cli import addresses, attach, documents, output, shim
 from cli.documents import AllocationDocument
 from cli.failure import EPILOG, Failure, Status
 from cli.options import Choices, common, pass_choices
+from cli.shim import CollectedDocument
 from cni.errors import CniError
 from cni.lock import AttachmentLock, attachment_lock
 from ipamd.client import Client
@@ -53,6 +54,7 @@ class GcDocument(TypedDict):
     rebuilt: RebuiltDocument | None
     released: list[AllocationDocument] | None  # or would be; None: ipamd was not reached
     suspected: list[AllocationDocument] | None
+    docker: CollectedDocument | None  # None: this host has no driver of Docker's
 
 
 class _Observation:
@@ -76,7 +78,7 @@ class _Observation:
 @common
 @pass_choices
 def gc(choices: Choices, dry_run: bool, rebuild: bool) -> None:
-    """Take back what containers that died left behind: kernel state and addresses.
+    """Take back what containers that died left behind: kernel state and addresses; and what Docker has forgotten.
 
     An address is released when its container's network namespace was seen gone twice, with ipamd's grace in between
     ([reclaim] grace_s); until then it is listed as suspected. Needs root.
@@ -89,6 +91,7 @@ def gc(choices: Choices, dry_run: bool, rebuild: bool) -> None:
     with _kernel_errors():
         found = _sweep_kernel(observation, dry_run, rebuild)
         live = observation()
+    found["docker"] = shim.collect(dry_run)
     # Failing to reach ipamd must not keep the kernel from being put right, and what was done is told all the same.
     try:
         with choices.ipamd() as ipamd:
@@ -122,6 +125,7 @@ def _sweep_kernel(observation: _Observation, dry_run: bool, rebuild: bool) -> Gc
         rebuilt=rebuilt,
         released=None,
         suspected=None,
+        docker=None,
     )
 
 
@@ -176,6 +180,8 @@ def _print(choices: Choices, found: GcDocument) -> None:
             f"nftables restored from the attachment records: {found['rebuilt']['added']} elements were missing, "
             f"{found['rebuilt']['removed']} belonged to nobody"
         )
+    if found["docker"]:
+        shim.print_collected(found["docker"], would)
     for title, allocations in ((f"{would}released", found["released"]), ("suspected", found["suspected"])):
         if allocations:
             output.line(f"{title}:")

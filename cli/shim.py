@@ -1,9 +1,13 @@
-"""What `netloom status` says of the Docker shim: does it answer, and which networks, endpoints and ports it keeps."""
+"""What `netloom status` and `netloom gc` say of the Docker shim.
+
+Does it answer, which networks, endpoints and ports it keeps; and what it took back when asked to compare with Docker.
+"""
 
 import http.client
+import json
 import os
 import socket
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from cli import output
 from libnetwork import conflist, state
@@ -11,6 +15,7 @@ from libnetwork.state import Endpoint, Network
 
 SOCKET = "/run/docker/plugins/netloom.sock"
 _TIMEOUT_S = 5.0
+_COLLECT_TIMEOUT_S = 120.0  # it waits for the plugins of each thing that goes
 _PROTOCOLS = {6: "tcp", 17: "udp", 132: "sctp"}
 
 
@@ -154,16 +159,89 @@ def _port_text(port: PortDocument) -> str:
 
 def _ask(path: str) -> str:
     """Why it does not answer; "" where it does. Not by Plugin.Activate, which says that a dockerd has started."""
-    connection = http.client.HTTPConnection("docker", timeout=_TIMEOUT_S)
+    try:
+        status, body = _post(path, "NetworkDriver.GetCapabilities", b"", _TIMEOUT_S)
+    except (OSError, http.client.HTTPException) as error:
+        return _words(error)
+    return "" if b'"Scope"' in body else f"status {status}: {body[:200].decode(errors='replace')}"
+
+
+def _post(path: str, call: str, body: bytes, timeout_s: float) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("docker", timeout=timeout_s)
     try:
         connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.sock.settimeout(_TIMEOUT_S)
+        connection.sock.settimeout(timeout_s)
         connection.sock.connect(path)
-        connection.request("POST", "/NetworkDriver.GetCapabilities", body=b"")
+        connection.request("POST", f"/{call}", body=body)
         answer = connection.getresponse()
-        body = answer.read()
-    except (OSError, http.client.HTTPException) as error:
-        return getattr(error, "strerror", None) or str(error)
+        return answer.status, answer.read()
     finally:
         connection.close()
-    return "" if b'"Scope"' in body else f"status {answer.status}: {body[:200].decode(errors='replace')}"
+
+
+def _words(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+# netloom gc
+
+
+class ThingDocument(TypedDict):
+    kind: str  # endpoint, network, address, pool
+    name: str  # an id; of an address its pool and itself
+
+
+class SuspectedThingDocument(ThingDocument):
+    missing_s: float  # for which Docker has lacked it
+
+
+class CollectedDocument(TypedDict):
+    socket: str
+    error: str  # why nothing was compared; ""
+    grace_s: float
+    removed: list[ThingDocument]  # or would be
+    suspected: list[SuspectedThingDocument]
+
+
+def collect(dry_run: bool) -> CollectedDocument | None:
+    """Has the shim compare with Docker now. None where there is none on this host; what fails is in the document."""
+    if not os.path.exists(SOCKET):
+        return None
+    found = CollectedDocument(socket=SOCKET, error="", grace_s=0.0, removed=[], suspected=[])
+    try:
+        body = json.dumps({"DryRun": dry_run}).encode()
+        status, answer = _post(SOCKET, "Netloom.Collect", body, _COLLECT_TIMEOUT_S)
+        document: dict[str, Any] = json.loads(answer)
+        found["error"] = document.get("Err", "" if status == 200 else f"status {status}")
+        if not found["error"]:
+            found["grace_s"] = document["GraceS"]
+            found["removed"] = [_thing(one) for one in document["Removed"]]
+            found["suspected"] = [
+                SuspectedThingDocument(**_thing(one), missing_s=one["MissingS"]) for one in document["Suspected"]
+            ]
+    except (OSError, http.client.HTTPException) as error:
+        found["error"] = f"the driver does not answer: {_words(error)}"
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        found["error"] = f"the driver's answer makes no sense: {error!r}"
+    return found
+
+
+def print_collected(found: CollectedDocument, would: str) -> None:
+    """For people."""
+    if found["error"]:
+        output.line(f"Docker: nothing compared ({found['socket']}): {found['error']}")
+        return
+    output.line(f"{would}removed, as Docker does not have it:{'' if found['removed'] else ' nothing'}")
+    if found["removed"]:
+        output.table(("KIND", "NAME"), [(one["kind"], one["name"]) for one in found["removed"]])
+    if found["suspected"]:
+        output.line(f"Docker does not have it, and after {found['grace_s']:g} s it goes:")
+        output.table(
+            ("KIND", "NAME", "MISSING S"),
+            [(one["kind"], one["name"], f"{one['missing_s']:g}") for one in found["suspected"]],
+            ("MISSING S",),
+        )
+
+
+def _thing(given: dict[str, Any]) -> ThingDocument:
+    return ThingDocument(kind=str(given["Kind"]), name=str(given["Name"]))

@@ -97,7 +97,9 @@ async def _run(arguments: argparse.Namespace) -> None:
     )
     with ThreadPoolExecutor(_THREADS, "netloom-call") as executor, contextlib.ExitStack() as stack:
         stack.callback(state.close)
-        runner = web.AppRunner(http.application(_calls(network, ipam), executor), access_log=None, shutdown_timeout=30)
+        runner = web.AppRunner(
+            http.application(_calls(network, ipam, reconciler), executor), access_log=None, shutdown_timeout=30
+        )
         await runner.setup()
         inherited = _inherited()
         if inherited is not None:
@@ -115,7 +117,9 @@ async def _run(arguments: argparse.Namespace) -> None:
         await runner.cleanup()
 
 
-def _calls(network: NetworkDriver, ipam: IpamDriver) -> dict[str, tuple[type, http.Handler]]:
+def _calls(
+    network: NetworkDriver, ipam: IpamDriver, reconciler: reconcile.Reconciler
+) -> dict[str, tuple[type, http.Handler]]:
     def activate(_: messages.Empty) -> dict[str, Any]:
         ipam.activate()
         return {"Implements": ["NetworkDriver", "IpamDriver"]}
@@ -143,6 +147,7 @@ def _calls(network: NetworkDriver, ipam: IpamDriver) -> dict[str, tuple[type, ht
         "IpamDriver.ReleasePool": (messages.PoolRef, ipam.release_pool),
         "IpamDriver.RequestAddress": (messages.RequestAddress, ipam.request_address),
         "IpamDriver.ReleaseAddress": (messages.ReleaseAddress, ipam.release_address),
+        "Netloom.Collect": (messages.Collect, reconciler.collect),
     }
     return calls
 

@@ -118,3 +118,9 @@ class ReleaseAddress(msgspec.Struct, frozen=True):
 
     pool_id: str = msgspec.field(name="PoolID")
     address: str = msgspec.field(name="Address")
+
+
+class Collect(msgspec.Struct, frozen=True, rename="pascal"):
+    """Netloom.Collect, a call of our own: `netloom gc` wants the comparison with Docker now."""
+
+    dry_run: bool = False

@@ -10,12 +10,15 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from kernel.errors import KernelError
 from libnetwork import docker
 from libnetwork.errors import DriverError
 from libnetwork.ipam_driver import IpamDriver
+from libnetwork.messages import Collect
 from libnetwork.network_driver import NetworkDriver
 from telemetry import log
 
@@ -24,6 +27,19 @@ INTERVAL_S = 20.0
 GRACE_S = 60.0
 
 Thing = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What one look came to, as things: ("endpoint", id), ("network", id), ("address", "POOL ADDRESS"), ("pool", id).
+
+    Attributes:
+        removed: or, in a dry run, what would be.
+        suspected: missing, with the seconds since then; the grace is not over, or it could not be removed.
+    """
+
+    removed: list[Thing]
+    suspected: dict[Thing, float]
 
 
 class Reconciler:
@@ -44,6 +60,7 @@ class Reconciler:
         self._interval_s = interval_s
         self._grace_s = grace_s
         self._missing: dict[Thing, float] = {}  # since when
+        self._turn = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="netloom-reconcile", daemon=True)
         self._complaint = ""
@@ -61,10 +78,7 @@ class Reconciler:
         while not self._stop.wait(self._interval_s):
             try:
                 self.once()
-            except docker.DockerAwayError as error:
-                self._missing.clear()
-                self._complain(str(error))
-            except DriverError as error:
+            except (docker.DockerAwayError, DriverError) as error:
                 self._complain(str(error))
             except Exception as error:  # noqa: BLE001 - the next look may fare better
                 self._complain(repr(error))
@@ -76,12 +90,35 @@ class Reconciler:
             log.event(_logger, "warning", "cannot compare with Docker", error=text)
         self._complaint = text
 
-    def once(self) -> list[Thing]:
-        """One look; what was removed: ("endpoint", id), ("network", id), ("address", text), ("pool", CIDR).
+    def collect(self, asked: Collect) -> dict[str, Any]:
+        """Compare now, for `netloom gc`. Raises DriverError where nothing could be compared."""
+        try:
+            found = self.once(dry_run=asked.dry_run)
+        except docker.DockerAwayError as error:
+            raise DriverError(f"nothing was compared: {error}") from error
+        return {
+            "Removed": [{"Kind": kind, "Name": name} for kind, name in found.removed],
+            "Suspected": [
+                {"Kind": kind, "Name": name, "MissingS": round(seconds, 1)}
+                for (kind, name), seconds in found.suspected.items()
+            ],
+            "GraceS": self._grace_s,
+        }
+
+    def once(self, *, dry_run: bool = False) -> Comparison:
+        """One look.
 
         Raises:
-            DockerAwayError: nothing was removed.
+            DockerAwayError: nothing was removed, and what was missing counts anew.
         """
+        with self._turn:
+            try:
+                return self._compare(dry_run)
+            except docker.DockerAwayError:
+                self._missing.clear()  # dockerd that starts has no list yet of what it will have
+                raise
+
+    def _compare(self, dry_run: bool) -> Comparison:
         # Ours first: what Docker adds meanwhile is in its list, and not yet in ours.
         endpoints, networks = self._network.owned()
         pools, addresses = self._ipam.owned()
@@ -101,6 +138,9 @@ class Reconciler:
         self._missing = {thing: self._missing.get(thing, now) for thing in missing}
         removed = []
         for thing in [thing for thing, since in self._missing.items() if now - since >= self._grace_s]:
+            if dry_run:
+                removed.append(thing)
+                continue
             try:
                 missing[thing]()
             except (DriverError, KernelError, OSError) as error:  # of one thing; the others are not to wait
@@ -109,4 +149,5 @@ class Reconciler:
                 removed.append(thing)
                 del self._missing[thing]
                 log.event(_logger, "info", "removed what Docker does not have", kind=thing[0], name=thing[1])
-        return removed
+        gone = set(removed)
+        return Comparison(removed, {one: now - since for one, since in self._missing.items() if one not in gone})

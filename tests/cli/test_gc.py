@@ -2,8 +2,13 @@
 
 import json
 import os
+import socketserver
 import subprocess
 import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +160,117 @@ def test_the_command_runs_from_anywhere(tmp_path: Path) -> None:
         check=True,
     )
     assert done.stdout.startswith("netloom ")
+
+
+# Docker's driver
+
+
+class Driver:
+    """Docker's driver, played: one answer to every call on its socket, and the calls that came."""
+
+    def __init__(self, path: Path, status: int, answer: str) -> None:
+        calls: list[tuple[str, str]] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                calls.append((self.path, self.rfile.read(int(self.headers["Content-Length"])).decode()))
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer.encode())
+
+            def address_string(self) -> str:
+                return "unix"
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.calls = calls
+        self._server = socketserver.UnixStreamServer(str(path), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever)
+
+    def __enter__(self) -> "Driver":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+FOUND = {
+    "Removed": [{"Kind": "endpoint", "Name": "e1"}],
+    "Suspected": [{"Kind": "address", "Name": "docker-10.1.0.0_24 10.1.0.2", "MissingS": 12.5}],
+    "GraceS": 60.0,
+}
+
+
+@pytest.fixture
+def plugin_socket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as directory:  # a short path
+        monkeypatch.setattr("cli.shim.SOCKET", f"{directory}/netloom.sock")
+        yield Path(directory, "netloom.sock")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_dockers_driver_compares_at_once(ipamd: Ipamd, netloom: Netloom, plugin_socket: Path) -> None:
+    with Driver(plugin_socket, 200, json.dumps(FOUND)) as driver:
+        told = netloom("gc")
+        document = json.loads(netloom("gc", "--dry-run", "--json").out)["docker"]
+        would = netloom("gc", "--dry-run").out
+    assert driver.calls[:2] == [
+        ("/Netloom.Collect", '{"DryRun": false}'),
+        ("/Netloom.Collect", '{"DryRun": true}'),
+    ]
+    assert told.status == 0, told
+    lines = [" ".join(line.split()) for line in told.out.splitlines()]
+    where = lines.index("removed, as Docker does not have it:")
+    assert lines[where : where + 6] == [
+        "removed, as Docker does not have it:",
+        "KIND NAME",
+        "endpoint e1",
+        "Docker does not have it, and after 60 s it goes:",
+        "KIND NAME MISSING S",
+        "address docker-10.1.0.0_24 10.1.0.2 12.5",
+    ]
+    assert "would be removed, as Docker does not have it:" in would
+    assert document["error"] == ""
+    assert document["removed"] == [{"kind": "endpoint", "name": "e1"}]
+    assert document["suspected"][0]["missing_s"] == 12.5
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.parametrize(
+    ("status", "answer", "words"),
+    [
+        (200, '{"Err": "nothing was compared: Docker at /x: refused"}', "nothing was compared: Docker at /x: refused"),
+        (404, '{"Err": "netloom-docker knows no call Netloom.Collect"}', "knows no call Netloom.Collect"),
+        (500, "{}", "status 500"),
+        (200, "no JSON", "the driver's answer makes no sense: JSONDecodeError"),
+        (200, "[]", "the driver's answer makes no sense: AttributeError"),
+        (200, '{"Removed": []}', "the driver's answer makes no sense: KeyError"),
+    ],
+)
+def test_a_driver_that_cannot_compare_keeps_nothing_else_from_being_done(
+    ipamd: Ipamd, netloom: Netloom, plugin_socket: Path, status: int, answer: str, words: str
+) -> None:
+    with Driver(plugin_socket, status, answer):
+        ran = netloom("gc")
+        document = json.loads(netloom("gc", "--json").out)
+    assert ran.status == 0
+    assert words in ran.out
+    assert "released: nothing" in ran.out
+    assert words in document["docker"]["error"]
+    assert document["released"] == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_a_driver_that_is_away_is_told(ipamd: Ipamd, netloom: Netloom, plugin_socket: Path) -> None:
+    assert json.loads(netloom("gc", "--json").out)["docker"] is None
+    with Driver(plugin_socket, 200, "{}"):
+        pass
+    ran = netloom("gc")  # the socket is there, and nobody listens
+    assert ran.status == 0
+    assert "the driver does not answer: Connection refused" in ran.out
+    assert "released: nothing" in ran.out

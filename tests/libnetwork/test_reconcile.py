@@ -9,6 +9,7 @@ import pytest
 from kernel.errors import Busy
 from libnetwork.docker import DockerAwayError, Truth
 from libnetwork.errors import DriverError
+from libnetwork.messages import Collect
 from libnetwork.reconcile import Reconciler
 
 
@@ -145,6 +146,29 @@ def test_what_cannot_be_removed_does_not_keep_the_rest(stage: Stage, error: Exce
     stage.failing = {}
     assert stage.look(20) == ["endpoint e"]
     assert stage.look(20) == []
+
+
+def test_a_look_that_is_asked_for_tells_what_it_did_and_what_it_suspects(stage: Stage) -> None:
+    stage.endpoints = {"e"}
+    stage.look(0)
+    stage.networks = {"n"}
+    stage.look(50)
+    stage.now += 10
+    would = stage.reconciler.collect(Collect(dry_run=True))
+    assert would["Removed"] == [{"Kind": "endpoint", "Name": "e"}]
+    assert would["Suspected"] == [{"Kind": "network", "Name": "n", "MissingS": 10.0}]
+    assert stage.endpoints == {"e"}
+    assert stage.reconciler.collect(Collect()) == would | {"GraceS": 60.0}
+    assert stage.endpoints == set()
+    stage.now += 1000
+    stage.failing = {"network n": DriverError("no")}
+    assert stage.reconciler.collect(Collect())["Suspected"] == [{"Kind": "network", "Name": "n", "MissingS": 1010.0}]
+
+
+def test_a_look_that_is_asked_for_while_docker_is_away(stage: Stage) -> None:
+    stage.truth = DockerAwayError("refused")
+    with pytest.raises(DriverError, match="nothing was compared: refused"):
+        stage.reconciler.collect(Collect())
 
 
 def test_the_thread_survives_anything_and_says_each_thing_once(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
