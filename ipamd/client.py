@@ -21,6 +21,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
 from urllib.parse import quote
 
+from google.protobuf.message import DecodeError
+
 from ipamd import http2
 from protos.ipam.v1 import ipam_pb2 as pb
 
@@ -332,8 +334,9 @@ class Pending(Generic[Resp]):
             else:
                 if answer.code != http2.OK:
                     raise _error(answer.code, answer.text)
-                self.answer = cast(Resp, cast(Any, self._response).FromString(answer.message))
-                return self.answer
+                with contextlib.suppress(DecodeError):  # gRPC knows what to say of it
+                    self.answer = cast(Resp, cast(Any, self._response).FromString(answer.message))
+                    return self.answer
         self.answer = self._client.call_with_grpc(self._method, self._request, self._response)
         return self.answer
 

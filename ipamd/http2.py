@@ -33,6 +33,7 @@ _U32 = struct.Struct(">I")
 _MESSAGE = struct.Struct(">BI")  # compressed or not, length
 _WINDOW = 65_535
 _GIVE_BACK = 32_768
+_LARGEST_FRAME = 16_384  # without a word of ours, nobody may send more in one
 _LAST_STREAM = 2**31 - 1
 _REFUSED_STREAM = 7
 _LONGEST_SUN_PATH = 107
@@ -133,21 +134,23 @@ class Connection:
         until = time.monotonic() + self._timeout_s
         while True:
             kind, flags, stream, body = self._next(until)
-            if kind == _GOAWAY and _U32.unpack_from(body)[0] & _LAST_STREAM < self._stream:
+            if kind == _GOAWAY and _number(body) & _LAST_STREAM < self._stream:
                 raise LostError("the server is ending")
             if stream != self._stream:
                 continue
             if kind == _RST_STREAM:
-                number = _U32.unpack_from(body)[0]
+                number = _number(body)
                 if number == _REFUSED_STREAM:
                     raise LostError("the server refused the stream")
                 return Answer(CANCELLED, f"the server reset the stream (HTTP/2 error {number})", False, b"")
             if kind == _DATA:
                 self._data += _unpadded(flags, body)
+                if len(self._data) > _WINDOW:
+                    raise UnexpectedError("more than there is room for")
             elif kind == _HEADERS:
                 if not flags & _END_HEADERS:
                     raise UnexpectedError("headers in several frames")
-                self._headers.update(_headers(_unpadded(flags, body)))
+                self._headers.update(_headers(_unpadded(flags, body, priority=flags & _PRIORITY)))
             if flags & _END_STREAM and kind in (_DATA, _HEADERS):
                 return _answer(self._headers, self._data)
 
@@ -170,7 +173,7 @@ class Connection:
         elif kind == _PING and not flags & _ACK:
             self._send(_frame(_PING, _ACK, 0, body))
         elif kind == _WINDOW_UPDATE and not stream:
-            self._room += _U32.unpack(body)[0]
+            self._room += _number(body) & _LAST_STREAM
         elif kind == _GOAWAY:
             self._closing = True
         return kind, flags, stream, body
@@ -236,18 +239,30 @@ def _frame(kind: int, flags: int, stream: int, body: bytes) -> bytes:
 
 
 def _length(buffer: bytes) -> int:
-    return buffer[0] << 16 | buffer[1] << 8 | buffer[2]
+    length = buffer[0] << 16 | buffer[1] << 8 | buffer[2]
+    if length > _LARGEST_FRAME:
+        raise UnexpectedError("a frame larger than we take")
+    return length
 
 
-def _unpadded(flags: int, body: bytes) -> bytes:
+def _number(body: bytes) -> int:
+    """The first number of a frame's body."""
+    if len(body) < _U32.size:
+        raise UnexpectedError("a frame that ends in the middle")
+    return int(_U32.unpack_from(body)[0])
+
+
+def _unpadded(flags: int, body: bytes, *, priority: int = 0) -> bytes:
     if flags & _PADDED:
+        if len(body) <= (body[0] if body else 0):
+            raise UnexpectedError("more padding than there is of the frame")
         body = body[1 : len(body) - body[0]]
-    return body[5:] if flags & _PRIORITY else body
+    return body[5:] if priority else body
 
 
 def _answer(headers: dict[bytes, bytes], data: bytes) -> Answer:
     status = headers.get(b"grpc-status", b"")
-    if not status.isdigit():
+    if not status.isdigit() or len(status) > 9:
         raise UnexpectedError(f"no gRPC status, but :status {headers.get(b':status', b'')!r}")
     code = int(status)
     text = unquote_to_bytes(headers.get(b"grpc-message", b"")).decode(errors="replace")

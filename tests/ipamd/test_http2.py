@@ -348,6 +348,14 @@ def test_pings_are_answered_and_windows_given_back(serve: Serve) -> None:
         frame(DATA, struct.pack(">BI", 1, 3) + b"zip", 0, 1) + trailers(1),
         frame(DATA, struct.pack(">BI", 0, 9) + b"short", 0, 1) + trailers(1),
         trailers(1),
+        frame(GOAWAY),
+        frame(RST, b"\0", 0, 1),
+        frame(WINDOW, b"\0\0"),
+        frame(DATA, b"", 0x8, 1),
+        frame(HEADERS, b"\x09short", 0xD, 1),
+        b"\xff\xff\xff\0\0\0\0\0\0",
+        frame(DATA, bytes(16_384), 0, 1) * 5,
+        trailers(1, status="9" * 40),
     ],
     ids=[
         "Huffman",
@@ -360,6 +368,14 @@ def test_pings_are_answered_and_windows_given_back(serve: Serve) -> None:
         "compressed",
         "half",
         "no message",
+        "empty goodbye",
+        "short reset",
+        "short window",
+        "no padding",
+        "too much padding",
+        "16 MB in a frame",
+        "more than the window",
+        "long status",
     ],
 )
 def test_the_unexpected(tmp_path: Path, serve: Serve, answer: bytes) -> None:
@@ -395,6 +411,17 @@ def test_without_what_we_know_grpc_is_asked(serve: Serve, monkeypatch: pytest.Mo
         client.allocate(KEY, pools=["p" * 100] * 200)
         client.get_pool("p")
     assert asked == ["Release", "Allocate", "GetPool"]
+
+
+def test_an_answer_that_is_no_message_is_for_grpc(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    def script(peer: Peer, _number: int) -> None:
+        peer.until(DATA)
+        peer.send(whole(1, b"\xff\xff"))
+        peer.until(GOAWAY)
+
+    monkeypatch.setattr(Client, "call_with_grpc", lambda *_: ANSWER)
+    with Client(serve(script).path) as client:
+        assert client.release(KEY) == ANSWER
 
 
 def test_numbers_of_every_length() -> None:
