@@ -144,7 +144,7 @@ class Ports:
             if claims:
                 self._make_directory()
             for path, entries in claims.items():
-                self._store(path, entries)
+                self._store(path, entries, whole=len(entries) > 1)
             self._records.write(record)
             return []
 
@@ -165,7 +165,7 @@ class Ports:
                 after = [one for one in before if (one.address, one.holder) != (port.address, record.key)]
                 if len(before) != len(after):  # else it had claimed nothing: an ADD that was refused
                     others |= {one.holder for one in after if one.address == port.address}
-                    self._store(path, after)
+                    self._store(path, after, whole=True)
         return {key for key in others if self._records.read(key) is not None}
 
     def prune(self) -> None:
@@ -185,7 +185,7 @@ class Ports:
                     if number.isdecimal() and self._holder(one.holder, Port(protocol, int(number), one.address), known):
                         after.append(one)
                 if len(after) != len(before) or not before:
-                    self._store(path, after)
+                    self._store(path, after, whole=True)
 
     def _holder(self, key: Key, port: Port, known: dict[Key, _Holder | None]) -> Record | None:
         """Its record, if that wants the port."""
@@ -202,15 +202,15 @@ class Ports:
         with contextlib.suppress(FileExistsError):
             os.mkdir(self._directory, 0o700)
 
-    def _store(self, path: str, claims: Sequence[_Claim]) -> None:
-        """Write or remove a port's file. Where others' claims are in it, whole or not at all: one that breaks off is
+    def _store(self, path: str, claims: Sequence[_Claim], *, whole: bool) -> None:
+        """Write or remove a port's file. `whole`, or not at all, where others' claims are in it: one that breaks off is
         read as no claim."""
         if not claims:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             return
         data = msgspec.json.encode(claims)
-        temporary = f"{path}~" if len(claims) > 1 else path
+        temporary = f"{path}~" if whole else path
         try:
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from kernel import nft, ports
+from kernel.errors import KernelError
 from kernel.ports import Port, Ports
 from kernel.record import Key, Record, Records
 from tests.hosts import IPV6
@@ -112,6 +114,23 @@ def test_a_claim_without_its_record_counts_for_nothing(claims: Ports, records: R
     assert sorted(os.listdir(tmp_path / "run/ports")) == ["tcp-7", "tcp-80", "tcp-81"]
     held = [json.loads((tmp_path / f"run/ports/tcp-{number}").read_bytes()) for number in (80, 81)]
     assert [[claim[1]["container_id"] for claim in one] for one in held] == [["c2"], ["c3"]]
+
+
+def test_a_release_that_breaks_off_keeps_the_claims_of_others(
+    claims: Ports, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = record("c1", ("192.0.2.1", "tcp", 80)), record("c2", ("192.0.2.2", "tcp", 80))
+    assert claims.take(one) == claims.take(two) == []
+    os.unlink(records._path(one.key))
+
+    def full(_fd: int, _data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for work in (lambda: claims.release(one), claims.prune):
+        with monkeypatch.context() as patch, pytest.raises(KernelError, match="No space"):
+            patch.setattr(os, "write", full)
+            work()
+        assert claims.take(record("c3", ("", "tcp", 80))) == [(Port("tcp", 80, "0.0.0.0"), two)]
 
 
 def test_one_container_shares_with_itself(claims: Ports, records: Records) -> None:
