@@ -90,12 +90,12 @@ def make(host: Session, spec: VethSpec, undo: Undo, master: int = 0) -> None:
     try_sysctl("0", "ipv6", "conf", spec.name, "accept_ra")
 
 
-@trace.step("carrier")
 def refused_mtu(mtu: int, error: KernelError) -> CniError:
     """The error for an MTU that no veth or bridge can have."""
     return config.refused("mtu", mtu, f"was refused by the kernel, which takes 68 to 65535 ({error})")
 
 
+@trace.step("carrier")
 def wait_for_carrier(host: Session, name: str) -> Link:
     """The host's end once packets pass; on the kernels of today at the first look."""
     deadline = time.monotonic() + _CARRIER_TIMEOUT_S
