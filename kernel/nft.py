@@ -350,8 +350,8 @@ def _holds_any(set_name: str) -> bool:
     return any(_parse(set_name, one) for one in bodies)
 
 
-def add(session: Session, elements: Sequence[Element]) -> None:
-    """Add elements; makes the tables where they are missing.
+def add(session: Session, elements: Sequence[Element]) -> bool:
+    """Add elements; makes the tables where they are missing, and says True then: what others want is missing, too.
 
     One with a comment has one owner: where it is there under another's, it becomes this one's, so that what a dead
     container left and what a living one wants are told apart.
@@ -360,19 +360,21 @@ def add(session: Session, elements: Sequence[Element]) -> None:
         Exists: a network lies within another one of its set, or around it.
     """
     if not elements:
-        return
+        return False
     there: list[Element] = []
+    anew = False
     for _ in range(_TRIES):
         try:
             _change(session, there, elements)
         except NotFound:
-            ensure_tables(session, {element.family for element in elements})
+            anew |= ensure_tables(session, {element.family for element in elements})
         except Exists:
             pass
         else:
-            return
+            return anew
         there = [element for element in elements if element.comment and present(session, element)]
     _change(session, there, elements)
+    return anew
 
 
 def delete(session: Session, elements: Iterable[Element]) -> None:
@@ -480,20 +482,22 @@ def all_elements(session: Session, set_name: str) -> list[Element]:
     return [element for part in parts for element in _parse(set_name, part)]
 
 
-def add_chain(session: Session, chain: Chain) -> None:
-    """Make an attachment's chain, or give it these rules; makes the table where it is missing.
+def add_chain(session: Session, chain: Chain) -> bool:
+    """Make an attachment's chain, or give it these rules; makes the table where it is missing, and says True then.
 
     Raises:
         KernelError: libnftables refused a rule; with its own words.
     """
+    anew = False
     for _ in range(_TRIES):
-        ensure_tables(session, {"inet"})
+        anew |= ensure_tables(session, {"inet"})
         try:
             run(_commands(chain), f"write chain {chain.name}")
         except NotFound:  # somebody took the table away meanwhile
             continue
-        return
+        return anew
     run(_commands(chain), f"write chain {chain.name}")
+    return anew
 
 
 def check_chain(chain: Chain) -> None:
@@ -565,14 +569,17 @@ def shared_sets(families: Collection[str] = tuple(_FAMILIES)) -> list[str]:
     return [name for name, one in _SETS.items() if one.shared and one.family in families]
 
 
-def ensure_tables(session: Session, families: Collection[str]) -> None:
-    """Write our tables of these families where they are missing or of another version.
+def ensure_tables(session: Session, families: Collection[str]) -> bool:
+    """Write our tables of these families where they are missing or of another version; True where one was.
 
     The elements of a table of another version go with it; `kernel.record` puts them back.
     """
+    written = False
     for family in sorted(families):
         if not _current(session, family):
             run(_removal(family) + _table(family), f"write the table {family} {TABLE}")
+            written = True
+    return written
 
 
 def _table(family: str) -> str:

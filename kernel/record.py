@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from kernel import foreign, nft
+from kernel.errors import KernelError
 from kernel.nft import Chain, Element
 from kernel.session import Session
 
@@ -93,15 +94,21 @@ class Records:
         return _load(self._path(key))
 
     def apply(self, session: Session, record: Record) -> None:
-        """Put the elements of a written record into the kernel."""
+        """Put the elements of a written record into the kernel; those of all records, where our tables were not there:
+        somebody flushed them, or a version before this one had written them."""
+        anew = False
         if not all(nft.holds(session, element) for element in record.shared):
             # The first of its network. Adding it plainly would do wrong where other networks lie within this one: the
             # kernel takes it beside theirs, and confuses them when one is removed (nft_set_pipapo.c, pipapo_get).
             with self._locked(fcntl.LOCK_EX):
+                anew = nft.ensure_tables(session, {element.family for element in record.shared})
                 self._settle(session)
         for chain in record.chains:
-            nft.add_chain(session, chain)
-        nft.add(session, record.elements)
+            anew |= nft.add_chain(session, chain)
+        anew |= nft.add(session, record.elements)
+        if anew:
+            with contextlib.suppress(KernelError):  # what is wrong with another's record is not this one's affair
+                self.rebuild(session)
         foreign.ensure(session, _forwarded(record), _asked(record))
 
     def restore(self, session: Session, key: Key) -> None:
@@ -174,6 +181,10 @@ class Records:
 
         Returns:
             How many elements were missing, and how many had no record.
+
+        Raises:
+            KernelError: as far as it goes all is done: a chain that the kernel refuses by now, such as one about a link
+                that is gone, is left out with what leads there.
         """
         with self._locked(fcntl.LOCK_EX):
             records = list(self.all())
@@ -181,13 +192,20 @@ class Records:
             wanted += _widest(element for record in records for element in record.shared)
             nft.ensure_tables(session, {element.family for element in wanted})
             chains = {chain.name: chain for record in records for chain in record.chains}
+            refused: dict[str, KernelError] = {}
             for chain in chains.values():
                 if nft.count_rules(session, chain.name) != len(chain.rules):
-                    nft.add_chain(session, chain)
+                    try:
+                        nft.add_chain(session, chain)
+                    except KernelError as error:
+                        refused[chain.name] = error
+            wanted = [element for element in wanted if not refused.keys() & element.data]
             changed = nft.converge(session, nft.element_sets(), wanted)
             nft.delete_chains(session, (name for name in nft.chains(session) if name not in chains))
             self._let_pass(session, records)
-            return changed
+        if refused:
+            raise next(iter(refused.values()))
+        return changed
 
     def let_pass(self, session: Session) -> bool:
         """Put the rules back that a reload of another firewall took away (kernel.foreign), where one is wanted; True

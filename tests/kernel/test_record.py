@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernel import netns, nft
+from kernel.errors import KernelError
 from kernel.nft import Element
 from kernel.record import Key, Record, Records
 from kernel.session import Session
@@ -217,6 +218,53 @@ def test_rebuild_without_records_removes_all_elements(records: Records, session:
     assert records.rebuild(session) == (0, 0)
     nft.add(session, [nft.masquerade("10.9.9.9", "nobody")])
     assert records.rebuild(session) == (0, 1)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("lost", ["another version", "flushed"])
+def test_an_attachment_that_finds_no_tables_brings_back_what_all_want(
+    records: Records, session: Session, lost: str
+) -> None:
+    """The first ADD after an upgrade, or a flush, where no helper runs."""
+    old, new = record(subnet="10.1.0.0/16"), record(container_id="c2", address="10.1.0.3", subnet="10.1.0.0/16")
+    chain = nft.Chain("c_old", ("meta nfproto ipv4 ip saddr 10.0.0.0/8 dnat ip to meta l4proto . th dport map "
+                                "{ tcp . 80 : 10.1.0.2 . 80 }",))  # fmt: skip
+    publisher = replace(
+        record(container_id="c3"),
+        elements=tuple(nft.publish("", "tcp", 80, "10.1.0.2", 80, "o", chain=chain.name)),
+        chains=(chain,),
+    )
+    for one in (old, publisher):
+        records.write(one)
+        records.apply(session, one)
+    nft.delete_tables()
+    if lost == "another version":
+        nft.run(nft._table("inet").replace(nft.SCHEMA, "schema1"), "write the tables of another version")
+        nft.run("add element inet netloom nomasq4 { 10.1.0.0/16 . 10.1.0.0/16 }", "exempt the network")
+    records.write(new)
+    records.apply(session, new)
+    assert all(nft.present(session, element) for one in (old, publisher, new) for element in one.elements)
+    assert nft.present(session, old.shared[0])
+    assert nft.count_rules(session, chain.name) == 1
+    assert records.rebuild(session) == (0, 0)
+
+
+@pytest.mark.kernel
+def test_a_chain_that_is_refused_by_now_holds_up_nothing_else(records: Records, session: Session) -> None:
+    """Its condition is about a link that went."""
+    chain = nft.Chain("c_1", ('meta nfproto ipv4 iif "gone" accept',))
+    elements = nft.publish("", "tcp", 80, "10.1.0.2", 80, "o", chain=chain.name)
+    records.write(replace(record(container_id="c3"), elements=tuple(elements), chains=(chain,)))
+    records.write(record())
+    with pytest.raises(KernelError, match=r"write chain c_1: .*Interface does not exist"):
+        records.rebuild(session)
+    assert nft.present(session, record().elements[0])
+    assert nft.present(session, elements[1])
+    assert not nft.present(session, elements[0])
+    records.write(record(container_id="c2", address="10.1.0.3"))
+    nft.delete_tables()
+    records.apply(session, record(container_id="c2", address="10.1.0.3"))
+    assert nft.present(session, record().elements[0])
 
 
 def _die_in(work: Callable[[], object], step: int, calls: tuple[str, ...]) -> None:
