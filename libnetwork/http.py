@@ -65,11 +65,7 @@ def application(calls: Mapping[str, tuple[type, Handler]], executor: Executor) -
 
 def _call(name: str, kind: type, handler: Handler, body: bytes) -> Mapping[str, Any]:
     try:
-        message: Any = msgspec.json.decode(body or b"{}", type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        return _refusal(f"{name}: {error}")
-    try:
-        return handler(message)
+        return handler(_decode(name, kind, body))
     except DriverError as error:
         notes = "".join(f"; also: {note}" for note in getattr(error, "__notes__", ()))
         return _refusal(f"{error}{notes}")
@@ -80,6 +76,18 @@ def _call(name: str, kind: type, handler: Handler, body: bytes) -> Mapping[str, 
     except Exception as error:  # noqa: BLE001 - whatever it is, Docker must get an answer
         traceback.print_exc()
         return _refusal(f"{name}: a fault of netloom-docker: {error!r}; its log has more")
+
+
+def _decode(name: str, kind: type, body: bytes) -> Any:
+    """Raises DriverError where it is no such message."""
+    if not body and kind.__struct_fields__:  # type: ignore[attr-defined]
+        # So Docker repeats a call whose connection ended in the middle (moby, pkg/plugins/client.go): what it had to
+        # say went with that. RequestPool would be answered with another pool than the one that was named.
+        raise DriverError(f"{name}: it came without its arguments, after a connection that was cut; try again")
+    try:
+        return msgspec.json.decode(body or b"{}", type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise DriverError(f"{name}: {error}") from error
 
 
 def _answer(answer: Mapping[str, Any], status: int = 200) -> web.Response:

@@ -127,6 +127,7 @@ def test_refusals(path: str, capfd: pytest.CaptureFixture[str]) -> None:
         assert "No space left on device: '/var/lib/x'" in refusal(*ask(path, "A.Os"))
         assert "A.Bug: a fault of netloom-docker: ZeroDivisionError('by zero')" in refusal(*ask(path, "A.Bug"))
         assert "A.Ref: Object missing required field `NetworkID`" in refusal(*ask(path, "A.Ref", b"{}"))
+        assert "A.Ref: it came without its arguments, after a connection that was cut" in refusal(*ask(path, "A.Ref"))
         for malformed in (b"{", b"[]", b'{"NetworkID": 7}', b'{"NetworkID": "\xff"}', b"\0"):
             assert refusal(*ask(path, "A.Ref", malformed)).startswith("A.Ref: ")
         status, answer = ask(path, "NetworkDriver.FreeNetwork")
