@@ -140,9 +140,10 @@ class NetworkDriver:
     def create_endpoint(self, asked: CreateEndpoint) -> Answer:
         """Settles addresses and MAC."""
         network = self._state.get(Network, asked.network_id)
+        wanted = asked.interface
+        addresses = tuple(a for a in (wanted.address, wanted.address_ipv6) if a) if wanted else ()
+        self._end_holders(asked, addresses)
         with self._locks.held(asked.endpoint_id):
-            wanted = asked.interface
-            addresses = tuple(a for a in (wanted.address, wanted.address_ipv6) if a) if wanted else ()
             mac = wanted.mac_address if wanted else ""
             endpoint = Endpoint(
                 asked.endpoint_id, network.id, addresses, mac or _mac(addresses), f"nl{asked.endpoint_id[:12]}"
@@ -163,6 +164,18 @@ class NetworkDriver:
                     answer["Address" if ip_interface(text).version == 4 else "AddressIPv6"] = text
             self._state.put(endpoint)
         return {"Interface": answer}
+
+    def _end_holders(self, asked: CreateEndpoint, addresses: tuple[str, ...]) -> None:
+        """Docker gives these addresses away anew: whoever had them has ended, and its DeleteEndpoint did not get here.
+        Its DEL must not come later: it would take from the kernel what the new endpoint has under that address."""
+        for other in list(self._state.all(Endpoint)):
+            if (
+                other.network_id == asked.network_id
+                and other.id != asked.endpoint_id
+                and not set(addresses).isdisjoint(other.addresses)
+            ):
+                log.event(_logger, "warning", "endpoint ended unheard, its address is given anew", endpoint=other.id)
+                self.discard_endpoint(other.id)
 
     def join(self, asked: Join) -> Answer:
         """Attaches, and tells Docker which interface to take and what to give it."""

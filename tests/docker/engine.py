@@ -27,6 +27,7 @@ class Docker(RuntimeHost):
         super().__init__(name, launcher)
         self.host = Host(name, own=(*_OWN, *_DOCKER_OWN))
         self._arguments = list(dockerd)
+        self.shim_module = "libnetwork"
         self.grace = "60"  # seconds; what a busy machine takes to start a container
         self.dockerd: subprocess.Popen[str] | None = None
         self.shim: subprocess.Popen[str] | None = None
@@ -57,7 +58,7 @@ class Docker(RuntimeHost):
         argv = [
             sys.executable,
             "-m",
-            "libnetwork",
+            self.shim_module,
             "--log-level",
             "debug",
             "--interval",

@@ -1,0 +1,172 @@
+"""The shim is killed at each call, and inside each: before it begins, between its steps, before it answers.
+
+Docker's command then succeeds or fails with an error, a second attempt succeeds, and once all is removed, nothing is
+left of it. Docker repeats a call whose connection was cut, but without its arguments: that is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.docker.engine import Docker
+from tests.hosts import wait_until
+from tests.runtimes.runtime_host import HOST_OUTSIDE, OUTSIDE
+
+pytestmark = pytest.mark.kernel
+
+CREATE = (
+    *("RequestPool:before", "RequestPool:writing", "RequestPool:written", "RequestPool:after"),
+    *("RequestAddress:before", "RequestAddress:after"),
+    *("CreateNetwork:before", "CreateNetwork:after"),
+)
+RUN = (
+    *("RequestAddress:before", "RequestAddress:after"),
+    *("CreateEndpoint:before", "CreateEndpoint:after"),
+    *("Join:before", "Join:written", "Join:added", "Join:moved", "Join:after"),
+    *("ProgramExternalConnectivity:before", "ProgramExternalConnectivity:written"),
+    *("ProgramExternalConnectivity:added", "ProgramExternalConnectivity:after"),
+)
+REMOVE = (
+    *("RevokeExternalConnectivity:before", "RevokeExternalConnectivity:deleted", "RevokeExternalConnectivity:after"),
+    *("Leave:before", "Leave:after"),
+    *("DeleteEndpoint:before", "DeleteEndpoint:deleted", "DeleteEndpoint:forgetting", "DeleteEndpoint:after"),
+    *("ReleaseAddress:before", "ReleaseAddress:after"),
+)
+DELETE = (
+    *("ReleasePool:before", "ReleasePool:forgetting", "ReleasePool:after"),
+    *("DeleteNetwork:before", "DeleteNetwork:forgetting", "DeleteNetwork:after"),
+)
+
+
+@pytest.fixture(scope="module")
+def shared(launcher: Path) -> Iterator[Docker]:
+    docker = Docker("faults", launcher)
+    docker.grace = "3"
+    docker.shim_module = "tests.docker.faulty"
+    with docker:
+        docker.network("first", "--subnet", "10.99.0.0/24")
+        docker.start("first", "--network", "first")
+        docker.remove_all()
+        docker.settle()
+        yield docker
+
+
+@pytest.fixture
+def docker(shared: Docker) -> Iterator[Docker]:
+    yield shared
+    shared.host.path("/run/fault").unlink(missing_ok=True)
+    shared.remove_all()
+    shared.assert_clean()
+
+
+@contextlib.contextmanager
+def killed(docker: Docker, place: str) -> Iterator[None]:
+    """The shim ends at this place, in what the block does."""
+    fault = docker.host.path("/run/fault")
+    served = docker.shim_log().count("serving Docker")
+    fault.write_text(place, encoding="ascii")
+    yield
+    assert not fault.exists(), f"{place} was never reached"
+    wait_until(lambda: docker.shim_log().count("serving Docker") > served, "the next shim", docker.shim_log)
+
+
+def works(docker: Docker, name: str, port: int) -> None:
+    """The container is reached by its published port and reaches the outside."""
+    assert docker.ask(HOST_OUTSIDE, port, netns=docker.outside) == name
+    docker.inside(name, "ping", "-c1", "-w5", OUTSIDE)
+
+
+def agrees(docker: Docker, network: str, containers: int) -> None:
+    """Docker, the shim, ipamd and the kernel have the same, once the grace is over."""
+    (shown,) = json.loads(docker.docker("network", "inspect", network).stdout)
+    endpoints = {one["EndpointID"] for one in shown["Containers"].values()}
+    addresses = {one["IPv4Address"] for one in shown["Containers"].values()}
+    assert len(endpoints) == containers
+    gateway = shown["IPAM"]["Config"][0]["Subnet"].replace(".0/24", ".1/24")
+
+    def now() -> tuple[set[str], set[str]]:
+        return set(docker.state()["endpoints"]), set(docker.held())
+
+    wait_until(lambda: now() == (endpoints, addresses | {gateway}), f"agreement on {endpoints}, {addresses}")
+    assert not any(re.match("nl[0-9a-f]", link) for link in docker.host.links())  # all are in the containers
+
+
+def test_docker_network_create(docker: Docker) -> None:
+    for number, place in enumerate(CREATE):
+        with killed(docker, place):
+            arguments = ("-d", "netloom", "--ipam-driver", "netloom", "--subnet", f"10.80.{number}.0/24", f"n{number}")
+            done = docker.docker("network", "create", *arguments, check=False)
+        if done.returncode != 0:
+            assert "Error response from daemon" in done.stderr, place
+            wait_until(
+                lambda a=arguments: docker.docker("network", "create", *a, check=False).returncode == 0,  # type: ignore[misc]
+                f"a second attempt after {place}",
+                docker.shim_log,
+            )
+        (shown,) = json.loads(docker.docker("network", "inspect", f"n{number}").stdout)
+        assert shown["IPAM"]["Config"][0]["Subnet"] == f"10.80.{number}.0/24", place
+
+
+def test_docker_run(docker: Docker) -> None:
+    docker.network("web", "--subnet", "10.81.0.0/24")
+    for number, place in enumerate(RUN):
+        arguments = ("--network", "web", "-p", f"{8100 + number}:80")
+        name = f"c{number}"
+        with killed(docker, place):
+            done = docker.docker(
+                "run", "-d", "--name", name, "--hostname", name, *arguments, "localhost/busybox:1", check=False
+            )
+        if done.returncode != 0:
+            assert "Error response from daemon" in done.stderr, place
+            docker.docker("rm", "-f", name)
+            docker.start(name, *arguments)
+        works(docker, name, 8100 + number)
+    agrees(docker, "web", len(RUN))
+    for number in range(len(RUN)):
+        works(docker, f"c{number}", 8100 + number)
+
+
+def test_docker_rm(docker: Docker) -> None:
+    """The next container gets the address, also of one whose end the shim did not hear of: at once, or after the grace,
+    where Docker could not give it back."""
+    docker.network("web", "--subnet", "10.82.0.0/24", "--ip-range", "10.82.0.8/31")
+    docker.start("keep", "--network", "web", "-p", "8200:80")
+    for place in REMOVE:
+        docker.start("one", "--network", "web", "-p", "8201:80")
+        with killed(docker, place):
+            docker.docker("rm", "-f", "one")
+        arguments = ("--name", "two", "--hostname", "two", "--network", "web", "-p", "8202:80", "localhost/busybox:1")
+
+        def second(arguments: tuple[str, ...] = arguments) -> bool:
+            started = docker.docker("run", "-d", *arguments, check=False).returncode == 0
+            if not started:
+                docker.docker("rm", "-f", "two")
+            return started
+
+        wait_until(second, f"a container after {place}", docker.shim_log)
+        works(docker, "two", 8202)
+        agrees(docker, "web", 2)
+        works(docker, "two", 8202)
+        docker.docker("rm", "-f", "two")
+    works(docker, "keep", 8200)
+
+
+def test_docker_network_rm(docker: Docker) -> None:
+    for number, place in enumerate(DELETE):
+        subnet = ("--subnet", f"10.83.{number}.0/24")
+        docker.network("web", *subnet)
+        docker.start("one", "--network", "web")
+        docker.docker("rm", "-f", "one")
+        with killed(docker, place):
+            done = docker.docker("network", "rm", "web", check=False)
+        if done.returncode != 0:
+            docker.docker("network", "rm", "web")
+        wait_until(lambda: not any(docker.state().values()), f"all to go after {place}", docker.shim_log)
+        docker.network("web", *subnet)
+        docker.docker("network", "rm", "web")
