@@ -448,7 +448,9 @@ def _legacy_lacks(listed: Sequence[str], admin_chains: Collection[str]) -> bool:
 
 
 def _remove_legacy(version: int) -> list[str]:
-    asked = []
+    asked: list[str] = []
+    if not _legacy_program(version):
+        return asked  # no rule of ours has come there, and no DEL fails for it
     for line in _list_legacy(version):
         rule = _Rule(0, _legacy_comment(line) if line.startswith(f"-A {FORWARD} ") else "")
         if rule.ours:
@@ -478,12 +480,17 @@ def _legacy_call(chain: str) -> list[str]:
     return ["-m", "comment", "--comment", _admin_comment(chain), "-j", chain]
 
 
+def _legacy_program(version: int) -> str | None:
+    import shutil  # noqa: PLC0415 - as below
+
+    return shutil.which(_LEGACY_PROGRAMS[version], path=_PROGRAM_PATH)
+
+
 def _legacy(version: int, *arguments: str) -> str:
     """Run iptables-legacy; what it prints."""
-    import shutil  # noqa: PLC0415 - few hosts get here, and every cold process would pay for the import
-    import subprocess  # noqa: PLC0415
+    import subprocess  # noqa: PLC0415 - few hosts get here, and every cold process would pay for the import
 
-    program = shutil.which(_LEGACY_PROGRAMS[version], path=_PROGRAM_PATH)
+    program = _legacy_program(version)
     what = f"run {_LEGACY_PROGRAMS[version]} {' '.join(arguments)}"
     if program is None:
         raise KernelError(what, errno.ENOENT, "its tables are in use here, but the program is not installed")

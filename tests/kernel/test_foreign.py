@@ -253,3 +253,6 @@ def test_without_the_legacy_program_it_says_so(session: Session, monkeypatch: py
     monkeypatch.setattr(foreign, "_PROGRAM_PATH", "/nonexistent")
     with pytest.raises(KernelError, match="its tables are in use here, but the program is not installed"):
         foreign.ensure(session)
+    # A DEL has nothing to look for there.
+    assert foreign.remove(session) == []
+    foreign.settle(session)
