@@ -4,6 +4,7 @@ The record is on disk before the kernel is touched; from it DEL and GC know what
 """
 
 import dataclasses
+import hashlib
 
 from cni.failures import Failures, note
 from cni.living import Observer
@@ -14,6 +15,9 @@ from kernel.record import Key, Record, Records
 from kernel.session import Session
 from telemetry import trace
 
+_LONGEST_OWNER = 127  # bytes
+_CONTAINER_ID = 64  # characters of it that stand in a comment
+
 
 def key(request: Request) -> Key:
     """Whose record."""
@@ -21,8 +25,14 @@ def key(request: Request) -> Key:
 
 
 def owner(request: Request) -> str:
-    """The comment of an attachment's nftables elements."""
-    return f"{request.network} {request.container_id[:64]} {request.ifname}"
+    """The comment of an attachment's nftables elements: another for each, also where names are longer than the 127
+    bytes that the kernel keeps of it."""
+    whole = f"{request.network} {request.container_id} {request.ifname}"
+    if len(whole) <= _LONGEST_OWNER and len(request.container_id) <= _CONTAINER_ID:
+        return whole
+    digest = hashlib.sha256(whole.encode()).hexdigest()[:16]
+    network = f"{request.network[:20]}~{digest}"
+    return f"{network} {request.container_id[:_CONTAINER_ID]} {request.ifname}"
 
 
 @trace.step("record")
