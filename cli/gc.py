@@ -110,7 +110,8 @@ def _sweep_kernel(observation: _Observation, dry_run: bool, rebuild: bool) -> Gc
         return attachment_lock(run_dir, container_id, ifname, "netloom gc", _LOCK_DEADLINE_S)
 
     with Session() as host:
-        gone = leftovers.sweep(host, records, lock, observe=observation, dry_run=dry_run)
+        failures: list[Exception] = []
+        gone = leftovers.sweep(host, records, lock, observe=observation, dry_run=dry_run, failures=failures)
         if not dry_run:
             attach.prune()
         rebuilt: RebuiltDocument | None = None
@@ -118,6 +119,8 @@ def _sweep_kernel(observation: _Observation, dry_run: bool, rebuild: bool) -> Gc
         if rebuild or (gone and not dry_run):
             added, removed = records.rebuild(host)
             rebuilt = RebuiltDocument(added=added, removed=removed)
+        if failures:
+            raise failures[0]
     return GcDocument(
         dry_run=dry_run,
         namespaces=len(observation()),

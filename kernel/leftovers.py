@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from ipaddress import ip_network
 
-from kernel import deleter, link, liveness
+from kernel import deleter, link, liveness, nft
 from kernel.liveness import LiveNetns
+from kernel.nft import Element
 from kernel.record import Record, Records
 from kernel.session import Session
 
@@ -26,6 +27,7 @@ def sweep(
     observe: Callable[[], Iterable[LiveNetns]] = liveness.observe,
     dry_run: bool = False,
     only: Callable[[Record], bool] = lambda _: True,
+    failures: list[Exception],
 ) -> list[Record]:
     """Remove what belongs to attachments whose namespace is gone.
 
@@ -38,6 +40,7 @@ def sweep(
         observe: lists every namespace that lives.
         dry_run: only say what would be removed.
         only: which records to look at.
+        failures: what kept a record from being removed is appended; it keeps nobody else's here.
 
     Returns:
         The records of the dead.
@@ -57,8 +60,11 @@ def sweep(
             alive = record.netns_inode in inodes
         if alive:
             continue
-        if dry_run or _remove(host, records, record, lock):
-            gone.append(record)
+        try:
+            if dry_run or _remove(host, records, record, lock):
+                gone.append(record)
+        except Exception as error:  # noqa: BLE001 - the caller is to know, after the others
+            failures.append(error)
     if not dry_run:
         from kernel.ports import Ports  # noqa: PLC0415 - no plugin's request comes here
 
@@ -77,33 +83,39 @@ def _remove(host: Session, records: Records, record: Record, lock: Lock) -> bool
 
 
 def discard(host: Session, records: Records, record: Record) -> None:
-    """Remove all that a record names, then the record. A failure leaves it, so that a second attempt knows of it."""
+    """Remove all that a record names, then the record. A failure leaves it, so that a second attempt knows of it; what
+    opens anything to the container is gone even then, unless it is connected still."""
     for name in record.links:
         delete_port(host, name)
-    for path in record.files:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-    forget_sources(record)
+    try:
+        for path in record.files:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        forget_sources(host, record)
+    except Exception:
+        records.take_out(host, record)
+        raise
     records.remove(host, record)
     if any(element.data for element in record.elements):  # of maps: published ports
         _give_ports_back(host, records, record)
 
 
-def forget_sources(record: Record) -> None:
-    """Take an attachment's addresses out of their zone, where firewalld runs."""
+def forget_sources(host: Session, record: Record) -> None:
+    """Take an attachment's addresses out of their zone, where firewalld runs; but none that is another's by now."""
     if not record.firewalld_zone:
         return
     from kernel import firewalld  # noqa: PLC0415 - few hosts have it, and every cold process would pay for the import
 
     with firewalld.connected() as asked:
         if asked is not None:
-            for source in sources(record):
+            for source in sources(record, lambda element: not nft.is_anothers(host, element)):
                 asked.remove_source(record.firewalld_zone, source)
 
 
-def sources(record: Record) -> list[str]:
-    """An attachment's addresses as firewalld has them, "10.1.0.2/32"."""
-    return [str(ip_network(element.key[0])) for element in record.elements if element.set in ("accept4", "accept6")]
+def sources(record: Record, which: Callable[[Element], bool] = lambda _: True) -> list[str]:
+    """An attachment's addresses as firewalld has them, "10.1.0.2/32"; `which` looks at the element of each."""
+    accepted = (element for element in record.elements if element.set in ("accept4", "accept6"))
+    return [str(ip_network(element.key[0])) for element in accepted if which(element)]
 
 
 def _give_ports_back(host: Session, records: Records, record: Record) -> None:

@@ -35,7 +35,7 @@ from kernel.netlink import Message, attr, attribute_list, attributes, nested, st
 from kernel.session import Session
 
 TABLE = "netloom"
-SCHEMA = "schema2"  # raise the number with every change of _TABLES
+SCHEMA = "schema3"  # raise the number with every change of _TABLES
 
 # masq4, masq6: containers whose traffic leaves under the host's address.
 # nomasq4, nomasq6: (source network . destination network) where it does not. No element may lie within another: the
@@ -54,7 +54,9 @@ SCHEMA = "schema2"  # raise the number with every change of _TABLES
 #   Errors about whatever DNAT led somewhere pass as well: no set can tell whose they are, and who does not hear that a
 #   packet is too large sends it again for ever.
 # separated: bridges whose traffic does not go to another such bridge; same: (bridge . bridge), each with itself;
-#   isolated: (bridge . bridge), where not even that passes.
+#   isolated: (bridge . bridge), where not even that passes. A published port is there for everybody: it is reached from
+#   another such bridge, by the host's address.
+# internal: bridges, and host's ends, from which nothing goes to any other link than these, nor comes from there.
 # guarded: bridge ports whose source MAC is checked; allowed: (port . MAC) that may pass there.
 # What no element is in costs one hash look-up a packet.
 _TABLES = {
@@ -106,17 +108,19 @@ table inet {TABLE} {{
 	}}
 	chain forward {{
 		type filter hook forward priority filter - 10; policy accept;
-		iifname @separated oifname @separated iifname . oifname != @same drop
+		iifname @internal oifname != @internal drop
+		oifname @internal iifname != @internal drop
 		iifname . oifname @isolated drop
+		ct status dnat ip daddr . meta l4proto . th dport @published4 goto accepted
+		ct status dnat ip saddr . meta l4proto . th sport @published4 goto accepted
+		ct status dnat ip6 daddr . meta l4proto . th dport @published6 goto accepted
+		ct status dnat ip6 saddr . meta l4proto . th sport @published6 goto accepted
+		iifname @separated oifname @separated iifname . oifname != @same drop
 		ip saddr @accept4 goto accepted
 		ip6 saddr @accept6 goto accepted
 		ct state established,related ip daddr @accept4 goto accepted
 		ct state established,related ip6 daddr @accept6 goto accepted
 		icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} ip6 daddr @accept6 goto accepted
-		ct status dnat ip daddr . meta l4proto . th dport @published4 goto accepted
-		ct status dnat ip saddr . meta l4proto . th sport @published4 goto accepted
-		ct status dnat ip6 daddr . meta l4proto . th dport @published6 goto accepted
-		ct status dnat ip6 saddr . meta l4proto . th sport @published6 goto accepted
 		ct status dnat ct state related meta l4proto {{ icmp, ipv6-icmp }} goto accepted
 	}}
 }}
@@ -201,6 +205,7 @@ _SETS: dict[str, _Set] = {
     "separated": _Set("inet", ("ifname",), shared=True),
     "same": _Set("inet", ("ifname", "ifname"), shared=True),
     "isolated": _Set("inet", ("ifname", "ifname"), shared=True),
+    "internal": _Set("inet", ("ifname",), shared=True),
     "guarded": _Set("bridge", ("ifname",)),
     "allowed": _Set("bridge", ("ifname", "mac")),
 }
@@ -334,6 +339,11 @@ def separate(bridge: str, *, isolated: bool = False) -> list[Element]:
     return elements
 
 
+def internal(link: str) -> Element:
+    """What keeps a bridge, or the host's end of a container, from every link that is not such a one."""
+    return Element("internal", (link,))
+
+
 def forwards(version: int) -> bool:
     """Whether anybody wants packets of this family, 4 or 6, to pass where other firewalls drop them: in the calling
     thread's namespace. Constant cost."""
@@ -404,6 +414,12 @@ def find(session: Session, element: Element) -> Element | None:
 def _is_owned(session: Session, element: Element) -> bool:
     found = _find(session, element)
     return found is not None and (not element.comment or found.comment == _owner(element))
+
+
+def is_anothers(session: Session, element: Element) -> bool:
+    """Whether the set holds the element's key, and somebody else than its owner wants it."""
+    found = _find(session, element)
+    return found is not None and found.comment != _owner(element)
 
 
 def _owner(element: Element) -> str:

@@ -151,7 +151,7 @@ class Records:
         """
         path, network = self._path(record.key), record.key.network
         with self._locked(fcntl.LOCK_SH):
-            self._take_out(session, record)
+            self.take_out(session, record)
             others = _has_others(path)
             if others:
                 _unlink(path)
@@ -159,7 +159,7 @@ class Records:
             return
         with self._locked(fcntl.LOCK_EX):
             if not others:  # a rebuild may have come between, and put back what the record wants
-                self._take_out(session, record)
+                self.take_out(session, record)
             if not _has_others(path):
                 if self._is_marked(network):
                     self._settle(session, without=network)
@@ -172,7 +172,8 @@ class Records:
                 os.rmdir(os.path.dirname(path))
 
     @staticmethod
-    def _take_out(session: Session, record: Record) -> None:
+    def take_out(session: Session, record: Record) -> None:
+        """Take the attachment's own elements and chains from the kernel. The record stays, and a rebuild heeds it."""
         nft.delete(session, record.elements)
         nft.delete_chains(session, (chain.name for chain in record.chains))
 

@@ -126,10 +126,17 @@ class Watch:
     def _sweep(self, living: Sequence[LiveNetns]) -> None:
         """An ADD that came after the look seems dead in this one, and alive in the next."""
         now = time.monotonic()
+        failures: list[Exception] = []
 
         def sweep(*, dry_run: bool, only: Callable[[Record], bool]) -> list[Record]:
             return leftovers.sweep(
-                self._session, self._records, self._lock, observe=lambda: living, dry_run=dry_run, only=only
+                self._session,
+                self._records,
+                self._lock,
+                observe=lambda: living,
+                dry_run=dry_run,
+                only=only,
+                failures=failures,
             )
 
         dead = sweep(dry_run=True, only=lambda _: True)
@@ -143,6 +150,8 @@ class Watch:
         if gone:
             # An address may have a new holder already, whose elements were the same.
             self._records.rebuild(self._session)
+        if failures:
+            raise failures[0]
 
     def _lock(self, container_id: str, ifname: str) -> AttachmentLock:
         return attachment_lock(self._run_dir, container_id, ifname, NAME, _LOCK_DEADLINE_S)

@@ -54,6 +54,7 @@ class FirewallConf(msgspec.Struct, frozen=True, rename="camel"):
     iptables_admin_chain_name: str = foreign.ADMIN_CHAIN
     firewalld_zone: str = firewalld.ZONE
     ingress_policy: str = ""
+    internal: bool = False  # ours: the reference has no such key
 
     @property
     def admin_chain(self) -> str:
@@ -106,11 +107,13 @@ def _wishes(request: Request, conf: FirewallConf, host: Session, result: Result)
     owner = attachment.owner(request)
     addresses = tuple(str(one.ip) for one in chain.container_ips(result))
     own = tuple(nft.accept(address, owner) for address in addresses)
-    if conf.ingress_policy in _OPEN:
+    if conf.ingress_policy in _OPEN and not conf.internal:
         return Wishes(addresses, own)
     isolated = conf.ingress_policy == _ISOLATED
     first = _first(conf, host, result)
-    policy = tuple(nft.separate(first.name, isolated=isolated))
+    policy = () if conf.ingress_policy in _OPEN else tuple(nft.separate(first.name, isolated=isolated))
+    if conf.internal:
+        policy += (nft.internal(first.name),)
     if first.kind != "bridge":
         # The host's end of a ptp network: the attachment's own, and nobody else is behind it.
         return Wishes(addresses, (*own, *(dataclasses.replace(element, comment=owner) for element in policy)))
@@ -135,7 +138,8 @@ def _first(conf: FirewallConf, host: Session, result: Result) -> Link:
 
 
 def _unfit(conf: FirewallConf, why: str) -> CniError:
-    return config.refused("ingressPolicy", conf.ingress_policy, f'chain "firewall" after "bridge" for it: {why}')
+    key, value = ("internal", True) if conf.ingress_policy in _OPEN else ("ingressPolicy", conf.ingress_policy)
+    return config.refused(key, value, f'chain "firewall" after "bridge" for it: {why}')
 
 
 def _port(host: Session, bridge: Link, known: Iterable[Interface]) -> Link | None:
@@ -199,7 +203,7 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
         with trace.step("nftables"):
             records.apply(host, record)
         if asked is not None:
-            undo.push("take the addresses out of firewalld's zone", lambda: leftovers.forget_sources(record))
+            undo.push("take the addresses out of firewalld's zone", lambda: leftovers.forget_sources(host, record))
             for source in wishes.sources:
                 _add_source(conf, asked, source)
     return result
@@ -238,11 +242,12 @@ def delete(request: Request, host: Session) -> None:
             from cni import reference  # noqa: PLC0415 - what we attached ourselves has nothing of it
 
             reference.forget(request, host, failures)
-            failures.attempt(_forget_sources, request)
+            failures.attempt(_forget_sources, request, host)
 
 
-def _forget_sources(request: Request) -> None:
-    """Take addresses out of firewalld's zone that the reference put in, which keeps no record."""
+def _forget_sources(request: Request, host: Session) -> None:
+    """Take addresses out of firewalld's zone that the reference put in, which keeps no record; but none that an
+    attachment of ours has by now: a DEL may come twice."""
     try:
         conf = parse(request)
     except CniError:
@@ -251,7 +256,8 @@ def _forget_sources(request: Request) -> None:
         with firewalld.connected() as asked:
             if asked is not None:
                 for address in chain.container_ips(request.prev_result):
-                    asked.remove_source(conf.zone, str(ip_network(address.ip)))
+                    if not nft.present(host, nft.accept(str(address.ip), "")):
+                        asked.remove_source(conf.zone, str(ip_network(address.ip)))
 
 
 # CHECK

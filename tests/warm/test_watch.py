@@ -6,12 +6,14 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kernel.events import Change
+from kernel.record import Records
 from tests.hosts import CniCall, Host, Netns, wait_until
 from tests.kernel import bus
 from tests.warm.service import Service, bridge
@@ -131,6 +133,25 @@ def test_a_large_firewall_of_somebody_else_is_nothing_to_repair(service: Service
     wait_until(lambda: elements(service, "masq4") != [], "the element", service.log)
     assert handle() == before
     assert service.log().count("into nftables") == 1
+
+
+def test_one_that_cannot_be_removed_keeps_nobody_elses_things(service: Service) -> None:
+    host = service.host
+    dead = [host.netns(f"dead{number}") for number in range(3)]
+    for number, netns in enumerate(dead):
+        service.add(netns, f"d{number}").ok()
+    records = Records(str(host.path("/run/netloom")))
+    one = next(record for record in records.all() if record.key.container_id == "d1")
+    directory = host.path("/run/netloom/a directory")
+    directory.mkdir()
+    records.write(replace(one, files=("/run/netloom/a directory",)))
+    for netns in dead:
+        netns.delete()
+    wait_until(lambda: len(list(records.all())) == 1, "the removal of the others", service.log)
+    wait_until(lambda: "removal of what dead containers left: " in service.log(), "a complaint", service.log)
+    assert [record.key.container_id for record in records.all()] == ["d1"]
+    directory.rmdir()
+    wait_until(lambda: not list(records.all()), "the removal of the last", service.log)
 
 
 def test_missed_events_make_the_helper_write_the_tables_anew_once(monkeypatch: pytest.MonkeyPatch) -> None:

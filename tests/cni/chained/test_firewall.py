@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from cni.versions import SUPPORTED
+from kernel import nft
+from kernel.record import Key, Record, Records
 from tests.cni.chained.traffic import ask, no_answer, serving
 from tests.cni.lab import WITH_CHECK, Attached, Lab, Served, both, elements, net, pool, unreachable
 from tests.hosts import IPV6, Host, Netns, wait_until
@@ -699,6 +701,16 @@ def test_with_firewalld(lab: Lab) -> None:
             before = len(calls())
             Walled(one, conf_of(one)).call("DEL").ok()
             assert calls()[before:] == [f"removeSource trusted {one.ip()}/32"]
+        # Somebody else has the address by now: a DEL that comes again, and what a missed one left, take nothing away.
+        with walled(lab, backend="firewalld") as heir:
+            removed = sum(line.startswith("removeSource") for line in calls())
+            wanted = [nft.accept(target, "net gone eth0") for target in heir.targets]
+            key = Key(str(heir.conf["name"]), "gone", "eth0", "firewall")
+            Records(str(host.path("/run/netloom"))).write(Record(key, elements=tuple(wanted), firewalld_zone="trusted"))
+            for _ in range(2):
+                heir.call("DEL", container_id="gone", netns="").ok()
+            assert not [line for line in calls() if line.startswith("removeSource")][removed:]
+            heir.check()
         before = len(calls())
         with walled(lab, backend="iptables") as without:
             without.check()
