@@ -31,6 +31,11 @@ class Failures:
         finally:
             trace.mark(around)
 
+    @property
+    def any(self) -> bool:
+        """Whether a step has failed."""
+        return bool(self._failures)
+
     def __enter__(self) -> Self:
         return self
 

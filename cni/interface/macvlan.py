@@ -224,14 +224,14 @@ def _unmake(request: Request, host: Session, spec: MacvlanSpec, temporary: str) 
 def delete(request: Request, host: Session) -> None:
     """Detach the container; success where there is nothing left to do. Needs no master and no valid configuration.
 
-    Everything is attempted; the first failure is raised at the end, so that the runtime tries again.
+    A failure leaves the addresses, and the runtime tries again.
     """
     with Failures() as failures:
         if request.netns:
             names = (request.ifname, _temporary_name(request))
             failures.attempt(container.delete_interfaces, request, host, names)
         # After the link: nobody may get the address while a container can still send from it.
-        if request.ipam_type:
+        if request.ipam_type and not failures.any:
             failures.attempt(delegate.delete, request, host)
 
 

@@ -136,7 +136,8 @@ def try_sysctl(value: str, *parts: str) -> None:
 def delete(request: Request, host: Session) -> None:
     """Detach the container; success where there is nothing left to do.
 
-    Everything is attempted; the first failure is raised at the end, so that the runtime tries again.
+    Everything is attempted, but for what must not go before the link; the first failure is raised at the end, so that
+    the runtime tries again.
     """
     records = Records(paths.run_dir(request.environment))
     record = records.read(attachment.key(request))
@@ -149,6 +150,8 @@ def delete(request: Request, host: Session) -> None:
             # Where the host's end was not known: the record is lost, or another engine made it. But not where the name
             # is another network's: runtimes send a DEL after an ADD that was refused for just that.
             failures.attempt(container.delete_interfaces, request, host, (request.ifname,))
+        if failures.any and record is not None and any(link.find(host, name) for name in record.links):
+            return  # connected still: it keeps its addresses, and the record by which the next DEL finds it
         if record is not None:
             failures.attempt(records.remove, host, record)
         else:

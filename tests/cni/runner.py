@@ -96,7 +96,7 @@ def watch_everything() -> None:
     watch(netns, "cookie", lambda: "read the namespace's cookie")
     watch(record.Records, "write", lambda _self, _record: "write the record")
     watch(record.Records, "read", lambda _self, _key: "read the record")
-    watch(ports.Ports, "_store", lambda _self, path, _claims: f"write claim {path.rpartition('/')[2]}")
+    watch(ports.Ports, "_store", lambda _self, path, _claims, **_more: f"write claim {path.rpartition('/')[2]}")
     watch(Pending, "ask", lambda *_args, **_more: "ask for addresses")
     watch(Pending, "result", lambda *_args, **_more: "allocate")
     watch(Client, "release", lambda *_args, **_more: "release")

@@ -109,3 +109,25 @@ def test_an_ipamd_that_is_away(lab: Lab) -> None:
         lab.cni("ADD", plugin, conf, netns=netns).ok()
         lab.cni("DEL", plugin, conf, netns=netns).ok()
         lab.host.assert_clean(before)
+
+
+@pytest.mark.parametrize("plugin", LINKS)
+def test_who_is_still_connected_keeps_its_address(lab: Lab, plugin: str) -> None:
+    """Where the kernel does not let the interface go, a DEL fails, and the next one finds all that the first did."""
+    conf = conf_of(plugin)
+    with lab.space() as netns:
+        lab.cni("ADD", plugin, conf, netns=netns).ok()
+        there: dict[str, Any] = {"netns": netns} if plugin == "macvlan" else {}
+        called = lab.cni("DEL", plugin, conf, **there).calls
+        before = lab.host.snapshot()
+        number = next(number for number, label in enumerate(called) if "delete link" in label)
+        lab.cni("ADD", plugin, conf, netns=netns).ok()
+        held = lab.host.allocations()
+        for _ in range(2):
+            fault = {"at": number + 1, "when": "before", "kind": "kernel"}
+            assert lab.cni("DEL", plugin, conf, faults=[fault], **there).code() > 0
+            assert "eth0" in netns.links()
+            assert lab.host.allocations() == held
+        lab.cni("DEL", plugin, conf, **there).ok()
+        assert set(netns.links()) == {"lo"}
+        lab.host.assert_clean(before)
