@@ -25,9 +25,10 @@ def chain(network: Network, endpoint: Endpoint, path: tuple[str, ...], conf_dir:
             plugins = ({**plugins[0], "ipam": static(network, endpoint)}, *plugins[1:])
         return Chain(name(network), plugins, path, str(document.get("cniVersion", VERSION)))
     # Docker sets the policy of forwarded packets to drop: without the firewall plugin nothing would leave the host.
+    internal = {"internal": True} if network.options.internal else {}
     after: dict[str, tuple[Plugin, ...]] = {
-        "bridge": ({"type": "firewall", "ingressPolicy": "same-bridge"},),
-        "ptp": ({"type": "firewall"},),
+        "bridge": ({"type": "firewall", "ingressPolicy": "same-bridge", **internal},),
+        "ptp": ({"type": "firewall", **internal},),
         "macvlan": (),
     }
     return Chain(name(network), (_interface(network, endpoint), *after[network.options.type]), path)

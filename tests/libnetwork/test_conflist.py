@@ -49,7 +49,8 @@ def test_a_bridge() -> None:
 
 
 def test_an_internal_one_has_no_default_route_and_no_masquerade() -> None:
-    bridge, _ = conflist.chain(network(internal=True), endpoint(), PATH).plugins
+    bridge, firewall = conflist.chain(network(internal=True), endpoint(), PATH).plugins
+    assert firewall["internal"] is True
     assert bridge["ipMasq"] is False
     assert bridge["ipam"]["routes"] == []
 

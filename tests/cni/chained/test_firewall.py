@@ -413,6 +413,61 @@ def test_isolation_has_no_way_round_by_published_ports(lab: Lab, outside: Netns)
         lab.cni("DEL", "portmap", ports, **known).ok()
 
 
+def test_a_published_port_is_for_containers_of_other_networks_too(lab: Lab, outside: Netns) -> None:
+    """Kept apart are addresses of containers; a port of the host is everybody's."""
+    policy = {"ingressPolicy": "same-bridge"}
+    with walled(lab, numbered(1), **policy) as one, walled(lab, numbered(2), **policy) as two:
+        mapping = [{"hostPort": 8080, "containerPort": 81, "protocol": "tcp"}]
+        ports = {**conf_of(two.one), "type": "portmap", "runtimeConfig": {"portMappings": mapping}}
+        known: dict[str, Any] = {"netns": two.netns, "container_id": two.one.container_id}
+        with serving(two.netns, "two", "tcp:81"):
+            lab.cni("ADD", "portmap", ports, **known).ok()
+            queries = [("tcp", target, 8080) for target in (HOST, HOST6)[:FAMILIES]]
+            assert all(ask(one.netns, *queries))
+            assert not any(no_answer(one.netns, *(("tcp", target, 81) for target in two.targets)))
+            lab.cni("DEL", "portmap", ports, **known).ok()
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_an_internal_network_has_no_way_out_and_none_in(lab: Lab, outside: Netns, dropped: bool) -> None:
+    keys = {"ingressPolicy": "same-bridge", "internal": True}
+    with contextlib.ExitStack() as stack:
+        if dropped:
+            stack.enter_context(dropping(lab.host))
+        one, two = (stack.enter_context(walled(lab, numbered(1), **keys)) for _ in range(2))
+        other = stack.enter_context(walled(lab, numbered(2), **keys))
+        free = stack.enter_context(walled(lab, numbered(3), ingressPolicy="same-bridge"))
+        assert reaches(one.netns, two)
+        assert one.netns.ping("10.1.0.1") > 0
+        assert cut_off(one.netns, other, free)
+        assert cut_off(free.netns, one)
+        assert cut_off(outside, one)
+        assert unreachable(one.netns, OUTSIDE)
+        mapping = [{"hostPort": 8080, "containerPort": 81, "protocol": "tcp"}]
+        ports = {**conf_of(one.one), "type": "portmap", "runtimeConfig": {"portMappings": mapping}}
+        known: dict[str, Any] = {"netns": one.netns, "container_id": one.one.container_id}
+        with serving(one.netns, "one", "tcp:81"):
+            lab.cni("ADD", "portmap", ports, **known).ok()
+            assert not any(no_answer(outside, *(("tcp", target, 8080) for target in (HOST, HOST6)[:FAMILIES])))
+            lab.cni("DEL", "portmap", ports, **known).ok()
+        one.check()
+        assert sorted(elements(lab.host, "internal")) == ["br1", "br2"]
+        lab.host.run(["nft", "flush", "set", "inet", "netloom", "internal"])
+        assert "internal" in one.broken()
+    assert elements(lab.host, "internal") == []
+
+
+def test_an_internal_network_of_ptp(lab: Lab, outside: Netns) -> None:
+    ipam = pool("10.5.0.0/16", routes=[{"dst": "0.0.0.0/0"}])
+    network = {"cniVersion": "1.0.0", "name": "ptp5", "type": "ptp", "ipam": ipam}
+    with walled(lab, network, internal=True) as one, walled(lab, network, internal=True) as two:
+        assert one.netns.ping(two.one.ip()) > 0
+        assert unreachable(one.netns, OUTSIDE)
+        assert len(elements(lab.host, "internal")) == 2
+        one.check()
+    assert elements(lab.host, "internal") == []
+
+
 @pytest.mark.parametrize("name", ["", "MY-RULES"])
 def test_an_administrators_rules_come_first(lab: Lab, name: str) -> None:
     chain = name or "CNI-ADMIN"
@@ -538,6 +593,8 @@ def test_configurations_that_are_wrong(lab: Lab) -> None:
             ({"ingressPolicy": "isolated", "prevResult": none}, ("$.ingressPolicy", "no interfaces")),
             ({"ingressPolicy": "same-bridge", "prevResult": inside}, ('"eth0", is none of the host', '"same-bridge"')),
             ({"ingressPolicy": "same-bridge", "prevResult": nowhere}, ('no link "nobr0"', '"same-bridge"')),
+            ({"internal": True, "prevResult": inside}, ("$.internal", '"eth0", is none of the host')),
+            ({"internal": "yes"}, ("$.internal",)),
             ({"ingressPolicy": "isolated", "prevResult": alone}, ("no port of bridge br0", '"isolated"')),
         ]
         for keys, words in wrong:
