@@ -147,6 +147,13 @@ def test_every_verb_at_every_version(run: Runner, plugin: str, verb: str, versio
         assert document["cniVersion"] == version
         assert fake.calls == []
         return
+    supported = versions.supported_from(registry.PLUGINS[plugin].oldest)
+    if version not in supported:
+        document = error(outcome)
+        assert (document["code"], document["msg"]) == (1, "incompatible CNI versions")
+        assert all(one in document["details"] for one in supported)
+        assert fake.calls == []
+        return
     assert (outcome.status, outcome.stderr) == (0, b"")
     assert fake.calls == [verb]
     assert fake.requests[0].command == verb
@@ -206,9 +213,10 @@ def test_an_error_is_printed_as_the_reference_prints_it(run: Runner) -> None:
 @pytest.mark.parametrize("plugin", registry.PLUGINS)
 def test_version(run: Runner, plugin: str) -> None:
     outcome = run("VERSION", Fake(), plugin=plugin, env={"CNI_PATH": "", "CNI_IFNAME": "../.."})
-    assert outcome == Outcome(
-        b'{"cniVersion":"1.1.0","supportedVersions":["0.1.0","0.2.0","0.3.0","0.3.1","0.4.0","1.0.0","1.1.0"]}\n'
-    )
+    first = {"bandwidth": "0.3.0", "firewall": "0.4.0"}.get(plugin, "0.1.0")  # as the reference plugins
+    every = ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"]
+    listed = ",".join(f'"{version}"' for version in every[every.index(first) :])
+    assert outcome == Outcome(f'{{"cniVersion":"1.1.0","supportedVersions":[{listed}]}}\n'.encode())
     assert (run.read, run.opened) == (0, 0)
 
 
