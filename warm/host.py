@@ -269,7 +269,7 @@ class Master:
             due.append(1.0)
         if state.not_before:
             due.append(max(0.0, state.not_before - time.monotonic()))
-        if not state.watch:
+        if self._wants_watch:
             due.append(max(0.0, state.watch_not_before - time.monotonic()))
         if not state.announced:
             due.append(0.005)
@@ -291,7 +291,7 @@ class Master:
             state.not_before = 0.0
             for _ in range(len(active), self._options.workers):
                 self._fork_worker()
-        if not state.watch and now >= state.watch_not_before:
+        if self._wants_watch and now >= state.watch_not_before:
             state.watch_not_before = now + _WATCH_PAUSE_S
             state.watch = self._fork(self._be_watch)
         self._grow_or_shrink(now)
@@ -301,6 +301,12 @@ class Master:
             notify(f"READY=1\nMAINPID={os.getpid()}")
         if state.old and all(self._board.is_ready(child.slot) for child in state.children.values()):
             _signal_all(state.old)
+
+    @property
+    def _wants_watch(self) -> bool:
+        """Whether the helper is missing. That of the program before an upgrade ends when a worker of ours is ready;
+        side by side each would write the nftables of its own version, in answer to the other, without end."""
+        return not self._state.watch and (self._state.announced or not self._state.old)
 
     def _grow_or_shrink(self, now: float) -> None:
         state = self._state

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ import pytest
 
 from tests.hosts import ROOT, Host, wait_until
 from tests.warm.service import SOCKET, Service, bridge
-from warm.host import one_more_helps
+from warm.host import Master, Options, one_more_helps
 
 CLIENTS = 32
 RESULT = """echo '{"cniVersion": "1.0.0", "ips": [{"address": "10.7.0.5/24"}]}'"""
@@ -257,3 +258,16 @@ def test_restart_under_load(service: Service) -> None:
             assert not service.workers()
             service.start()
     load.check()
+
+
+def test_two_helpers_do_not_work_side_by_side(tmp_path: Path) -> None:
+    """Of different versions they would write their tables in answer to one another."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        first = Master(Options(str(tmp_path / "s")), listener)
+        second = Master(Options(str(tmp_path / "s")), listener, {1})
+    wanted = [first._wants_watch, second._wants_watch]
+    second._state.announced = True  # a worker is ready: the old ones are told to end
+    wanted.append(second._wants_watch)
+    second._state.watch = 2
+    wanted.append(second._wants_watch)
+    assert wanted == [True, False, True, False]
