@@ -166,7 +166,7 @@ class Bus:
                     break
         except TimeoutError as error:
             raise KernelError(what, errno.ETIMEDOUT, f"no answer within {_TIMEOUT_S:g} s") from error
-        except (OSError, ValueError, struct.error) as error:
+        except (OSError, ValueError, IndexError, struct.error) as error:
             raise KernelError(what, getattr(error, "errno", 0) or 0, str(error)) from error
         if message.kind == ERROR:
             told = message.arguments[0] if message.arguments else ""

@@ -71,8 +71,12 @@ def read(path: str) -> Backup | None:
     """The backup, or None where there is none that can be read."""
     try:
         # O_NONBLOCK: a FIFO under that name must not hang us.
-        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-            backup = msgspec.json.decode(file.read(), type=Backup)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            with open(fd, "rb", closefd=False) as file:  # which leaves a directory's descriptor open
+                backup = msgspec.json.decode(file.read(), type=Backup)
+        finally:
+            os.close(fd)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     names = backup.netloom.sysctls if backup.netloom else ()

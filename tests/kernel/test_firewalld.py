@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import threading
 from pathlib import Path
 
@@ -97,6 +98,18 @@ def test_a_silent_bus_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: py
     hello = firewalld.encode(firewalld.METHOD_RETURN, 1, {firewalld.REPLY_SERIAL: 1}, (":1.1",))
     owned = firewalld.encode(firewalld.METHOD_RETURN, 2, {firewalld.REPLY_SERIAL: 2}, (True,))
     serve(tmp_path / "bus", b"OK 1234\r\n", hello, owned)
+    with connected(str(tmp_path / "bus")) as found:
+        assert found is not None
+        with pytest.raises(KernelError, match=r"addSource 10\.1\.0\.2/32 of zone trusted in firewalld"):
+            found.add_source("trusted", "10.1.0.2/32")
+
+
+def test_an_answer_that_is_cut_short_is_an_error(tmp_path: Path) -> None:
+    hello = firewalld.encode(firewalld.METHOD_RETURN, 1, {firewalld.REPLY_SERIAL: 1}, (":1.1",))
+    owned = firewalld.encode(firewalld.METHOD_RETURN, 2, {firewalld.REPLY_SERIAL: 2}, (True,))
+    # Its header tells of an argument, and nothing follows.
+    cut = struct.pack("<cBBBIII", b"l", firewalld.METHOD_RETURN, 0, 1, 0, 3, 7) + bytes([firewalld.SIGNATURE, 1])
+    serve(tmp_path / "bus", b"OK 1234\r\n", hello, owned, cut + b"g\0\1g\0\0")
     with connected(str(tmp_path / "bus")) as found:
         assert found is not None
         with pytest.raises(KernelError, match=r"addSource 10\.1\.0\.2/32 of zone trusted in firewalld"):

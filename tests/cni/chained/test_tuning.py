@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cni.chained import tuning_backup
 from cni.versions import SUPPORTED
 from tests.cni.interface.reference import needs_reference
 from tests.cni.lab import REFERENCE, WITH_CHECK, Lab, Served, net
@@ -350,6 +353,13 @@ def test_an_mtu_too_small_for_ipv6(lab: Lab) -> None:
         one.delete(keys)
         assert one.netns.links()["eth0"]["mtu"] == before["eth0"][1]
         assert one.sysctl("net.ipv6.conf.eth0.forwarding") == "0"
+
+
+def test_a_directory_in_place_of_a_backup_keeps_no_descriptor(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        assert tuning_backup.read(str(tmp_path)) is None
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_directory_of_ones_own(lab: Lab) -> None:
