@@ -14,16 +14,42 @@ from libnetwork.state import Endpoint, Network
 CONF_DIR = "/etc/cni/net.d"
 
 
-def chain(network: Network, endpoint: Endpoint, path: tuple[str, ...], conf_dir: str = CONF_DIR) -> Chain:
+def adopt(network: Network, conf_dir: str = CONF_DIR) -> Network:
+    """The network with the plugins of the conflist that it names, if it names one.
+
+    Raises:
+        DriverError: there is none of that name, or it makes no interface.
+    """
+    wanted = network.options.conflist
+    if not wanted:
+        return network
+    document = read(wanted, conf_dir)
+    if all(plugin.get("type") == "portmap" for plugin in document["plugins"]):
+        raise DriverError(f"conflist {wanted}: it has no plugin that makes an interface")
+    return msgspec.structs.replace(
+        network, plugins=tuple(document["plugins"]), version=str(document.get("cniVersion", VERSION))
+    )
+
+
+def lost(network: Network) -> list[str]:
+    """What the network's plugins do inside a container that Docker's taking over the interface undoes, in words."""
+    reasons = {
+        "tuning": "sysctls of the interface and of its namespace",
+        "sbr": "its routing tables and rules",
+        "vrf": "its VRF",
+    }
+    return [
+        f"plugin {kind}: {reasons[kind]}" for plugin in network.plugins if (kind := str(plugin.get("type"))) in reasons
+    ]
+
+
+def chain(network: Network, endpoint: Endpoint, path: tuple[str, ...]) -> Chain:
     """What attaches one endpoint. Published ports are not among it: they come and go while it stays attached."""
-    if network.options.conflist:
-        document = read(network.options.conflist, conf_dir)
-        plugins = tuple(plugin for plugin in document["plugins"] if plugin.get("type") != "portmap")
-        if not plugins:
-            raise DriverError(f"conflist {network.options.conflist}: it has no plugin that makes an interface")
+    if network.plugins:
+        plugins = tuple(plugin for plugin in network.plugins if plugin.get("type") != "portmap")
         if endpoint.addresses:
             plugins = ({**plugins[0], "ipam": static(network, endpoint)}, *plugins[1:])
-        return Chain(name(network), plugins, path, str(document.get("cniVersion", VERSION)))
+        return Chain(name(network), plugins, path, network.version)
     # Docker sets the policy of forwarded packets to drop: without the firewall plugin nothing would leave the host.
     internal = {"internal": True} if network.options.internal else {}
     after: dict[str, tuple[Plugin, ...]] = {
@@ -34,12 +60,10 @@ def chain(network: Network, endpoint: Endpoint, path: tuple[str, ...], conf_dir:
     return Chain(name(network), (_interface(network, endpoint), *after[network.options.type]), path)
 
 
-def ports(network: Network, path: tuple[str, ...], conf_dir: str = CONF_DIR) -> Chain:
+def ports(network: Network, path: tuple[str, ...]) -> Chain:
     """What publishes the ports of an endpoint."""
     plugin: Mapping[str, Any] = {"type": "portmap", "snat": True}
-    if network.options.conflist:
-        document = read(network.options.conflist, conf_dir)
-        plugin = next((one for one in document["plugins"] if one.get("type") == "portmap"), plugin)
+    plugin = next((one for one in network.plugins if one.get("type") == "portmap"), plugin)
     return Chain(name(network), ({**plugin, "capabilities": {"portMappings": True}},), path)
 
 

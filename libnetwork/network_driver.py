@@ -89,8 +89,16 @@ class NetworkDriver:
             tuple(pool.gateway for pool in pools if pool.gateway),
         )
         self._check_bridge(network)
-        if found.conflist:
-            conflist.ports(network, self._path, self._conf_dir)  # refuses a name that no conflist has
+        network = conflist.adopt(network, self._conf_dir)
+        for what in conflist.lost(network):
+            log.event(
+                _logger,
+                "warning",
+                "Docker takes the interface over and does not keep this",
+                what=what,
+                conflist=found.conflist,
+                network=network.id,
+            )
         self._state.put(network)
         return {}
 
@@ -104,7 +112,7 @@ class NetworkDriver:
             raise DriverError(f"network {network.id[:12]} still has {len(left)} endpoints, such as {left[0][:12]}")
         nobody = Endpoint("none", network.id, (), "", "")
         with contextlib.suppress(DriverError):
-            conflist.chain(network, nobody, self._path, self._conf_dir).gc([])
+            conflist.chain(network, nobody, self._path).gc([])
         self._state.remove(Network, network.id)
         return {}
 
@@ -201,7 +209,7 @@ class NetworkDriver:
     def _attach(self, network: Network, endpoint: Endpoint) -> Endpoint:
         """ADD in a staging namespace, and the interface out of it. On failure nothing is left."""
         host = self._session()
-        chain = conflist.chain(network, endpoint, self._path, self._conf_dir)
+        chain = conflist.chain(network, endpoint, self._path)
         if endpoint.staging:
             # An earlier attempt that ended with the shim; Docker asks again.
             self._undo(host, chain, endpoint)
@@ -271,7 +279,7 @@ class NetworkDriver:
                     failures.append(str(error))
             try:
                 # The interface is in dockerd's namespace by now, or gone: no namespace is named.
-                self._undo(host, conflist.chain(network, endpoint, self._path, self._conf_dir), endpoint)
+                self._undo(host, conflist.chain(network, endpoint, self._path), endpoint)
             except DriverError as error:
                 failures.append(str(error))
         link.delete(host, endpoint.ifname)
@@ -302,7 +310,7 @@ class NetworkDriver:
             endpoint = self._state.get(Endpoint, asked.endpoint_id)
             if not bindings or network.options.type == "macvlan":
                 return {}
-            chain = conflist.ports(network, self._path, self._conf_dir)
+            chain = conflist.ports(network, self._path)
             for attempt in range(_PORT_TRIES):
                 chosen = tuple(_chosen(binding, attempt) for binding in bindings)
                 mappings = list(_mappings(chosen, network.options.host_binding))
@@ -330,7 +338,7 @@ class NetworkDriver:
 
     def _revoke(self, network: Network, endpoint: Endpoint) -> Endpoint:
         mappings = list(_mappings(endpoint.ports or (), network.options.host_binding))
-        conflist.ports(network, self._path, self._conf_dir).delete(
+        conflist.ports(network, self._path).delete(
             endpoint.id, endpoint.staging, endpoint.ifname, {"portMappings": mappings}, endpoint.result
         )
         return msgspec.structs.replace(endpoint, ports=None)

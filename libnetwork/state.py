@@ -30,12 +30,21 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 
 
 class Network(msgspec.Struct, frozen=True):
-    """A network as Docker created it. `pools` and `gateways` are CIDRs, IPv4 before IPv6."""
+    """A network as Docker created it.
+
+    Attributes:
+        pools: CIDRs, IPv4 before IPv6; `gateways` likewise.
+        plugins: of the conflist that the options name, as they were when the network was made: a DEL must find what
+            its ADD found, whatever became of the file.
+        version: that conflist's.
+    """
 
     id: str
     options: NetworkOptions
     pools: tuple[str, ...] = ()
     gateways: tuple[str, ...] = ()
+    plugins: tuple[dict[str, Any], ...] = ()
+    version: str = ""
 
 
 class Endpoint(msgspec.Struct, frozen=True):

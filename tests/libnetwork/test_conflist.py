@@ -88,26 +88,33 @@ def test_a_conflist_with_dockers_addresses_and_portmap_apart(tmp_path: Path) -> 
     portmap = {"type": "portmap", "snat": False, "capabilities": {"portMappings": True}}
     write(tmp_path, "20-mine.conflist", listed("mine", bridge, portmap, {"type": "tuning"}, cniVersion="0.4.0"))
     mine = network(conflist="mine")
-    found = conflist.chain(mine, endpoint(), PATH, str(tmp_path))
+    found = conflist.chain(conflist.adopt(mine, str(tmp_path)), endpoint(), PATH)
     assert found.version == "0.4.0"
     assert [plugin["type"] for plugin in found.plugins] == ["bridge", "tuning"]
     assert found.plugins[0]["ipam"]["type"] == "static"
-    assert conflist.chain(mine, endpoint(addresses=()), PATH, str(tmp_path)).plugins[0] == bridge
-    (own,) = conflist.ports(mine, PATH, str(tmp_path)).plugins
+    assert conflist.chain(conflist.adopt(mine, str(tmp_path)), endpoint(addresses=()), PATH).plugins[0] == bridge
+    (own,) = conflist.ports(conflist.adopt(mine, str(tmp_path)), PATH).plugins
     assert own == portmap
 
 
 def test_ports_without_a_portmap_in_the_conflist(tmp_path: Path) -> None:
     write(tmp_path, "a.conflist", listed("mine", {"type": "bridge"}))
     wanted = {"type": "portmap", "snat": True, "capabilities": {"portMappings": True}}
-    assert conflist.ports(network(conflist="mine"), PATH, str(tmp_path)).plugins == (wanted,)
+    assert conflist.ports(conflist.adopt(network(conflist="mine"), str(tmp_path)), PATH).plugins == (wanted,)
     assert conflist.ports(network(), PATH).plugins == (wanted,)
+
+
+def test_what_docker_does_not_keep_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "a.conflist", listed("mine", {"type": "bridge"}, {"type": "tuning"}, {"type": "sbr"}))
+    found = conflist.lost(conflist.adopt(network(conflist="mine"), str(tmp_path)))
+    assert [line.split(":")[0] for line in found] == ["plugin tuning", "plugin sbr"]
+    assert conflist.lost(network()) == []
 
 
 def test_a_conflist_of_nothing_but_portmap(tmp_path: Path) -> None:
     write(tmp_path, "a.conflist", listed("mine", {"type": "portmap"}))
     with pytest.raises(DriverError, match="conflist mine: it has no plugin that makes an interface"):
-        conflist.chain(network(conflist="mine"), endpoint(), PATH, str(tmp_path))
+        conflist.adopt(network(conflist="mine"), str(tmp_path))
 
 
 def test_files_that_are_none_are_passed_over(tmp_path: Path) -> None:
