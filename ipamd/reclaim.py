@@ -5,10 +5,11 @@ Three ways in; each releases through `lease`, in pages, so that the event loop i
 - `report`: root names the network namespaces that live. An allocation whose namespace is missing in two reports, with
   the grace between them, is released. Suspicions are kept in memory: a restart only makes them begin anew.
 - `earlier_boots`: no namespace outlives the boot. What an earlier boot asked for, and nobody asked for again since this
-  daemon started and a grace has passed, is released.
+  daemon started and a grace has passed, is released; but not what belongs to no namespace and no CNI runtime: Docker's
+  networks outlive the boot, and so do their gateways.
 
 A namespace is known by its cookie where both sides have it (never used twice in one boot), else by its inode; an
-allocation with neither is never judged.
+allocation with neither is never judged by a report.
 """
 
 import logging
@@ -27,6 +28,8 @@ from telemetry import log
 _logger = logging.getLogger("ipamd.reclaim")
 
 _PAGE = 200  # allocations that are judged, and perhaps released, at once: some 10 ms of the event loop
+
+_CNI = "cni"  # the client of the plugin; what it holds is a container's
 
 Verdict = Literal["", "released", "kept"]
 OnRelease = Callable[[str, int], None]
@@ -157,7 +160,7 @@ class Reclaimer:
         if self._earlier_boots_done or self._clock.now_ns() - self._began_ns < self._grace_ns:
             return Found()
         wanted = Filter(node=self._node, not_boot_id=self._clock.boot_id)
-        found = await self._sweep(wanted, lambda _held: "released", dry_run=False)
+        found = await self._sweep(wanted, lambda held: "released" if _ends_with_boot(held) else "", dry_run=False)
         # Every Allocate is of this boot, so nothing of an earlier one can come again.
         self._earlier_boots_done = True
         self._report_releases(found.released, "boot", "it was of an earlier boot", dry_run=False)
@@ -203,6 +206,10 @@ class Reclaimer:
             log_release(held, text)
         if count:
             self._on_release(reason, count)
+
+
+def _ends_with_boot(held: Allocation) -> bool:
+    return held.key.client == _CNI or held.netns.inode != 0 or held.netns.cookie != 0
 
 
 def log_release(held: Allocation, reason: str, request_id: str = "") -> None:

@@ -233,6 +233,9 @@ def test_a_reboot() -> None:
     async def before(office: Office) -> None:
         for name in ("gone", "back", "foreign"):
             await office.allocate(name, Netns(5), node="elsewhere" if name == "foreign" else "host")
+        await office.allocate("unknown")
+        await office.allocate("gateway", client="docker")
+        await office.allocate("container", Netns(6), client="docker")
 
     async def after(office: Office) -> None:
         assert await office.reclaimer.earlier_boots() == Found()
@@ -242,9 +245,9 @@ def test_a_reboot() -> None:
         assert await office.reclaimer.report(office.clock.instant(), Live.of([(1, 0)])) == Found()
         await office.allocate("back")
         office.clock.advance(1)
-        assert names((await office.reclaimer.earlier_boots()).released) == ["gone"]
-        assert office.held() == ["back", "foreign"]
-        assert office.counts == {"boot": 1}
+        assert names((await office.reclaimer.earlier_boots()).released) == ["gone", "unknown", "container"]
+        assert office.held() == ["back", "foreign", "gateway"]
+        assert office.counts == {"boot": 3}
         assert await office.reclaimer.earlier_boots() == Found()
 
     run(before, lambda: Office(store, clock))
