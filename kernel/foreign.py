@@ -32,8 +32,8 @@ import struct
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from kernel import mark, netlink, nft
-from kernel.errors import KernelError, NotFound, from_oserror
+from kernel import legacy, mark, netlink, nft
+from kernel.errors import KernelError, NotFound
 from kernel.netlink import Message, attr, attribute_list, attributes, nested, string, text
 from kernel.session import Session
 
@@ -61,10 +61,6 @@ _ACCEPT, _JUMP, _DROP = 1, -3, 0
 _REGISTER, _VERDICT_REGISTER, _META_MARK, _EQUAL = 1, 0, 3, 0
 _HEADER = struct.Struct(">BBH")
 _BATCH_BODY = _HEADER.pack(0, 0, 10)
-_LEGACY_TABLES = {4: "/proc/thread-self/net/ip_tables_names", 6: "/proc/thread-self/net/ip6_tables_names"}
-_LEGACY_PROGRAMS = {4: "iptables-legacy", 6: "ip6tables-legacy"}
-_PROGRAM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_LEGACY_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +126,7 @@ def ensure(session: Session, versions: Iterable[int] = (4, 6), admin_chains: Col
         chain = _find_chain(session, version, FORWARD)
         if chain is not None:
             changed |= _ensure(session, version, chain, _existing(session, version, admin_chains))
-        if _legacy_in_use(version):
+        if legacy.in_use(version, FILTER):
             changed |= _ensure_legacy(version, admin_chains)
     return changed
 
@@ -138,8 +134,8 @@ def ensure(session: Session, versions: Iterable[int] = (4, 6), admin_chains: Col
 def settle(session: Session, versions: Iterable[int] = (4, 6)) -> None:
     """Take our rules out again where no attachment of the family wants them any more."""
     for version in versions:
-        chain, legacy = _find_chain(session, version, FORWARD), _legacy_in_use(version)
-        if (chain is None and not legacy) or nft.forwards(version):
+        chain = _find_chain(session, version, FORWARD)
+        if (chain is None and not legacy.in_use(version, FILTER)) or nft.forwards(version):
             continue
         asked = remove(session, (version,))
         # Who came meanwhile has put in his elements before he looked for the rule.
@@ -154,7 +150,7 @@ def remove(session: Session, versions: Iterable[int] = (4, 6)) -> list[str]:
         chain = _find_chain(session, version, FORWARD)
         if chain is not None and chain.rules:
             asked += _change(session, version, None)[1]
-        if _legacy_in_use(version):
+        if legacy.in_use(version, FILTER):
             asked += _remove_legacy(version)
     return asked
 
@@ -165,14 +161,14 @@ def missing(session: Session, versions: Iterable[int] = (4, 6)) -> str:
         chain = _find_chain(session, version, FORWARD)
         if chain is not None and _needs(chain, (), top := _top(session, version, chain)) and not _is_right(top, ()):
             return f"{FORWARD} of table {_NAMES[_FAMILIES[version]]} {FILTER}"
-        if _legacy_in_use(version) and _legacy_lacks(_list_legacy(version), ()):
-            return f"{FORWARD} of {_LEGACY_PROGRAMS[version]}"
+        if legacy.in_use(version, FILTER) and _legacy_lacks(_list_legacy(version), ()):
+            return f"{FORWARD} of {legacy.PROGRAMS[version]}"
     return ""
 
 
 def legacy_in_use() -> bool:
     """Whether iptables-legacy filters here, which no event tells of."""
-    return any(_legacy_in_use(version) for version in _LEGACY_TABLES)
+    return any(legacy.in_use(version, FILTER) for version in legacy.PROGRAMS)
 
 
 def droppers(session: Session) -> list[Dropper]:
@@ -417,15 +413,6 @@ def _be32(kind: int, value: int) -> bytes:
 # iptables-legacy
 
 
-def _legacy_in_use(version: int) -> bool:
-    """Whether iptables-legacy has a table filter in the calling thread's namespace."""
-    try:
-        with open(_LEGACY_TABLES[version], "rb") as file:
-            return FILTER.encode() in file.read().split()
-    except OSError:
-        return False
-
-
 def _ensure_legacy(version: int, admin_chains: Collection[str]) -> bool:
     listed = _list_legacy(version)
     existing = [name for name in admin_chains if f"-N {name}" in listed]
@@ -449,7 +436,7 @@ def _legacy_lacks(listed: Sequence[str], admin_chains: Collection[str]) -> bool:
 
 def _remove_legacy(version: int) -> list[str]:
     asked: list[str] = []
-    if not _legacy_program(version):
+    if not legacy.path_of(legacy.PROGRAMS[version]):
         return asked  # no rule of ours has come there, and no DEL fails for it
     for line in _list_legacy(version):
         rule = _Rule(0, _legacy_comment(line) if line.startswith(f"-A {FORWARD} ") else "")
@@ -480,35 +467,5 @@ def _legacy_call(chain: str) -> list[str]:
     return ["-m", "comment", "--comment", _admin_comment(chain), "-j", chain]
 
 
-def _legacy_program(version: int) -> str | None:
-    import shutil  # noqa: PLC0415 - as below
-
-    return shutil.which(_LEGACY_PROGRAMS[version], path=_PROGRAM_PATH)
-
-
 def _legacy(version: int, *arguments: str) -> str:
-    """Run iptables-legacy; what it prints."""
-    import subprocess  # noqa: PLC0415 - few hosts get here, and every cold process would pay for the import
-
-    program = _legacy_program(version)
-    what = f"run {_LEGACY_PROGRAMS[version]} {' '.join(arguments)}"
-    if program is None:
-        raise KernelError(what, errno.ENOENT, "its tables are in use here, but the program is not installed")
-    try:
-        done = subprocess.run(
-            [program, "-w", "5", *arguments],
-            env={"PATH": _PROGRAM_PATH},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_LEGACY_TIMEOUT_S,
-            check=False,
-        )
-    except OSError as error:
-        raise from_oserror(what, error) from error
-    except subprocess.TimeoutExpired as error:
-        raise KernelError(what, errno.ETIMEDOUT) from error
-    if done.returncode != 0:
-        raise KernelError(what, 0, done.stderr.strip() or f"status {done.returncode}")
-    return done.stdout
+    return legacy.run(legacy.PROGRAMS[version], *arguments)

@@ -23,7 +23,6 @@ Sources: include/uapi/linux/netfilter/nf_tables.h; containernetworking/plugins v
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import hashlib
@@ -33,8 +32,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
-from kernel import link
-from kernel.errors import Busy, KernelError, NotFound, from_oserror
+from kernel import legacy, link
+from kernel.errors import Busy, KernelError, NotFound
 from kernel.netlink import Message, attr, attribute_list, attributes, string, text
 from kernel.session import Session
 
@@ -51,6 +50,7 @@ _COMMENT = re.compile(rb'(?:[ds]nat )?name: "([\w.-]+)" id: "([\w.-]+)"', re.ASC
 _SPOOF = "macspoofchk-"
 
 _FAMILIES = {"inet": 1, "ip": 2, "bridge": 7, "ip6": 10}
+_VERSIONS = {"ip": 4, "ip6": 6}  # of iptables' families
 _NAMES = {number: name for name, number in _FAMILIES.items()}
 _SUBSYSTEM = 10 << 8
 _GETTABLE, _GETCHAIN, _DELCHAIN, _GETRULE, _DELRULE = (_SUBSYSTEM | number for number in (1, 4, 5, 7, 8))
@@ -66,11 +66,6 @@ _BATCH_BODY = _HEADER.pack(0, 0, 10)
 _TRIES = 5
 # A kernel without nftables, or without this part of it, has nothing of it either.
 _NO_NFTABLES = (errno.EINVAL, errno.ENOENT, errno.EPROTONOSUPPORT, errno.EOPNOTSUPP)
-
-_LEGACY_TABLES = {"ip": "/proc/thread-self/net/ip_tables_names", "ip6": "/proc/thread-self/net/ip6_tables_names"}
-_LEGACY_PROGRAMS = {"ip": "iptables-legacy", "ip6": "ip6tables-legacy"}
-_PROGRAM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_LEGACY_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -432,7 +427,7 @@ def _change(session: Session, messages: Callable[[], list[Message]]) -> None:
 
 def _remove_legacy_chains(family: str, chains: Mapping[str, str]) -> None:
     """Remove chains of table nat, and the jumps to each from the chain that is named with it."""
-    if not _legacy_in_use(family, "nat"):
+    if not legacy.in_use(_VERSIONS[family], "nat"):
         return
     listed = _legacy(family, ["-t", "nat", "-S"]).splitlines()
     commands = []
@@ -448,7 +443,7 @@ def _remove_legacy_chains(family: str, chains: Mapping[str, str]) -> None:
 
 
 def _remove_legacy_accepted(family: str, addresses: Collection[AnyAddress]) -> None:
-    if not _legacy_in_use(family, "filter"):
+    if not legacy.in_use(_VERSIONS[family], "filter"):
         return
     listed = _legacy(family, ["-t", "filter", "-S"]).splitlines()
     starts = tuple(
@@ -459,44 +454,13 @@ def _remove_legacy_accepted(family: str, addresses: Collection[AnyAddress]) -> N
         _restore(family, "filter", [f"-D{line[2:]}" for line in rules])
 
 
-def _legacy_in_use(family: str, table: str) -> bool:
-    """Whether iptables-legacy has this table in the calling thread's namespace."""
-    with contextlib.suppress(OSError), open(_LEGACY_TABLES[family], encoding="ascii") as file:
-        return table in file.read().split()
-    return False
-
-
 def _restore(family: str, table: str, commands: Iterable[str]) -> None:
     """Run commands as one transaction of one table."""
     document = "\n".join([f"*{table}", *commands, "COMMIT", ""])
-    _legacy(family, ["--noflush"], f"{_LEGACY_PROGRAMS[family]}-restore", document)
+    _legacy(family, ["--noflush"], "-restore", document)
 
 
-def _legacy(family: str, arguments: Sequence[str], name: str = "", stdin: str = "") -> str:
-    """Run a program of iptables-legacy; what it prints. An absent one has nothing to say."""
-    import shutil  # noqa: PLC0415 - few hosts get here
-    import subprocess  # noqa: PLC0415
-
-    name = name or _LEGACY_PROGRAMS[family]
-    program = shutil.which(name, path=_PROGRAM_PATH)
-    if program is None:
-        return ""
-    what = f"run {name} {' '.join(arguments)}"
-    try:
-        done = subprocess.run(
-            [program, "-w", "5", *arguments],
-            env={"PATH": _PROGRAM_PATH},
-            input=stdin,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_LEGACY_TIMEOUT_S,
-            check=False,
-        )
-    except OSError as error:
-        raise from_oserror(what, error) from error
-    except subprocess.TimeoutExpired as error:
-        raise KernelError(what, errno.ETIMEDOUT) from error
-    if done.returncode:
-        raise KernelError(what, 0, done.stderr.strip() or f"exit status {done.returncode}")
-    return done.stdout
+def _legacy(family: str, arguments: Sequence[str], kind: str = "", stdin: str = "") -> str:
+    """Run iptables-legacy, or what `kind` makes of its name; what it prints. An absent one has nothing to say."""
+    program = legacy.PROGRAMS[_VERSIONS[family]] + kind
+    return legacy.run(program, *arguments, stdin=stdin) if legacy.path_of(program) else ""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kernel import foreign, mark, nft, paths
+from kernel import legacy as legacy_programs
 from kernel.errors import KernelError
 from kernel.session import Session
 from tests.hosts import ROOT
@@ -250,7 +251,7 @@ def test_iptables_legacy(session: Session, version: int) -> None:
 
 def test_without_the_legacy_program_it_says_so(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     legacy(4)
-    monkeypatch.setattr(foreign, "_PROGRAM_PATH", "/nonexistent")
+    monkeypatch.setattr(legacy_programs, "PROGRAM_PATH", "/nonexistent")
     with pytest.raises(KernelError, match="its tables are in use here, but the program is not installed"):
         foreign.ensure(session)
     # A DEL has nothing to look for there.
