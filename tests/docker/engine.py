@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,14 @@ class Docker(RuntimeHost):
         archive = self.host.directory / "root.tar"
         archive.write_bytes(images.root_tar())
         self.docker("import", "-c", f"CMD {json.dumps(images.SERVE)}", str(archive), images.NAME)
+
+    def reboot(self) -> None:
+        """The power goes, with containers running, and comes back, with everything that starts at boot."""
+        self.shim = self.dockerd = None
+        super().reboot()
+        self.host.path("/run/docker/plugins").mkdir(parents=True)
+        self.start_shim()
+        self.start_dockerd()
 
     def __exit__(self, *error: Any) -> None:
         try:
@@ -166,6 +176,30 @@ class Docker(RuntimeHost):
             self.docker("network", "rm", *networks)
 
     # What the shim and ipamd know
+
+    def assert_agreement(self) -> None:
+        """Waits until the shim has the endpoints of Docker's running containers, and ipamd their addresses."""
+        wanted: tuple[set[str], set[str]] = (set(), set())
+        found = wanted
+
+        def agree() -> bool:
+            nonlocal wanted, found
+            wanted = (set(), set())
+            ids = self.docker("network", "ls", "-q", "-f", "driver=netloom", "--no-trunc").stdout.split()
+            for network in json.loads(self.docker("network", "inspect", *ids).stdout) if ids else ():
+                length = network["IPAM"]["Config"][0]["Subnet"].partition("/")[2]
+                gateway = network["IPAM"]["Config"][0].get("Gateway", "")
+                wanted[1].add(f"{gateway or next(ip_network(network['IPAM']['Config'][0]['Subnet']).hosts())}/{length}")
+                for one in network["Containers"].values():
+                    wanted[0].add(one["EndpointID"])
+                    wanted[1].add(one["IPv4Address"])
+            found = (set(self.state()["endpoints"]), set(self.held()))
+            return found == wanted
+
+        wait_until(agree, "agreement", lambda: f"Docker: {wanted}\nours: {found}\n{self.shim_log()[-4000:]}")
+        # Every end is in its container; a name is nl and hexadecimal digits, a bridge's has a dash after nl.
+        left = [link for link in self.host.links() if re.match("nl[0-9a-f]", link)]
+        assert not left, left
 
     def state(self) -> dict[str, list[str]]:
         """The ids in the shim's state, by kind."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,21 +81,6 @@ def works(docker: Docker, name: str, port: int) -> None:
     docker.inside(name, "ping", "-c1", "-w5", OUTSIDE)
 
 
-def agrees(docker: Docker, network: str, containers: int) -> None:
-    """Docker, the shim, ipamd and the kernel have the same, once the grace is over."""
-    (shown,) = json.loads(docker.docker("network", "inspect", network).stdout)
-    endpoints = {one["EndpointID"] for one in shown["Containers"].values()}
-    addresses = {one["IPv4Address"] for one in shown["Containers"].values()}
-    assert len(endpoints) == containers
-    gateway = shown["IPAM"]["Config"][0]["Subnet"].replace(".0/24", ".1/24")
-
-    def now() -> tuple[set[str], set[str]]:
-        return set(docker.state()["endpoints"]), set(docker.held())
-
-    wait_until(lambda: now() == (endpoints, addresses | {gateway}), f"agreement on {endpoints}, {addresses}")
-    assert not any(re.match("nl[0-9a-f]", link) for link in docker.host.links())  # all are in the containers
-
-
 def test_docker_network_create(docker: Docker) -> None:
     for number, place in enumerate(CREATE):
         with killed(docker, place):
@@ -127,7 +111,7 @@ def test_docker_run(docker: Docker) -> None:
             docker.docker("rm", "-f", name)
             docker.start(name, *arguments)
         works(docker, name, 8100 + number)
-    agrees(docker, "web", len(RUN))
+    docker.assert_agreement()
     for number in range(len(RUN)):
         works(docker, f"c{number}", 8100 + number)
 
@@ -151,7 +135,7 @@ def test_docker_rm(docker: Docker) -> None:
 
         wait_until(second, f"a container after {place}", docker.shim_log)
         works(docker, "two", 8202)
-        agrees(docker, "web", 2)
+        docker.assert_agreement()
         works(docker, "two", 8202)
         docker.docker("rm", "-f", "two")
     works(docker, "keep", 8200)

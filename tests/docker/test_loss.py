@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -138,3 +140,26 @@ def test_live_restore_keeps_containers_connected(launcher: Path) -> None:
             docker.docker("run", "--rm", "--network", "web", images.NAME, "ping", "-c1", "one")
         docker.remove_all()
         docker.assert_clean()
+
+
+def test_netloom_gc_has_it_compared_at_once(docker: Docker) -> None:
+    def gc(*words: str) -> dict[str, Any]:
+        found = json.loads(docker.netloom("gc", "--json", *words).stdout)
+        assert found["released"] is not None
+        told = found["docker"]
+        assert isinstance(told, dict)
+        return told
+
+    pool = docker.call("IpamDriver.RequestPool", Pool="10.57.0.0/24")["PoolID"]
+    told = gc("--dry-run")
+    assert (told["error"], told["grace_s"]) == ("", 3)
+    assert ("pool", pool) in [(one["kind"], one["name"]) for one in told["suspected"] + told["removed"]]
+    docker.stop_dockerd(signal.SIGKILL)
+    assert "nothing was compared: Docker at" in gc()["error"]
+    docker.stop_shim(signal.SIGKILL)
+    assert "the driver does not answer" in gc()["error"]
+    docker.start_shim()
+    docker.start_dockerd()
+    gc()
+    wait_until(lambda: not docker.state()["pools"], "the pool to go", docker.shim_log)
+    assert gc() == {**told, "removed": [], "suspected": []}
