@@ -60,6 +60,12 @@ def specs() -> list[Spec]:
     return [RUN, NETWORK, OWN, ALL, *PARTS.values()]
 
 
+class _Engine(Docker):
+    """With the workers of an installation: those of the tests write down what they are asked."""
+
+    workers = "warm"
+
+
 def measure(plan: Plan, place: Path, wanted: Callable[[Spec], bool], say: Callable[[str], None]) -> Iterable[Row]:
     """Rows of all that is wanted; what cannot be measured becomes a row that says so."""
     wishes = [spec for spec in specs() if wanted(spec)]
@@ -70,7 +76,7 @@ def measure(plan: Plan, place: Path, wanted: Callable[[Spec], bool], say: Callab
         return
     say("docker run, docker network")
     try:
-        with Docker("engine", _compiled(place)) as docker:
+        with _Engine("engine", _compiled(place)) as docker:
             found = {one.name: one for one in _measure(plan, docker)}
     except (BenchError, HostError, OSError) as error:
         yield from (absent(spec, str(error), excused=False) for spec in wishes)

@@ -59,6 +59,7 @@ class IpamDriver:
         # After our own restart dockerd does not ask again: everything is somebody's.
         self._unclaimed_pools: set[str] = set()
         self._unclaimed: set[tuple[str, str]] = set()
+        self._holders: dict[tuple[str, str], tuple[pb.AttachmentKey, int]] = {}  # of what we gave ourselves
         self._dockerd_is_new = False
 
     def recover(self) -> None:
@@ -231,7 +232,9 @@ class IpamDriver:
                 given = self._client().allocate(key, pools=[name], requested=[wanted] if wanted else [])
             except IpamError as error:
                 raise DriverError(f"pool {pool.pool}: ipamd: {error.message}") from error
-            return self._answer(pool, _bare(given.addresses[0].cidr))
+            address = _bare(given.addresses[0].cidr)
+            self._holders[name, address] = (key, given.generation)
+            return self._answer(pool, address)
 
     def release_address(self, asked: ReleaseAddress) -> Answer:
         """Gives it back; one that nobody holds is no error."""
@@ -245,10 +248,14 @@ class IpamDriver:
 
     def _release(self, name: str, address: str) -> None:
         client = self._client()
-        wanted = pb.ListAllocationsRequest(client=CLIENT, network=name, address=address)
+        known = self._holders.pop((name, address), None)
         try:
-            for held in list(client.list_allocations(wanted)):
-                client.release(held.key, generation=held.generation)
+            if known is not None:
+                client.release(known[0], generation=known[1])
+            else:  # given by the shim that was here before
+                wanted = pb.ListAllocationsRequest(client=CLIENT, network=name, address=address)
+                for held in list(client.list_allocations(wanted)):
+                    client.release(held.key, generation=held.generation)
         except IpamError as error:
             raise DriverError(f"address {address}: ipamd: {error.message}") from error
         self._unclaimed.discard((name, address))

@@ -102,6 +102,8 @@ class RuntimeHost:
     how often the workers' helper looks for what died; else so rarely that DEL has to do everything by itself.
     """
 
+    workers = "tests.runtimes.recording"  # the module of the master; "warm" records nothing and costs nothing
+
     def __init__(self, name: str, launcher: Path, cgroup2: bool = False, liveness_s: float = 3600) -> None:
         self.installed = launcher.is_dir()
         self.host = Host(name, plugins=not self.installed, own=(*_OWN, *([_LIB] if self.installed else [])))
@@ -139,7 +141,7 @@ class RuntimeHost:
         if self.installed:
             shutil.copytree(self._launcher / CNI_BIN[1:], host.path(CNI_BIN), dirs_exist_ok=True)
         else:
-            self._service = Service(host, self._launcher, self._arguments, "tests.runtimes.recording")
+            self._service = Service(host, self._launcher, self._arguments, self.workers)
         self._boot()
 
     def _boot(self) -> None:
