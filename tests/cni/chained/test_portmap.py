@@ -884,9 +884,12 @@ def test_a_fault_at_each_step_leaves_nothing(lab: Lab, when: str) -> None:
             kind = "error" if number % 2 else "signal"
             answer = two.call("ADD", faults=[{"at": number, "when": when, "kind": kind}])
             if answer.status == 0:
-                # Flows that lead elsewhere: no ADD fails for them, as with the reference.
-                assert "UDP" in label, label
-                assert "INJECTED" in answer.stderr
+                # Flows that lead elsewhere: no ADD fails for them, as with the reference. Once those of other tests
+                # have ended there are fewer steps.
+                if number <= len(answer.calls):
+                    met = answer.calls[number - 1]
+                    assert "UDP" in met or "conntrack" in met, met
+                    assert "INJECTED" in answer.stderr
                 two.call("DEL").ok()
             try:
                 lab.host.assert_clean(before)
