@@ -263,7 +263,13 @@ class NetworkDriver:
         with self._locks.held(asked.endpoint_id):
             endpoint = self._state.find(Endpoint, asked.endpoint_id)
             if endpoint is not None:
-                self._detach(endpoint)
+                try:
+                    self._detach(endpoint)
+                except DriverError as error:
+                    # Docker ignores what we say now, and gives the address back next. A worker that was killed in the
+                    # middle is the likely cause, and the next one does it.
+                    log.event(_logger, "warning", "detaching again", endpoint=endpoint.id, error=str(error))
+                    self._detach(self._state.get(Endpoint, endpoint.id))
         return {}
 
     def _detach(self, endpoint: Endpoint) -> None:
