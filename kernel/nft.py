@@ -112,9 +112,9 @@ table inet {TABLE} {{
 		oifname @internal iifname != @internal drop
 		iifname . oifname @isolated drop
 		ct status dnat ip daddr . meta l4proto . th dport @published4 goto accepted
-		ct status dnat ip saddr . meta l4proto . th sport @published4 goto accepted
+		ct status dnat ct direction reply ip saddr . meta l4proto . th sport @published4 goto accepted
 		ct status dnat ip6 daddr . meta l4proto . th dport @published6 goto accepted
-		ct status dnat ip6 saddr . meta l4proto . th sport @published6 goto accepted
+		ct status dnat ct direction reply ip6 saddr . meta l4proto . th sport @published6 goto accepted
 		iifname @separated oifname @separated iifname . oifname != @same drop
 		ip saddr @accept4 goto accepted
 		ip6 saddr @accept6 goto accepted

@@ -150,7 +150,7 @@ def delete(request: Request, host: Session) -> None:
             # Where the host's end was not known: the record is lost, or another engine made it. But not where the name
             # is another network's: runtimes send a DEL after an ADD that was refused for just that.
             failures.attempt(container.delete_interfaces, request, host, (request.ifname,))
-        if failures.any and record is not None and any(link.find(host, name) for name in record.links):
+        if failures.any and (record is None or any(link.find(host, name) for name in record.links)):
             return  # connected still: it keeps its addresses, and the record by which the next DEL finds it
         if record is not None:
             failures.attempt(records.remove, host, record)
