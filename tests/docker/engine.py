@@ -228,3 +228,21 @@ class Docker(RuntimeHost):
                 yield f"{kind} {one}"
         for address in self.held():
             yield f"address {address}"
+
+
+@contextlib.contextmanager
+def settled(name: str, launcher: Path, *dockerd: str, grace_s: int = 60, shim: str = "libnetwork") -> Iterator[Docker]:
+    """A host on which the first container has come and gone, with all that it makes for later ones.
+
+    `grace_s`: how long Docker must lack a thing before the shim removes it; the default is what a busy machine takes to
+    start a container. `shim`: the module to run as the shim.
+    """
+    docker = Docker(name, launcher, dockerd)
+    docker.grace = str(grace_s)
+    docker.shim_module = shim
+    with docker:
+        docker.network("first", "--subnet", "10.99.0.0/24")
+        docker.start("first", "--network", "first")
+        docker.remove_all()
+        docker.settle()
+        yield docker

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docker.engine import Docker
+from tests.docker.engine import Docker, settled
 from tests.runtimes.runtime_host import HOST_OUTSIDE, OUTSIDE
 
 pytestmark = pytest.mark.kernel
@@ -17,11 +17,7 @@ DRIVERS = pytest.mark.parametrize("driver", ["netloom", "bridge"])
 
 @pytest.fixture(scope="module")
 def shared(launcher: Path) -> Iterator[Docker]:
-    with Docker("likeness", launcher) as docker:
-        docker.network("first", "--subnet", "10.99.0.0/24")
-        docker.start("first", "--network", "first")
-        docker.remove_all()
-        docker.settle()
+    with settled("likeness", launcher) as docker:
         yield docker
 
 

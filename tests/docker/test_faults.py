@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docker.engine import Docker
+from tests.docker.engine import Docker, settled
 from tests.hosts import wait_until
 from tests.runtimes.runtime_host import HOST_OUTSIDE, OUTSIDE
 
@@ -45,14 +45,7 @@ DELETE = (
 
 @pytest.fixture(scope="module")
 def shared(launcher: Path) -> Iterator[Docker]:
-    docker = Docker("faults", launcher)
-    docker.grace = "3"
-    docker.shim_module = "tests.docker.faulty"
-    with docker:
-        docker.network("first", "--subnet", "10.99.0.0/24")
-        docker.start("first", "--network", "first")
-        docker.remove_all()
-        docker.settle()
+    with settled("faults", launcher, grace_s=3, shim="tests.docker.faulty") as docker:
         yield docker
 
 

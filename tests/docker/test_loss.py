@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import signal
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.docker.engine import Docker
+from tests.docker.engine import Docker, settled
 from tests.hosts import wait_until
 from tests.runtimes import images
 from tests.runtimes.runtime_host import HOST_OUTSIDE
@@ -19,21 +18,9 @@ from tests.runtimes.runtime_host import HOST_OUTSIDE
 pytestmark = pytest.mark.kernel
 
 
-@contextlib.contextmanager
-def started(launcher: Path, *arguments: str) -> Iterator[Docker]:
-    docker = Docker("loss", launcher, arguments)
-    docker.grace = "3"
-    with docker:
-        docker.network("first", "--subnet", "10.99.0.0/24")
-        docker.start("first", "--network", "first")
-        docker.remove_all()
-        docker.settle()
-        yield docker
-
-
 @pytest.fixture(scope="module")
 def shared(launcher: Path) -> Iterator[Docker]:
-    with started(launcher) as docker:
+    with settled("loss", launcher, grace_s=3) as docker:
         yield docker
 
 
@@ -125,7 +112,7 @@ def test_nothing_is_removed_while_docker_does_not_answer(docker: Docker) -> None
 
 
 def test_live_restore_keeps_containers_connected(launcher: Path) -> None:
-    with started(launcher, "--live-restore") as docker:
+    with settled("restore", launcher, "--live-restore", grace_s=3) as docker:
         docker.network("web", "--subnet", "10.56.0.0/24")
         docker.start("one", "--network", "web", "-p", "8080:80")
         address = docker.address("one", "web")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docker.engine import Docker
+from tests.docker.engine import Docker, settled
 from tests.hosts import HostError, wait_until
 from tests.runtimes import images
 from tests.runtimes.runtime_host import HOST_OUTSIDE, OUTSIDE
@@ -21,11 +21,7 @@ pytestmark = pytest.mark.kernel
 
 @pytest.fixture(scope="module")
 def shared(launcher: Path) -> Iterator[Docker]:
-    with Docker("times", launcher) as docker:
-        docker.network("first", "--subnet", "10.99.0.0/24")
-        docker.start("first", "--network", "first")
-        docker.remove_all()
-        docker.settle()
+    with settled("times", launcher) as docker:
         yield docker
 
 

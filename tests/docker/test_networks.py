@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.docker.engine import Docker
+from tests.docker.engine import Docker, settled
 from tests.hosts import IPV6
 from tests.runtimes.runtime_host import HOST_OUTSIDE, OUTSIDE
 
@@ -19,11 +19,7 @@ pytestmark = pytest.mark.kernel
 
 @pytest.fixture(scope="module")
 def shared(launcher: Path) -> Iterator[Docker]:
-    with Docker("networks", launcher) as docker:
-        docker.network("first", "--subnet", "10.99.0.0/24")
-        docker.start("first", "--network", "first")
-        docker.remove_all()
-        docker.settle()
+    with settled("networks", launcher) as docker:
         yield docker
 
 
