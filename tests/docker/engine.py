@@ -28,7 +28,7 @@ class Docker(RuntimeHost):
     def __init__(self, name: str, launcher: Path, dockerd: Sequence[str] = ()) -> None:
         super().__init__(name, launcher)
         self.host = Host(name, own=(*_OWN, *_DOCKER_OWN))
-        self._arguments = list(dockerd)
+        self._dockerd_arguments = list(dockerd)
         self.shim_module = "libnetwork"
         self.grace = "60"  # seconds; what a busy machine takes to start a container
         self.dockerd: subprocess.Popen[str] | None = None
@@ -116,7 +116,7 @@ class Docker(RuntimeHost):
         for pid_file in ("/run/docker.pid", "/run/docker/containerd/containerd.pid"):
             self.host.path(pid_file).unlink(missing_ok=True)
         # vfs needs nothing of the file system below.
-        argv = ["dockerd", "--storage-driver", "vfs", "--cgroup-parent", cgroups.parent(), *self._arguments]
+        argv = ["dockerd", "--storage-driver", "vfs", "--cgroup-parent", cgroups.parent(), *self._dockerd_arguments]
         with (self.host.directory / "dockerd.log").open("a", encoding="utf-8") as log:
             self.dockerd = self.host.popen(
                 argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment, cwd="/"
