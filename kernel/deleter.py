@@ -49,9 +49,12 @@ class _Task:
         self.error: Exception | None = None
         self.done = False
 
-    def run(self, home: Socket) -> None:
+    def run(self) -> None:
+        """In a thread, at home: a socket for each task, as many threads would hold many."""
         try:
-            (self.socket or home).execute([link.delete_message(self.index)])
+            if self.socket is None:
+                self.socket = Socket(netlink.ROUTE)
+            self.socket.execute([link.delete_message(self.index)])
         except Exception as error:  # noqa: BLE001 - whoever asked is to know
             self.error = error
         finally:
@@ -88,7 +91,7 @@ class Deleter:
         """
         task = _Task(index, socket)
         if not self._hand_over(task):
-            task.run(door.rtnl)
+            task.run()
         pause_s = _FIRST_PAUSE_S
         while not task.done:
             # A moment for the thread to get the lock first.
@@ -115,18 +118,16 @@ class Deleter:
         return True
 
     def _start(self) -> bool:
-        home = Socket(netlink.ROUTE)
         try:
-            threading.Thread(target=self._work, args=(home,), name="deleter", daemon=True).start()
+            threading.Thread(target=self._work, name="deleter", daemon=True).start()
         except RuntimeError:  # no more threads for this process
-            home.close()
             return False
         self._threads += 1
         return True
 
-    def _work(self, home: Socket) -> None:
+    def _work(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while True:
-            self._tasks.get().run(home)
+            self._tasks.get().run()
             with self._lock:
                 self._idle += 1

@@ -102,6 +102,20 @@ def test_a_session_that_was_closed_meanwhile(home: Space, container: Space) -> N
                 deleter.delete(session, link.get(session, f"veth{number}"))
         with Session(ours) as session:
             assert [one.kind for one in link.all_links(session)].count("veth") == 0
+    wait_until(lambda: ours.waiting == 0, "the kernel's acknowledgement")
+
+
+def test_no_descriptor_stays_open(home: Space, container: Space) -> None:
+    del home
+    ours = Deleter()
+    with Session(ours) as session, opened(container.path) as where:
+        before = len(os.listdir("/proc/self/fd"))
+        for number in range(8):
+            link.add_veth(session, VethSpec(f"veth{number}", f"eth{number}", where.fd))
+        for number in range(8):
+            deleter.delete(session, link.get(session, f"veth{number}"))
+        wait_until(lambda: ours.waiting == 0, "the kernel's acknowledgements")
+        wait_until(lambda: len(os.listdir("/proc/self/fd")) == before, "the sockets to be closed")
 
 
 def test_without_threads_the_caller_waits(home: Space, container: Space, monkeypatch: pytest.MonkeyPatch) -> None:
