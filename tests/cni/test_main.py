@@ -51,6 +51,12 @@ skel.run = lambda *args, **kwargs: original(*args, load=lambda plugin: Fake(), *
 """
 
 
+@pytest.fixture(autouse=True)
+def _own_run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written into the machine's own /run."""
+    monkeypatch.setitem(ENVIRONMENT, "NETLOOM_RUN_DIR", str(tmp_path / "run"))
+
+
 def run_module(*arguments: str, stdin: bytes = CONF, **env: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         [sys.executable, "-m", "cni", *arguments],
