@@ -74,6 +74,7 @@ class Ask(Struct, frozen=True):
     pools: tuple[str, ...] = ()
     network: NetworkSpec | None = None
     requested: tuple[str, ...] = ()
+    workload: str = ""
 
 
 class Usage(Struct, frozen=True):
@@ -113,7 +114,7 @@ class Ledger:
         mark = self._transaction.mark()
         try:
             new = Allocation(ask.key, self._pick_all(pools, ask.requested), ask.netns, self._when(ask.at),
-                             self._clock.unix_s())  # fmt: skip
+                             self._clock.unix_s(), 0, ask.workload)  # fmt: skip
             generation = self._transaction.apply(Grant(new))
         except Exception:
             self._transaction.unwind(mark)
@@ -159,7 +160,7 @@ class Ledger:
                 self._count(pool.freed, place[0], 1)
                 freed.append(Freed(pool.name, place[0], address.ip, now))
                 forgotten += self._shorten_queue(pool, place[0])
-            self._transaction.apply(*forgotten, Drop(held, tuple(freed)))
+            self._transaction.apply(*forgotten, Drop(held, tuple(freed), unix_s=self._clock.unix_s()))
         except Exception:
             self._transaction.unwind(mark)
             raise
@@ -190,7 +191,7 @@ class Ledger:
             )
         netns, at = ask.netns, self._when(ask.at)
         self._transaction.apply(Touch(held.generation, netns, at))
-        return Allocation(held.key, held.addresses, netns, at, held.created_unix_s, held.generation)
+        return Allocation(held.key, held.addresses, netns, at, held.created_unix_s, held.generation, held.workload)
 
     def _when(self, at: Instant | None) -> Instant:
         """When the request began. What is asked for now is of this boot and not of the future, whoever says else."""
@@ -571,7 +572,7 @@ def _address(pool: Pool, index: int, block: int, number: int) -> Address:
 
 
 def _with_generation(new: Allocation, generation: int) -> Allocation:
-    return Allocation(new.key, new.addresses, new.netns, new.at, new.created_unix_s, generation)
+    return Allocation(new.key, new.addresses, new.netns, new.at, new.created_unix_s, generation, new.workload)
 
 
 def _list(texts: Iterable[str]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from ipamd.errors import InvalidArgumentError
 from ipamd.lease import Ask, NetworkSpec, Usage
-from ipamd.pool import Pool, PoolSpec, RangeSpec
+from ipamd.pool import MODES, Mode, Pool, PoolSpec, RangeSpec
 from ipamd.store.base import Address, Allocation, Instant, Key, Netns
 from protos.ipam.v1 import ipam_pb2 as pb
 
@@ -45,6 +45,7 @@ def ask_of(message: pb.AllocateRequest, node: str) -> Ask:
     netns = message.netns
     if len(netns.path) > _LONGEST_PATH:
         raise InvalidArgumentError(f"netns.path: wanted at most {_LONGEST_PATH} characters, found {len(netns.path)}")
+    check_name(message.workload, "workload")
     pools, network = pools_of(message.pools, message.network_pool if message.HasField("network_pool") else None)
     return Ask(
         key,
@@ -53,6 +54,7 @@ def ask_of(message: pb.AllocateRequest, node: str) -> Ask:
         pools,
         network,
         tuple(message.requested),
+        message.workload,
     )
 
 
@@ -88,7 +90,18 @@ def spec_of(message: pb.PoolSpec) -> PoolSpec:
         ),
         tuple(message.excludes),
         message.cooldown_ms if message.HasField("cooldown_ms") else None,
+        _mode_of(message.mode),
+        message.block_v4 or 26,
+        message.block_v6 or 122,
+        message.blocks_per_node,
     )
+
+
+def _mode_of(text: str) -> Mode:
+    for mode in MODES:
+        if text in ("", mode):
+            return mode
+    raise InvalidArgumentError(f"mode: wanted one of {', '.join(MODES)}, found {text[:80]!r}")
 
 
 def spec_message(spec: PoolSpec) -> pb.PoolSpec:
@@ -100,6 +113,10 @@ def spec_message(spec: PoolSpec) -> pb.PoolSpec:
         ],
         excludes=spec.excludes,
         cooldown_ms=spec.cooldown_ms,
+        mode=spec.mode,
+        block_v4=spec.block_v4,
+        block_v6=spec.block_v6,
+        blocks_per_node=spec.blocks_per_node,
     )
 
 
@@ -145,4 +162,5 @@ def allocation_message(allocation: Allocation, reason: str = "") -> pb.Allocatio
         at=pb.Instant(boot_id=at.boot_id, boottime_ns=at.boottime_ns),
         created_unix_s=allocation.created_unix_s,
         reason=reason,
+        workload=allocation.workload,
     )

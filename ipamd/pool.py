@@ -24,6 +24,9 @@ from ipamd.errors import InvalidArgumentError
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
+Mode = Literal["local", "node-block", "cluster-address"]
+MODES: tuple[Mode, ...] = ("local", "node-block", "cluster-address")
+
 NO_GATEWAY = "none"
 
 _MOST_RANGES = 1024
@@ -40,12 +43,21 @@ class RangeSpec(Struct, frozen=True):
     gateway: str = ""
 
 
-class PoolSpec(Struct, frozen=True):
-    """A pool as it was asked for. `cooldown_ms` None: the daemon's default."""
+class PoolSpec(Struct, frozen=True, omit_defaults=True):
+    """A pool as it was asked for. `cooldown_ms` None: the daemon's default.
+
+    `mode` says who may hand an address out: "local" this node alone; "node-block" each node out of blocks that it has
+    claimed in the cluster, with prefixes of `block_v4` and `block_v6` bits, at most `blocks_per_node` (0: any number)
+    of a range set; "cluster-address" every node, each address being claimed in the cluster.
+    """
 
     range_sets: tuple[tuple[RangeSpec, ...], ...]
     excludes: tuple[str, ...] = ()
     cooldown_ms: int | None = None
+    mode: Mode = "local"
+    block_v4: int = 26
+    block_v6: int = 122
+    blocks_per_node: int = 0
 
     def encode(self) -> str:
         """As text, for the store."""

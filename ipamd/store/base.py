@@ -13,9 +13,12 @@ and puts can hold it too. There, `commit` has nothing left to do.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 from msgspec import Struct
+
+# At least so many of the newest events are remembered, and not more than twice as many.
+EVENTS_KEPT = 10_000
 
 
 class StoreError(Exception):
@@ -73,7 +76,10 @@ class Address(Struct, frozen=True, array_like=True):
 
 
 class Allocation(Struct, frozen=True):
-    """Addresses that an attachment holds. `generation` is 0 only before the store gave it one."""
+    """Addresses that an attachment holds. `generation` is 0 only before the store gave it one.
+
+    `workload` is who they are for beyond one container, "" for nobody in particular.
+    """
 
     key: Key
     addresses: tuple[Address, ...]
@@ -81,6 +87,7 @@ class Allocation(Struct, frozen=True):
     at: Instant
     created_unix_s: int
     generation: int = 0
+    workload: str = ""
 
 
 class PoolRow(Struct, frozen=True):
@@ -106,6 +113,37 @@ class Reservation(Struct, frozen=True):
     pool: str
     ip: str
     note: str
+
+
+class Former(Struct, frozen=True):
+    """The address that a workload had last out of a range set."""
+
+    pool: str
+    range_set: int
+    workload: str
+    ip: str
+
+
+class Errand(Struct, frozen=True):
+    """What the cluster is yet to be told; durable together with the change that it follows from.
+
+    "claim": the address is this node's; "unclaim": it no longer is. `seq` rises.
+    """
+
+    seq: int
+    kind: Literal["claim", "unclaim"]
+    pool: str
+    ip: str
+    generation: int
+
+
+class Event(Struct, frozen=True):
+    """What happened to an allocation. `revision` rises and is never used again."""
+
+    revision: int
+    kind: Literal["allocated", "released"]
+    allocation: Allocation
+    unix_s: int
 
 
 class Filter(Struct, frozen=True):
@@ -136,10 +174,12 @@ class Filter(Struct, frozen=True):
 class Grant(Struct, frozen=True):
     """Keeps an allocation and gives it the next generation, which is never used again.
 
-    Wants its key absent and its addresses neither held nor reserved; freed rows of its addresses go.
+    Wants its key absent and its addresses neither held nor reserved; freed rows of its addresses go. Its workload, if
+    it has one, is remembered for each address. `claims`: pools whose addresses the cluster is to be told of.
     """
 
     allocation: Allocation
+    claims: tuple[str, ...] = ()
 
 
 class Touch(Struct, frozen=True):
@@ -153,11 +193,13 @@ class Touch(Struct, frozen=True):
 class Drop(Struct, frozen=True):
     """Ends an allocation; its addresses are freed as `freed` says, behind all that were freed before.
 
-    Wants the allocation's generation present.
+    Wants the allocation's generation present. `claims`: as for Grant; a claim that was not told yet goes.
     """
 
     allocation: Allocation
     freed: tuple[Freed, ...]
+    claims: tuple[str, ...] = ()
+    unix_s: int = 0
 
 
 class Forget(Struct, frozen=True):
@@ -182,7 +224,10 @@ class Regroup(Struct, frozen=True):
 
 
 class DropPool(Struct, frozen=True):
-    """Removes a pool with its freed rows and reservations. Wants it present and nothing allocated from it."""
+    """Removes a pool with its freed rows, reservations, blocks and former addresses.
+
+    Wants it present and nothing allocated from it.
+    """
 
     name: str
 
@@ -206,7 +251,50 @@ class Rename(Struct, frozen=True):
     new: str
 
 
-Change = Grant | Touch | Drop | Forget | PutPool | Regroup | DropPool | Reserve | Unreserve | Rename
+class PutBlock(Struct, frozen=True):
+    """This node holds a block of a pool. Wants it absent."""
+
+    pool: str
+    cidr: str
+
+
+class DropBlock(Struct, frozen=True):
+    """This node gave a block up; freed rows within (`ips`) go. Wants it present."""
+
+    pool: str
+    cidr: str
+    ips: tuple[str, ...] = ()
+
+
+class Settle(Struct, frozen=True):
+    """The cluster knows of these errands."""
+
+    seqs: tuple[int, ...]
+
+
+class Note(Struct, frozen=True):
+    """Keeps a value under a name, "" removes it."""
+
+    name: str
+    value: str
+
+
+Change = (
+    Grant
+    | Touch
+    | Drop
+    | Forget
+    | PutPool
+    | Regroup
+    | DropPool
+    | Reserve
+    | Unreserve
+    | Rename
+    | PutBlock
+    | DropBlock
+    | Settle
+    | Note
+)
 
 
 class Store(Protocol):
@@ -276,3 +364,21 @@ class Store(Protocol):
 
     def remember_node(self, name: str) -> None:
         """Keeps the node's name, durably with the next commit."""
+
+    def blocks(self, pool: str = "") -> list[tuple[str, str]]:
+        """(pool, CIDR) of every block that this node holds (of a pool)."""
+
+    def errands(self, limit: int = 1000) -> list[Errand]:
+        """What the cluster is yet to be told, oldest first."""
+
+    def former(self, pool: str, range_set: int, workload: str) -> str:
+        """The address that a workload had last, "" for none."""
+
+    def events(self, after: int, limit: int = 1000) -> list[Event]:
+        """Events with a revision above `after`, rising, as far as they are remembered (`EVENTS_KEPT`)."""
+
+    def event_bounds(self) -> tuple[int, int]:
+        """The oldest revision that is remembered, and the newest that there was; (1, 0) where there was none."""
+
+    def note(self, name: str) -> str:
+        """The value that a Note keeps, "" for none."""

@@ -5,28 +5,35 @@ What takes a change back is kept in a journal, newest last.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 
 from ipamd.store.base import (
+    EVENTS_KEPT,
     Allocation,
     Change,
     ConflictError,
     Drop,
+    DropBlock,
     DropPool,
+    Errand,
+    Event,
     Filter,
     Forget,
     Freed,
     Grant,
     Instant,
     Key,
+    Note,
     PoolRow,
+    PutBlock,
     PutPool,
     Regroup,
     Rename,
     Reservation,
     Reserve,
+    Settle,
     Touch,
     Unreserve,
 )
@@ -53,6 +60,13 @@ class MemoryStore:
         self._queue: dict[int, Freed] = {}  # in the order of freeing
         self._freed: dict[_Place, int] = {}  # the number in the queue
         self._reservations: dict[_Place, Reservation] = {}
+        self._blocks: dict[_Place, bool] = {}  # pool, CIDR
+        self._errand = 0
+        self._errands: dict[int, Errand] = {}
+        self._former: dict[tuple[str, int, str], str] = {}
+        self._revision = 0
+        self._events: dict[int, Event] = {}
+        self._notes: dict[str, str] = {}
         self._journal: list[Callable[[], object]] = []
 
     def begin(self) -> None:
@@ -126,13 +140,31 @@ class MemoryStore:
         self._journal.append(lambda: setattr(self, "_node", old))
         self._node = name
 
+    def blocks(self, pool: str = "") -> list[tuple[str, str]]:
+        return sorted(place for place in self._blocks if pool in ("", place[0]))
+
+    def errands(self, limit: int = 1000) -> list[Errand]:
+        return list(islice(self._errands.values(), limit))
+
+    def former(self, pool: str, range_set: int, workload: str) -> str:
+        return self._former.get((pool, range_set, workload), "")
+
+    def events(self, after: int, limit: int = 1000) -> list[Event]:
+        return list(islice((event for event in self._events.values() if event.revision > after), limit))
+
+    def event_bounds(self) -> tuple[int, int]:
+        return next(iter(self._events), self._revision + 1), self._revision
+
+    def note(self, name: str) -> str:
+        return self._notes.get(name, "")
+
     def _undo(self, mark: int) -> None:
         if len(self._journal) == mark:
             return
         while len(self._journal) > mark:
             self._journal.pop()()
         # A row that came back stands at the end; the order of both is that of their numbers.
-        for rows in (self._allocations, self._queue):
+        for rows in (self._allocations, self._queue, self._errands, self._events):
             ordered = sorted(rows.items())
             rows.clear()
             rows.update(ordered)  # type: ignore[arg-type]
@@ -143,15 +175,15 @@ class MemoryStore:
         self._journal.append(lambda: _put(rows, key, before))
         _put(rows, key, value)
 
-    def _apply(self, change: Change) -> int:  # noqa: PLR0912 (one case for each kind of change)
+    def _apply(self, change: Change) -> int:  # noqa: C901, PLR0912 (one case for each kind of change)
         match change:
-            case Grant(allocation):
-                return self._grant(allocation)
+            case Grant():
+                return self._grant(change)
             case Touch(generation, netns, at):
                 old = _want(self._allocations, generation, f"generation {generation}")
                 self._set(self._allocations, generation, msgspec.structs.replace(old, netns=netns, at=at))
-            case Drop(allocation, freed):
-                self._drop(allocation, freed)
+            case Drop():
+                self._drop(change)
             case Forget(pool, ips):
                 for ip in ips:
                     self._forget((pool, ip))
@@ -175,18 +207,55 @@ class MemoryStore:
                 for allocation in list(self._allocations.values()):
                     if allocation.key.node == old_name:
                         self._rename(allocation, new_name)
+            case PutBlock() | DropBlock() | Settle() | Note():
+                self._apply_of_cluster(change)
         return 0
 
-    def _grant(self, new: Allocation) -> int:
+    def _apply_of_cluster(self, change: PutBlock | DropBlock | Settle | Note) -> None:
+        match change:
+            case PutBlock(pool, cidr):
+                if (pool, cidr) in self._blocks:
+                    raise ConflictError(f"block {cidr} of pool {pool} is there")
+                self._set(self._blocks, (pool, cidr), True)
+            case DropBlock(pool, cidr, ips):
+                _want(self._blocks, (pool, cidr), f"block {cidr} of pool {pool}")
+                self._set(self._blocks, (pool, cidr), None)
+                for ip in ips:
+                    self._forget((pool, ip))
+            case Settle(seqs):
+                for seq in seqs:
+                    self._set(self._errands, seq, None)
+            case Note(name, value):
+                self._set(self._notes, name, value or None)
+
+    def _grant(self, change: Grant) -> int:
+        new = change.allocation
         if new.key in self._keys:
             raise ConflictError(f"{new.key} has an allocation")
         # Not in the journal: a generation is never used again, also after a rollback.
         self._generation += 1
         for address in new.addresses:
             self._take((address.pool, address.ip), self._generation)
+            if new.workload:
+                self._set(self._former, (address.pool, address.range_set, new.workload), address.ip)
+            if address.pool in change.claims:
+                self._send("claim", address.pool, address.ip, self._generation)
         self._set(self._keys, new.key, self._generation)
-        self._set(self._allocations, self._generation, msgspec.structs.replace(new, generation=self._generation))
+        new = msgspec.structs.replace(new, generation=self._generation)
+        self._set(self._allocations, self._generation, new)
+        self._record_event("allocated", new, new.created_unix_s)
         return self._generation
+
+    def _send(self, kind: Literal["claim", "unclaim"], pool: str, ip: str, generation: int) -> None:
+        self._errand += 1
+        self._set(self._errands, self._errand, Errand(self._errand, kind, pool, ip, generation))
+
+    def _record_event(self, kind: Literal["allocated", "released"], allocation: Allocation, unix_s: int) -> None:
+        self._revision += 1
+        self._set(self._events, self._revision, Event(self._revision, kind, allocation, unix_s))
+        if self._revision % EVENTS_KEPT == 0:
+            for revision in [known for known in self._events if known <= self._revision - EVENTS_KEPT]:
+                self._set(self._events, revision, None)
 
     def _take(self, place: _Place, generation: int) -> None:
         if place in self._taken:
@@ -194,14 +263,23 @@ class MemoryStore:
         self._set(self._taken, place, generation)
         self._forget(place)
 
-    def _drop(self, old: Allocation, freed: Iterable[Freed]) -> None:
+    def _drop(self, change: Drop) -> None:
+        old = change.allocation
         _want(self._allocations, old.generation, f"generation {old.generation}")
         self._set(self._allocations, old.generation, None)
         self._set(self._keys, old.key, None)
         for address in old.addresses:
             self._set(self._taken, (address.pool, address.ip), None)
-        for row in freed:
+            if address.pool in change.claims:
+                self._recall(address.pool, address.ip)
+                self._send("unclaim", address.pool, address.ip, old.generation)
+        for row in change.freed:
             self._free(row)
+        self._record_event("released", old, change.unix_s)
+
+    def _recall(self, pool: str, ip: str) -> None:
+        for errand in [e for e in self._errands.values() if (e.kind, e.pool, e.ip) == ("claim", pool, ip)]:
+            self._set(self._errands, errand.seq, None)
 
     def _free(self, row: Freed) -> None:
         self._forget((row.pool, row.ip))
@@ -229,6 +307,10 @@ class MemoryStore:
         self._set(self._pools, change.name, None)
         for row in list(self.freed(change.name)):
             self._forget((row.pool, row.ip))
+        for place in self.blocks(change.name):
+            self._set(self._blocks, place, None)
+        for former in [former for former in self._former if former[0] == change.name]:
+            self._set(self._former, former, None)
         for reservation in self.reservations(change.name):
             self._set(self._taken, (reservation.pool, reservation.ip), None)
             self._set(self._reservations, (reservation.pool, reservation.ip), None)

@@ -22,12 +22,16 @@ import msgspec
 
 from ipamd.errors import StartError
 from ipamd.store.base import (
+    EVENTS_KEPT,
     Address,
     Allocation,
     Change,
     ConflictError,
     Drop,
+    DropBlock,
     DropPool,
+    Errand,
+    Event,
     Filter,
     Forget,
     Freed,
@@ -35,12 +39,15 @@ from ipamd.store.base import (
     Instant,
     Key,
     Netns,
+    Note,
     PoolRow,
+    PutBlock,
     PutPool,
     Regroup,
     Rename,
     Reservation,
     Reserve,
+    Settle,
     StoreError,
     StoreFullError,
     Touch,
@@ -83,6 +90,24 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX freed_queue ON freed (pool, range_set);
     CREATE UNIQUE INDEX freed_ip ON freed (pool, ip);
     """,
+    """
+    ALTER TABLE allocation ADD COLUMN workload TEXT NOT NULL DEFAULT '';
+    CREATE TABLE former (
+        pool TEXT NOT NULL, range_set INTEGER NOT NULL, workload TEXT NOT NULL, ip TEXT NOT NULL,
+        PRIMARY KEY (pool, range_set, workload)
+    ) WITHOUT ROWID;
+    CREATE TABLE block (pool TEXT NOT NULL, cidr TEXT NOT NULL, PRIMARY KEY (pool, cidr)) WITHOUT ROWID;
+    CREATE TABLE errand (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        kind TEXT NOT NULL, pool TEXT NOT NULL, ip TEXT NOT NULL, generation INTEGER NOT NULL
+    );
+    CREATE INDEX errand_place ON errand (pool, ip);
+    CREATE TABLE event (
+        revision INTEGER PRIMARY KEY AUTOINCREMENT,
+        kind TEXT NOT NULL, allocation BLOB NOT NULL, unix_s INTEGER NOT NULL
+    );
+    CREATE TABLE note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+    """,
 )
 
 _CHECKPOINT_PAGES = 2000  # 8 MiB of log: a checkpoint each few hundred commits, and a short recovery
@@ -90,13 +115,14 @@ _CACHE_KIB = 4096
 
 _ALLOCATION = (
     "SELECT generation, node, client, network, container_id, ifname, addresses, netns_inode, netns_cookie, netns_path,"
-    " boot_id, boottime_ns, created_unix_s FROM allocation"
+    " boot_id, boottime_ns, created_unix_s, workload FROM allocation"
 )
 _FREED = "SELECT pool, range_set, ip, boot_id, boottime_ns FROM freed"
 
-_Row = tuple[int, str, str, str, str, str, str, int, int, str, str, int, int]
+_Row = tuple[int, str, str, str, str, str, str, int, int, str, str, int, int, str]
 
 _decode_addresses = msgspec.json.Decoder(tuple[Address, ...]).decode
+_decode_allocation = msgspec.json.Decoder(Allocation).decode
 _encode = msgspec.json.Encoder().encode
 
 
@@ -252,6 +278,37 @@ class SqliteStore:
         except sqlite3.Error as error:
             self._raise(error)
 
+    def blocks(self, pool: str = "") -> list[tuple[str, str]]:
+        return self._rows("SELECT pool, cidr FROM block WHERE ? IN ('', pool) ORDER BY pool, cidr", (pool,))
+
+    def errands(self, limit: int = 1000) -> list[Errand]:
+        text = "SELECT seq, kind, pool, ip, generation FROM errand ORDER BY seq LIMIT ?"
+        return [Errand(*row) for row in self._rows(text, (limit,))]
+
+    def former(self, pool: str, range_set: int, workload: str) -> str:
+        text = "SELECT ip FROM former WHERE pool = ? AND range_set = ? AND workload = ?"
+        for (ip,) in self._rows(text, (pool, range_set, workload)):
+            return str(ip)
+        return ""
+
+    def events(self, after: int, limit: int = 1000) -> list[Event]:
+        text = "SELECT revision, kind, allocation, unix_s FROM event WHERE revision > ? ORDER BY revision LIMIT ?"
+        return [
+            Event(revision, kind, _decode_allocation(encoded), unix_s)
+            for revision, kind, encoded, unix_s in self._rows(text, (after, limit))
+        ]
+
+    def event_bounds(self) -> tuple[int, int]:
+        ((oldest,),) = self._rows("SELECT min(revision) FROM event")
+        newest = self._rows("SELECT seq FROM sqlite_sequence WHERE name = 'event'")
+        last = int(newest[0][0]) if newest else 0
+        return (last + 1 if oldest is None else int(oldest)), last
+
+    def note(self, name: str) -> str:
+        for (value,) in self._rows("SELECT value FROM note WHERE name = ?", (name,)):
+            return str(value)
+        return ""
+
     def _rows(self, text: str, values: Sequence[Any] = ()) -> list[Any]:
         try:
             return self._execute(text, values).fetchall()
@@ -403,14 +460,15 @@ def _signed(number: int) -> int:
 
 
 def _allocation(row: _Row) -> Allocation:
-    generation, node, client, network, container_id, ifname, addresses, inode, cookie, path, boot_id, at, created = row
+    generation, node, client, network, container_id, ifname, addresses, inode, cookie, path, boot_id, at = row[:12]
     return Allocation(
         Key(node, client, network, container_id, ifname),
         _decode_addresses(addresses),
         Netns(inode & (1 << 64) - 1, cookie & (1 << 64) - 1, path),
         Instant(boot_id, at),
-        created,
+        row[12],
         generation,
+        row[13],
     )
 
 
@@ -424,7 +482,7 @@ def _grant(db: sqlite3.Connection, change: Grant) -> int:
     key, netns = new.key, new.netns
     cursor = db.execute(
         "INSERT INTO allocation (node, client, network, container_id, ifname, addresses, netns_inode, netns_cookie,"
-        " netns_path, boot_id, boottime_ns, created_unix_s) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
+        " netns_path, boot_id, boottime_ns, created_unix_s, workload) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
         (
             key.node,
             key.client,
@@ -438,6 +496,7 @@ def _grant(db: sqlite3.Connection, change: Grant) -> int:
             new.at.boot_id,
             new.at.boottime_ns,
             new.created_unix_s,
+            new.workload,
         ),
     )
     generation = cursor.lastrowid or 0
@@ -445,7 +504,24 @@ def _grant(db: sqlite3.Connection, change: Grant) -> int:
         ip = address.ip
         db.execute("INSERT INTO taken VALUES (?,?,?)", (address.pool, ip, generation))
         db.execute("DELETE FROM freed WHERE pool = ? AND ip = ?", (address.pool, ip))
+        if new.workload:
+            place = (address.pool, address.range_set, new.workload, ip)
+            db.execute("INSERT OR REPLACE INTO former VALUES (?,?,?,?)", place)
+        if address.pool in change.claims:
+            _send(db, "claim", address.pool, ip, generation)
+    _record_event(db, "allocated", msgspec.structs.replace(new, generation=generation), new.created_unix_s)
     return generation
+
+
+def _send(db: sqlite3.Connection, kind: str, pool: str, ip: str, generation: int) -> None:
+    db.execute("INSERT INTO errand (kind, pool, ip, generation) VALUES (?,?,?,?)", (kind, pool, ip, generation))
+
+
+def _record_event(db: sqlite3.Connection, kind: str, allocation: Allocation, unix_s: int) -> None:
+    text = "INSERT INTO event (kind, allocation, unix_s) VALUES (?,?,?)"
+    revision = db.execute(text, (kind, _encode(allocation), unix_s)).lastrowid or 0
+    if revision % EVENTS_KEPT == 0:
+        db.execute("DELETE FROM event WHERE revision <= ?", (revision - EVENTS_KEPT,))
 
 
 def _touch(db: sqlite3.Connection, change: Touch) -> None:
@@ -465,8 +541,13 @@ def _drop(db: sqlite3.Connection, change: Drop) -> None:
     )
     for address in old.addresses:
         db.execute("DELETE FROM taken WHERE pool = ? AND ip = ?", (address.pool, address.ip))
+        if address.pool in change.claims:
+            # Also where the claim was not told yet: it may be on its way.
+            db.execute("DELETE FROM errand WHERE pool = ? AND ip = ? AND kind = 'claim'", (address.pool, address.ip))
+            _send(db, "unclaim", address.pool, address.ip, old.generation)
     for freed in change.freed:
         _free(db, freed)
+    _record_event(db, "released", old, change.unix_s)
 
 
 def _free(db: sqlite3.Connection, freed: Freed) -> None:
@@ -500,7 +581,7 @@ def _drop_pool(db: sqlite3.Connection, change: DropPool) -> None:
     if db.execute(query, (change.name,)).fetchone():
         raise ConflictError(f"pool {change.name} still has allocations")
     _want_row(db.execute("DELETE FROM pool WHERE name = ?", (change.name,)), f"pool {change.name}")
-    for table in ("freed", "taken", "reservation"):
+    for table in ("freed", "taken", "reservation", "block", "former"):
         db.execute(f"DELETE FROM {table} WHERE pool = ?", (change.name,))  # noqa: S608 (names from the line above)
 
 
@@ -523,6 +604,28 @@ def _rename(db: sqlite3.Connection, change: Rename) -> None:
     db.execute("UPDATE allocation SET node = ? WHERE node = ?", (change.new, change.old))
 
 
+def _put_block(db: sqlite3.Connection, change: PutBlock) -> None:
+    db.execute("INSERT INTO block VALUES (?,?)", (change.pool, change.cidr))
+
+
+def _drop_block(db: sqlite3.Connection, change: DropBlock) -> None:
+    cursor = db.execute("DELETE FROM block WHERE pool = ? AND cidr = ?", (change.pool, change.cidr))
+    _want_row(cursor, f"block {change.cidr} of pool {change.pool}")
+    for ip in change.ips:
+        db.execute("DELETE FROM freed WHERE pool = ? AND ip = ?", (change.pool, ip))
+
+
+def _settle(db: sqlite3.Connection, change: Settle) -> None:
+    db.executemany("DELETE FROM errand WHERE seq = ?", [(seq,) for seq in change.seqs])
+
+
+def _note(db: sqlite3.Connection, change: Note) -> None:
+    if change.value:
+        db.execute("INSERT OR REPLACE INTO note VALUES (?,?)", (change.name, change.value))
+    else:
+        db.execute("DELETE FROM note WHERE name = ?", (change.name,))
+
+
 def _want_row(cursor: sqlite3.Cursor, what: str) -> None:
     if cursor.rowcount != 1:
         raise ConflictError(f"there is no {what}")
@@ -539,4 +642,8 @@ _APPLY: dict[type, Callable[[sqlite3.Connection, Any], int | None]] = {
     Reserve: _reserve,
     Unreserve: _unreserve,
     Rename: _rename,
+    PutBlock: _put_block,
+    DropBlock: _drop_block,
+    Settle: _settle,
+    Note: _note,
 }

@@ -9,7 +9,8 @@ A request id travels in the metadata key "x-request-id" and is written to ipamd'
 Codes: INVALID_ARGUMENT (the request can never work; names the field and the value), NOT_FOUND (no such pool,
 allocation or reservation), ALREADY_EXISTS (the address or the name is taken; names the holder), RESOURCE_EXHAUSTED
 (no free address, or the disk is full), FAILED_PRECONDITION (the state forbids it; says whose), UNAVAILABLE (not now:
-addresses only cooling down, shutting down, store away), INTERNAL (a fault of ours).
+addresses only cooling down, shutting down, store away), OUT_OF_RANGE (a revision that is no longer remembered),
+INTERNAL (a fault of ours).
 """
 
 from collections import abc as _abc
@@ -178,8 +179,20 @@ class PoolSpec(_message.Message):
     RANGE_SETS_FIELD_NUMBER: _builtins.int
     EXCLUDES_FIELD_NUMBER: _builtins.int
     COOLDOWN_MS_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    BLOCK_V4_FIELD_NUMBER: _builtins.int
+    BLOCK_V6_FIELD_NUMBER: _builtins.int
+    BLOCKS_PER_NODE_FIELD_NUMBER: _builtins.int
     cooldown_ms: _builtins.int
     """absent: the daemon's default"""
+    mode: _builtins.str
+    """"local" (this node's own), "node-block", "cluster-address"; empty: "local", and in a cluster "node-block"."""
+    block_v4: _builtins.int
+    """node-block: prefix length of a block; 0: 26"""
+    block_v6: _builtins.int
+    """0: 122"""
+    blocks_per_node: _builtins.int
+    """node-block: the most blocks of a range set that one node holds; 0: no limit"""
     @_builtins.property
     def range_sets(self) -> _containers.RepeatedCompositeFieldContainer[Global___RangeSet]: ...
     @_builtins.property
@@ -192,10 +205,14 @@ class PoolSpec(_message.Message):
         range_sets: _abc.Iterable[Global___RangeSet] | None = ...,
         excludes: _abc.Iterable[_builtins.str] | None = ...,
         cooldown_ms: _builtins.int | None = ...,
+        mode: _builtins.str = ...,
+        block_v4: _builtins.int = ...,
+        block_v6: _builtins.int = ...,
+        blocks_per_node: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_cooldown_ms", b"_cooldown_ms", "cooldown_ms", b"cooldown_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cooldown_ms", b"_cooldown_ms", "cooldown_ms", b"cooldown_ms", "excludes", b"excludes", "range_sets", b"range_sets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cooldown_ms", b"_cooldown_ms", "block_v4", b"block_v4", "block_v6", b"block_v6", "blocks_per_node", b"blocks_per_node", "cooldown_ms", b"cooldown_ms", "excludes", b"excludes", "mode", b"mode", "range_sets", b"range_sets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cooldown_ms: _TypeAlias = _typing.Literal["cooldown_ms"]  # noqa: Y015
     _WhichOneofArgType__cooldown_ms: _TypeAlias = _typing.Literal["_cooldown_ms", b"_cooldown_ms"]  # noqa: Y015
@@ -246,6 +263,10 @@ class PoolUsage(_message.Message):
     RESERVED_FIELD_NUMBER: _builtins.int
     COOLING_FIELD_NUMBER: _builtins.int
     FREE_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    BLOCKS_CLAIMED_FIELD_NUMBER: _builtins.int
+    BLOCKS_TOTAL_FIELD_NUMBER: _builtins.int
+    ELSEWHERE_FIELD_NUMBER: _builtins.int
     family: _builtins.str
     """"ipv4" or "ipv6" """
     size: _builtins.str
@@ -254,7 +275,15 @@ class PoolUsage(_message.Message):
     reserved: _builtins.int
     cooling: _builtins.int
     free: _builtins.str
-    """decimal: can be handed out now"""
+    """decimal: can be handed out now; node-block: from this node's blocks"""
+    blocks: _builtins.int
+    """node-block: how many this node holds"""
+    blocks_claimed: _builtins.int
+    """by all nodes"""
+    blocks_total: _builtins.str
+    """decimal"""
+    elsewhere: _builtins.int
+    """cluster-address: held by other nodes"""
     def __init__(
         self,
         *,
@@ -264,10 +293,14 @@ class PoolUsage(_message.Message):
         reserved: _builtins.int = ...,
         cooling: _builtins.int = ...,
         free: _builtins.str = ...,
+        blocks: _builtins.int = ...,
+        blocks_claimed: _builtins.int = ...,
+        blocks_total: _builtins.str = ...,
+        elsewhere: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocated", b"allocated", "cooling", b"cooling", "family", b"family", "free", b"free", "reserved", b"reserved", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocated", b"allocated", "blocks", b"blocks", "blocks_claimed", b"blocks_claimed", "blocks_total", b"blocks_total", "cooling", b"cooling", "elsewhere", b"elsewhere", "family", b"family", "free", b"free", "reserved", b"reserved", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -335,6 +368,9 @@ class AllocateRequest(_message.Message):
     POOLS_FIELD_NUMBER: _builtins.int
     NETWORK_POOL_FIELD_NUMBER: _builtins.int
     REQUESTED_FIELD_NUMBER: _builtins.int
+    WORKLOAD_FIELD_NUMBER: _builtins.int
+    workload: _builtins.str
+    """set: who this is for beyond one container ("default/web-0"); gets its former address if free"""
     @_builtins.property
     def key(self) -> Global___AttachmentKey: ...
     @_builtins.property
@@ -364,10 +400,11 @@ class AllocateRequest(_message.Message):
         pools: _abc.Iterable[_builtins.str] | None = ...,
         network_pool: Global___NetworkPool | None = ...,
         requested: _abc.Iterable[_builtins.str] | None = ...,
+        workload: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "key", b"key", "netns", b"netns", "network_pool", b"network_pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "key", b"key", "netns", b"netns", "network_pool", b"network_pool", "pools", b"pools", "requested", b"requested"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "key", b"key", "netns", b"netns", "network_pool", b"network_pool", "pools", b"pools", "requested", b"requested", "workload", b"workload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -635,6 +672,11 @@ class StatusResponse(_message.Message):
     POOLS_FIELD_NUMBER: _builtins.int
     UPTIME_S_FIELD_NUMBER: _builtins.int
     SCHEMA_FIELD_NUMBER: _builtins.int
+    ETCD_FIELD_NUMBER: _builtins.int
+    ETCD_REACHABLE_FIELD_NUMBER: _builtins.int
+    ETCD_SINCE_S_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
+    UNPUBLISHED_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     node: _builtins.str
     store: _builtins.str
@@ -644,6 +686,16 @@ class StatusResponse(_message.Message):
     pools: _builtins.int
     uptime_s: _builtins.float
     schema: _builtins.str
+    etcd_reachable: _builtins.bool
+    etcd_since_s: _builtins.float
+    """for how long it has been so"""
+    draining: _builtins.bool
+    unpublished: _builtins.int
+    """changes that the cluster does not know yet"""
+    @_builtins.property
+    def etcd(self) -> _containers.RepeatedCompositeFieldContainer[Global___EtcdEndpoint]:
+        """in a cluster"""
+
     def __init__(
         self,
         *,
@@ -655,14 +707,55 @@ class StatusResponse(_message.Message):
         pools: _builtins.int = ...,
         uptime_s: _builtins.float = ...,
         schema: _builtins.str = ...,
+        etcd: _abc.Iterable[Global___EtcdEndpoint] | None = ...,
+        etcd_reachable: _builtins.bool = ...,
+        etcd_since_s: _builtins.float = ...,
+        draining: _builtins.bool = ...,
+        unpublished: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocations", b"allocations", "boot_id", b"boot_id", "node", b"node", "pools", b"pools", "schema", b"schema", "store", b"store", "uptime_s", b"uptime_s", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocations", b"allocations", "boot_id", b"boot_id", "draining", b"draining", "etcd", b"etcd", "etcd_reachable", b"etcd_reachable", "etcd_since_s", b"etcd_since_s", "node", b"node", "pools", b"pools", "schema", b"schema", "store", b"store", "unpublished", b"unpublished", "uptime_s", b"uptime_s", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StatusResponse: _TypeAlias = StatusResponse  # noqa: Y015
+
+@_typing.final
+class EtcdEndpoint(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    LEADER_FIELD_NUMBER: _builtins.int
+    DB_BYTES_FIELD_NUMBER: _builtins.int
+    ALARMS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    endpoint: _builtins.str
+    version: _builtins.str
+    leader: _builtins.bool
+    db_bytes: _builtins.int
+    error: _builtins.str
+    """empty: it answers"""
+    @_builtins.property
+    def alarms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        endpoint: _builtins.str = ...,
+        version: _builtins.str = ...,
+        leader: _builtins.bool = ...,
+        db_bytes: _builtins.int = ...,
+        alarms: _abc.Iterable[_builtins.str] | None = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alarms", b"alarms", "db_bytes", b"db_bytes", "endpoint", b"endpoint", "error", b"error", "leader", b"leader", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EtcdEndpoint: _TypeAlias = EtcdEndpoint  # noqa: Y015
 
 @_typing.final
 class LiveNetns(_message.Message):
@@ -868,11 +961,13 @@ class Allocation(_message.Message):
     AT_FIELD_NUMBER: _builtins.int
     CREATED_UNIX_S_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    WORKLOAD_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     created_unix_s: _builtins.int
     """wall clock, for people only"""
     reason: _builtins.str
     """in answers of GarbageCollect and ReportLiveness: why"""
+    workload: _builtins.str
     @_builtins.property
     def key(self) -> Global___AttachmentKey: ...
     @_builtins.property
@@ -891,10 +986,11 @@ class Allocation(_message.Message):
         at: Global___Instant | None = ...,
         created_unix_s: _builtins.int = ...,
         reason: _builtins.str = ...,
+        workload: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "key", b"key", "netns", b"netns"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "at", b"at", "created_unix_s", b"created_unix_s", "generation", b"generation", "key", b"key", "netns", b"netns", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "at", b"at", "created_unix_s", b"created_unix_s", "generation", b"generation", "key", b"key", "netns", b"netns", "reason", b"reason", "workload", b"workload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -910,6 +1006,7 @@ class ListAllocationsRequest(_message.Message):
     CONTAINER_ID_FIELD_NUMBER: _builtins.int
     POOL_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
+    CLUSTER_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """each empty filter matches everything"""
     client: _builtins.str
@@ -917,6 +1014,8 @@ class ListAllocationsRequest(_message.Message):
     container_id: _builtins.str
     pool: _builtins.str
     address: _builtins.str
+    cluster: _builtins.bool
+    """of all nodes, as far as they have published; else this node's"""
     def __init__(
         self,
         *,
@@ -926,14 +1025,380 @@ class ListAllocationsRequest(_message.Message):
         container_id: _builtins.str = ...,
         pool: _builtins.str = ...,
         address: _builtins.str = ...,
+        cluster: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "client", b"client", "container_id", b"container_id", "network", b"network", "node", b"node", "pool", b"pool"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "client", b"client", "cluster", b"cluster", "container_id", b"container_id", "network", b"network", "node", b"node", "pool", b"pool"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListAllocationsRequest: _TypeAlias = ListAllocationsRequest  # noqa: Y015
+
+@_typing.final
+class WatchAllocationsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AFTER_FIELD_NUMBER: _builtins.int
+    after: _builtins.int
+    """the last revision seen; 0: from now on"""
+    def __init__(
+        self,
+        *,
+        after: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchAllocationsRequest: _TypeAlias = WatchAllocationsRequest  # noqa: Y015
+
+@_typing.final
+class AllocationEvents(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """of the last event, to go on from; sent without events at the beginning"""
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___AllocationEvent]: ...
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        events: _abc.Iterable[Global___AllocationEvent] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AllocationEvents: _TypeAlias = AllocationEvents  # noqa: Y015
+
+@_typing.final
+class AllocationEvent(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    ALLOCATION_FIELD_NUMBER: _builtins.int
+    UNIX_S_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    kind: _builtins.str
+    """"allocated", "released" """
+    unix_s: _builtins.int
+    """wall clock, for people only"""
+    @_builtins.property
+    def allocation(self) -> Global___Allocation: ...
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        kind: _builtins.str = ...,
+        allocation: Global___Allocation | None = ...,
+        unix_s: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["allocation", b"allocation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocation", b"allocation", "kind", b"kind", "revision", b"revision", "unix_s", b"unix_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AllocationEvent: _TypeAlias = AllocationEvent  # noqa: Y015
+
+@_typing.final
+class Node(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    HOSTNAME_FIELD_NUMBER: _builtins.int
+    ALIVE_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
+    CREATED_UNIX_S_FIELD_NUMBER: _builtins.int
+    ALIVE_SINCE_UNIX_S_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    ADDRESSES_FIELD_NUMBER: _builtins.int
+    BOOT_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    id: _builtins.str
+    hostname: _builtins.str
+    alive: _builtins.bool
+    draining: _builtins.bool
+    created_unix_s: _builtins.int
+    alive_since_unix_s: _builtins.int
+    """of the present lease; 0: not alive"""
+    version: _builtins.str
+    blocks: _builtins.int
+    addresses: _builtins.int
+    """published by its blocks, and cluster-wide ones"""
+    boot_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        id: _builtins.str = ...,
+        hostname: _builtins.str = ...,
+        alive: _builtins.bool = ...,
+        draining: _builtins.bool = ...,
+        created_unix_s: _builtins.int = ...,
+        alive_since_unix_s: _builtins.int = ...,
+        version: _builtins.str = ...,
+        blocks: _builtins.int = ...,
+        addresses: _builtins.int = ...,
+        boot_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "alive", b"alive", "alive_since_unix_s", b"alive_since_unix_s", "blocks", b"blocks", "boot_id", b"boot_id", "created_unix_s", b"created_unix_s", "draining", b"draining", "hostname", b"hostname", "id", b"id", "name", b"name", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Node: _TypeAlias = Node  # noqa: Y015
+
+@_typing.final
+class ListNodesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """empty: all"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListNodesRequest: _TypeAlias = ListNodesRequest  # noqa: Y015
+
+@_typing.final
+class ListNodesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Node]: ...
+    def __init__(
+        self,
+        *,
+        nodes: _abc.Iterable[Global___Node] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nodes", b"nodes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListNodesResponse: _TypeAlias = ListNodesResponse  # noqa: Y015
+
+@_typing.final
+class DrainNodeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    UNDO_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    undo: _builtins.bool
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        undo: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "undo", b"undo"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainNodeRequest: _TypeAlias = DrainNodeRequest  # noqa: Y015
+
+@_typing.final
+class RemoveNodeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    force: _builtins.bool
+    """also while its lease runs"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        force: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveNodeRequest: _TypeAlias = RemoveNodeRequest  # noqa: Y015
+
+@_typing.final
+class RemoveNodeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    ADDRESSES_FIELD_NUMBER: _builtins.int
+    blocks: _builtins.int
+    """that came back"""
+    addresses: _builtins.int
+    def __init__(
+        self,
+        *,
+        blocks: _builtins.int = ...,
+        addresses: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "blocks", b"blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveNodeResponse: _TypeAlias = RemoveNodeResponse  # noqa: Y015
+
+@_typing.final
+class CheckStoreRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KERNEL_ADDRESSES_FIELD_NUMBER: _builtins.int
+    KERNEL_SEEN_FIELD_NUMBER: _builtins.int
+    REPAIR_FIELD_NUMBER: _builtins.int
+    kernel_seen: _builtins.bool
+    """whether the field above says anything"""
+    repair: _builtins.bool
+    """mend what is safe, where an earlier check, at least the grace ago, found the same"""
+    @_builtins.property
+    def kernel_addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """"10.1.0.2" of every interface in every container's namespace"""
+
+    def __init__(
+        self,
+        *,
+        kernel_addresses: _abc.Iterable[_builtins.str] | None = ...,
+        kernel_seen: _builtins.bool = ...,
+        repair: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kernel_addresses", b"kernel_addresses", "kernel_seen", b"kernel_seen", "repair", b"repair"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckStoreRequest: _TypeAlias = CheckStoreRequest  # noqa: Y015
+
+@_typing.final
+class CheckStoreResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIFFERENCES_FIELD_NUMBER: _builtins.int
+    ALLOCATIONS_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    allocations: _builtins.int
+    """looked at"""
+    blocks: _builtins.int
+    @_builtins.property
+    def differences(self) -> _containers.RepeatedCompositeFieldContainer[Global___Difference]: ...
+    def __init__(
+        self,
+        *,
+        differences: _abc.Iterable[Global___Difference] | None = ...,
+        allocations: _builtins.int = ...,
+        blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocations", b"allocations", "blocks", b"blocks", "differences", b"differences"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckStoreResponse: _TypeAlias = CheckStoreResponse  # noqa: Y015
+
+@_typing.final
+class Difference(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    POOL_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    REPAIRABLE_FIELD_NUMBER: _builtins.int
+    REPAIRED_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """"leaked", "missing", "duplicate", "orphan-block", "unpublished", ..."""
+    pool: _builtins.str
+    address: _builtins.str
+    """or a block's CIDR"""
+    node: _builtins.str
+    text: _builtins.str
+    """what was found where, and what to do"""
+    repairable: _builtins.bool
+    repaired: _builtins.bool
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        pool: _builtins.str = ...,
+        address: _builtins.str = ...,
+        node: _builtins.str = ...,
+        text: _builtins.str = ...,
+        repairable: _builtins.bool = ...,
+        repaired: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "kind", b"kind", "node", b"node", "pool", b"pool", "repairable", b"repairable", "repaired", b"repaired", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Difference: _TypeAlias = Difference  # noqa: Y015
+
+@_typing.final
+class ExportStoreRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportStoreRequest: _TypeAlias = ExportStoreRequest  # noqa: Y015
+
+@_typing.final
+class ExportStoreResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PIECE_FIELD_NUMBER: _builtins.int
+    piece: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        piece: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["piece", b"piece"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportStoreResponse: _TypeAlias = ExportStoreResponse  # noqa: Y015
 
 @_typing.final
 class ReserveRequest(_message.Message):

@@ -104,6 +104,36 @@ class IpamStub:
                 request_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.ListReservationsRequest.SerializeToString,
                 response_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.ListReservationsResponse.FromString,
                 _registered_method=True)
+        self.WatchAllocations = channel.unary_stream(
+                '/netloom.ipam.v1.Ipam/WatchAllocations',
+                request_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.WatchAllocationsRequest.SerializeToString,
+                response_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.AllocationEvents.FromString,
+                _registered_method=True)
+        self.ListNodes = channel.unary_unary(
+                '/netloom.ipam.v1.Ipam/ListNodes',
+                request_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.ListNodesRequest.SerializeToString,
+                response_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.ListNodesResponse.FromString,
+                _registered_method=True)
+        self.DrainNode = channel.unary_unary(
+                '/netloom.ipam.v1.Ipam/DrainNode',
+                request_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.DrainNodeRequest.SerializeToString,
+                response_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.Node.FromString,
+                _registered_method=True)
+        self.RemoveNode = channel.unary_unary(
+                '/netloom.ipam.v1.Ipam/RemoveNode',
+                request_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.RemoveNodeRequest.SerializeToString,
+                response_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.RemoveNodeResponse.FromString,
+                _registered_method=True)
+        self.CheckStore = channel.unary_unary(
+                '/netloom.ipam.v1.Ipam/CheckStore',
+                request_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.CheckStoreRequest.SerializeToString,
+                response_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.CheckStoreResponse.FromString,
+                _registered_method=True)
+        self.ExportStore = channel.unary_stream(
+                '/netloom.ipam.v1.Ipam/ExportStore',
+                request_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.ExportStoreRequest.SerializeToString,
+                response_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.ExportStoreResponse.FromString,
+                _registered_method=True)
 
 
 class IpamServicer:
@@ -201,6 +231,49 @@ class IpamServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchAllocations(self, request, context):
+        """What happened to allocations of this node, from a revision on; goes on until the client ends it. OUT_OF_RANGE where
+        the revision is older than what is remembered: list the allocations, then watch from the revision that is told.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListNodes(self, request, context):
+        """The nodes of the cluster; FAILED_PRECONDITION where the store belongs to one host.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainNode(self, request, context):
+        """A node that is drained gets no new addresses and gives its empty blocks back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveNode(self, request, context):
+        """Forgets a node with all that it holds. FAILED_PRECONDITION while it is alive.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CheckStore(self, request, context):
+        """Compares store, node-local state and what the caller saw in the kernel, and names every difference.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportStore(self, request, context):
+        """All that the store holds, for a backup: JSON lines in pieces, the first one says what they are.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_IpamServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -273,6 +346,36 @@ def add_IpamServicer_to_server(servicer, server):
                     servicer.ListReservations,
                     request_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.ListReservationsRequest.FromString,
                     response_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.ListReservationsResponse.SerializeToString,
+            ),
+            'WatchAllocations': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchAllocations,
+                    request_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.WatchAllocationsRequest.FromString,
+                    response_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.AllocationEvents.SerializeToString,
+            ),
+            'ListNodes': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListNodes,
+                    request_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.ListNodesRequest.FromString,
+                    response_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.ListNodesResponse.SerializeToString,
+            ),
+            'DrainNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainNode,
+                    request_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.DrainNodeRequest.FromString,
+                    response_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.Node.SerializeToString,
+            ),
+            'RemoveNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveNode,
+                    request_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.RemoveNodeRequest.FromString,
+                    response_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.RemoveNodeResponse.SerializeToString,
+            ),
+            'CheckStore': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckStore,
+                    request_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.CheckStoreRequest.FromString,
+                    response_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.CheckStoreResponse.SerializeToString,
+            ),
+            'ExportStore': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportStore,
+                    request_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.ExportStoreRequest.FromString,
+                    response_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.ExportStoreResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -653,6 +756,168 @@ class Ipam:
             '/netloom.ipam.v1.Ipam/ListReservations',
             protos_dot_ipam_dot_v1_dot_ipam__pb2.ListReservationsRequest.SerializeToString,
             protos_dot_ipam_dot_v1_dot_ipam__pb2.ListReservationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchAllocations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/netloom.ipam.v1.Ipam/WatchAllocations',
+            protos_dot_ipam_dot_v1_dot_ipam__pb2.WatchAllocationsRequest.SerializeToString,
+            protos_dot_ipam_dot_v1_dot_ipam__pb2.AllocationEvents.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListNodes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/netloom.ipam.v1.Ipam/ListNodes',
+            protos_dot_ipam_dot_v1_dot_ipam__pb2.ListNodesRequest.SerializeToString,
+            protos_dot_ipam_dot_v1_dot_ipam__pb2.ListNodesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/netloom.ipam.v1.Ipam/DrainNode',
+            protos_dot_ipam_dot_v1_dot_ipam__pb2.DrainNodeRequest.SerializeToString,
+            protos_dot_ipam_dot_v1_dot_ipam__pb2.Node.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/netloom.ipam.v1.Ipam/RemoveNode',
+            protos_dot_ipam_dot_v1_dot_ipam__pb2.RemoveNodeRequest.SerializeToString,
+            protos_dot_ipam_dot_v1_dot_ipam__pb2.RemoveNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckStore(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/netloom.ipam.v1.Ipam/CheckStore',
+            protos_dot_ipam_dot_v1_dot_ipam__pb2.CheckStoreRequest.SerializeToString,
+            protos_dot_ipam_dot_v1_dot_ipam__pb2.CheckStoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportStore(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/netloom.ipam.v1.Ipam/ExportStore',
+            protos_dot_ipam_dot_v1_dot_ipam__pb2.ExportStoreRequest.SerializeToString,
+            protos_dot_ipam_dot_v1_dot_ipam__pb2.ExportStoreResponse.FromString,
             options,
             channel_credentials,
             insecure,

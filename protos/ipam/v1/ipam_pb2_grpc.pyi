@@ -9,7 +9,8 @@ A request id travels in the metadata key "x-request-id" and is written to ipamd'
 Codes: INVALID_ARGUMENT (the request can never work; names the field and the value), NOT_FOUND (no such pool,
 allocation or reservation), ALREADY_EXISTS (the address or the name is taken; names the holder), RESOURCE_EXHAUSTED
 (no free address, or the disk is full), FAILED_PRECONDITION (the state forbids it; says whose), UNAVAILABLE (not now:
-addresses only cooling down, shutting down, store away), INTERNAL (a fault of ours).
+addresses only cooling down, shutting down, store away), OUT_OF_RANGE (a revision that is no longer remembered),
+INTERNAL (a fault of ours).
 """
 
 from collections import abc as _abc
@@ -64,6 +65,20 @@ class IpamStub:
     Reserve: _grpc.UnaryUnaryMultiCallable[_ipam_pb2.ReserveRequest, _ipam_pb2.Reservation]
     Unreserve: _grpc.UnaryUnaryMultiCallable[_ipam_pb2.UnreserveRequest, _ipam_pb2.UnreserveResponse]
     ListReservations: _grpc.UnaryUnaryMultiCallable[_ipam_pb2.ListReservationsRequest, _ipam_pb2.ListReservationsResponse]
+    WatchAllocations: _grpc.UnaryStreamMultiCallable[_ipam_pb2.WatchAllocationsRequest, _ipam_pb2.AllocationEvents]
+    """What happened to allocations of this node, from a revision on; goes on until the client ends it. OUT_OF_RANGE where
+    the revision is older than what is remembered: list the allocations, then watch from the revision that is told.
+    """
+    ListNodes: _grpc.UnaryUnaryMultiCallable[_ipam_pb2.ListNodesRequest, _ipam_pb2.ListNodesResponse]
+    """The nodes of the cluster; FAILED_PRECONDITION where the store belongs to one host."""
+    DrainNode: _grpc.UnaryUnaryMultiCallable[_ipam_pb2.DrainNodeRequest, _ipam_pb2.Node]
+    """A node that is drained gets no new addresses and gives its empty blocks back."""
+    RemoveNode: _grpc.UnaryUnaryMultiCallable[_ipam_pb2.RemoveNodeRequest, _ipam_pb2.RemoveNodeResponse]
+    """Forgets a node with all that it holds. FAILED_PRECONDITION while it is alive."""
+    CheckStore: _grpc.UnaryUnaryMultiCallable[_ipam_pb2.CheckStoreRequest, _ipam_pb2.CheckStoreResponse]
+    """Compares store, node-local state and what the caller saw in the kernel, and names every difference."""
+    ExportStore: _grpc.UnaryStreamMultiCallable[_ipam_pb2.ExportStoreRequest, _ipam_pb2.ExportStoreResponse]
+    """All that the store holds, for a backup: JSON lines in pieces, the first one says what they are."""
 
 @_typing.type_check_only
 class IpamAsyncStub(IpamStub):
@@ -92,6 +107,20 @@ class IpamAsyncStub(IpamStub):
     Reserve: _aio.UnaryUnaryMultiCallable[_ipam_pb2.ReserveRequest, _ipam_pb2.Reservation]  # type: ignore[assignment]
     Unreserve: _aio.UnaryUnaryMultiCallable[_ipam_pb2.UnreserveRequest, _ipam_pb2.UnreserveResponse]  # type: ignore[assignment]
     ListReservations: _aio.UnaryUnaryMultiCallable[_ipam_pb2.ListReservationsRequest, _ipam_pb2.ListReservationsResponse]  # type: ignore[assignment]
+    WatchAllocations: _aio.UnaryStreamMultiCallable[_ipam_pb2.WatchAllocationsRequest, _ipam_pb2.AllocationEvents]  # type: ignore[assignment]
+    """What happened to allocations of this node, from a revision on; goes on until the client ends it. OUT_OF_RANGE where
+    the revision is older than what is remembered: list the allocations, then watch from the revision that is told.
+    """
+    ListNodes: _aio.UnaryUnaryMultiCallable[_ipam_pb2.ListNodesRequest, _ipam_pb2.ListNodesResponse]  # type: ignore[assignment]
+    """The nodes of the cluster; FAILED_PRECONDITION where the store belongs to one host."""
+    DrainNode: _aio.UnaryUnaryMultiCallable[_ipam_pb2.DrainNodeRequest, _ipam_pb2.Node]  # type: ignore[assignment]
+    """A node that is drained gets no new addresses and gives its empty blocks back."""
+    RemoveNode: _aio.UnaryUnaryMultiCallable[_ipam_pb2.RemoveNodeRequest, _ipam_pb2.RemoveNodeResponse]  # type: ignore[assignment]
+    """Forgets a node with all that it holds. FAILED_PRECONDITION while it is alive."""
+    CheckStore: _aio.UnaryUnaryMultiCallable[_ipam_pb2.CheckStoreRequest, _ipam_pb2.CheckStoreResponse]  # type: ignore[assignment]
+    """Compares store, node-local state and what the caller saw in the kernel, and names every difference."""
+    ExportStore: _aio.UnaryStreamMultiCallable[_ipam_pb2.ExportStoreRequest, _ipam_pb2.ExportStoreResponse]  # type: ignore[assignment]
+    """All that the store holds, for a backup: JSON lines in pieces, the first one says what they are."""
 
 class IpamServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -201,5 +230,55 @@ class IpamServicer(metaclass=_abc_1.ABCMeta):
         request: _ipam_pb2.ListReservationsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_ipam_pb2.ListReservationsResponse, _abc.Awaitable[_ipam_pb2.ListReservationsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def WatchAllocations(
+        self,
+        request: _ipam_pb2.WatchAllocationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_ipam_pb2.AllocationEvents], _abc.AsyncIterator[_ipam_pb2.AllocationEvents]]:
+        """What happened to allocations of this node, from a revision on; goes on until the client ends it. OUT_OF_RANGE where
+        the revision is older than what is remembered: list the allocations, then watch from the revision that is told.
+        """
+
+    @_abc_1.abstractmethod
+    def ListNodes(
+        self,
+        request: _ipam_pb2.ListNodesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ipam_pb2.ListNodesResponse, _abc.Awaitable[_ipam_pb2.ListNodesResponse]]:
+        """The nodes of the cluster; FAILED_PRECONDITION where the store belongs to one host."""
+
+    @_abc_1.abstractmethod
+    def DrainNode(
+        self,
+        request: _ipam_pb2.DrainNodeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ipam_pb2.Node, _abc.Awaitable[_ipam_pb2.Node]]:
+        """A node that is drained gets no new addresses and gives its empty blocks back."""
+
+    @_abc_1.abstractmethod
+    def RemoveNode(
+        self,
+        request: _ipam_pb2.RemoveNodeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ipam_pb2.RemoveNodeResponse, _abc.Awaitable[_ipam_pb2.RemoveNodeResponse]]:
+        """Forgets a node with all that it holds. FAILED_PRECONDITION while it is alive."""
+
+    @_abc_1.abstractmethod
+    def CheckStore(
+        self,
+        request: _ipam_pb2.CheckStoreRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ipam_pb2.CheckStoreResponse, _abc.Awaitable[_ipam_pb2.CheckStoreResponse]]:
+        """Compares store, node-local state and what the caller saw in the kernel, and names every difference."""
+
+    @_abc_1.abstractmethod
+    def ExportStore(
+        self,
+        request: _ipam_pb2.ExportStoreRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_ipam_pb2.ExportStoreResponse], _abc.AsyncIterator[_ipam_pb2.ExportStoreResponse]]:
+        """All that the store holds, for a backup: JSON lines in pieces, the first one says what they are."""
 
 def add_IpamServicer_to_server(servicer: IpamServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
