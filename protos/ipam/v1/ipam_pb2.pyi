@@ -1273,31 +1273,59 @@ Global___RemoveNodeResponse: _TypeAlias = RemoveNodeResponse  # noqa: Y015
 class CheckStoreRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    KERNEL_ADDRESSES_FIELD_NUMBER: _builtins.int
-    KERNEL_SEEN_FIELD_NUMBER: _builtins.int
+    KERNEL_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
     REPAIR_FIELD_NUMBER: _builtins.int
-    kernel_seen: _builtins.bool
-    """whether the field above says anything"""
     repair: _builtins.bool
     """mend what is safe, where an earlier check, at least the grace ago, found the same"""
     @_builtins.property
-    def kernel_addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """"10.1.0.2" of every interface in every container's namespace"""
+    def kernel(self) -> _containers.RepeatedCompositeFieldContainer[Global___KernelAddress]:
+        """of every interface in every network namespace but the host's own"""
+
+    @_builtins.property
+    def at(self) -> Global___Instant:
+        """when the look at the kernel began; absent: nobody looked"""
 
     def __init__(
         self,
         *,
-        kernel_addresses: _abc.Iterable[_builtins.str] | None = ...,
-        kernel_seen: _builtins.bool = ...,
+        kernel: _abc.Iterable[Global___KernelAddress] | None = ...,
+        at: Global___Instant | None = ...,
         repair: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kernel_addresses", b"kernel_addresses", "kernel_seen", b"kernel_seen", "repair", b"repair"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "kernel", b"kernel", "repair", b"repair"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CheckStoreRequest: _TypeAlias = CheckStoreRequest  # noqa: Y015
+
+@_typing.final
+class KernelAddress(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    NETNS_INODE_FIELD_NUMBER: _builtins.int
+    IFNAME_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """"10.1.0.2" """
+    netns_inode: _builtins.int
+    ifname: _builtins.str
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        netns_inode: _builtins.int = ...,
+        ifname: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "ifname", b"ifname", "netns_inode", b"netns_inode"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KernelAddress: _TypeAlias = KernelAddress  # noqa: Y015
 
 @_typing.final
 class CheckStoreResponse(_message.Message):
