@@ -1,4 +1,4 @@
-/* What the launcher and the workers say to each other. docs/warm-protocol.md tells the rules; wire.py holds the same
+/* What the launcher and the workers say to each other. docs/warm-protocol.md tells the rules; cni/wire.py holds the same
  * constants, and a test compares the two files. All numbers are in the byte order of the machine. */
 #ifndef NETLOOM_WIRE_H
 #define NETLOOM_WIRE_H

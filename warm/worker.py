@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FrameType
 
-from cni import registry, skel
+from cni import registry, skel, wire
 from cni.errors import CniError, Code
 from cni.ipam import ipamd
 from cni.undo import Undo
@@ -36,7 +36,6 @@ from kernel import netns
 from kernel.deleter import Deleter
 from kernel.session import Session
 from telemetry import trace
-from warm import wire
 from warm.board import Board
 
 READ_TIMEOUT_S = 1.0  # for the whole request: a launcher sends it at once, and has given up after that time

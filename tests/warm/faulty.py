@@ -23,10 +23,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cni import lock, skel
+from cni import lock, skel, wire
 from ipamd import client
 from kernel import netlink, netns, record
-from warm import host, wire, worker
+from warm import host, worker
 
 
 class Fault:

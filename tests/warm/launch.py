@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from warm import wire
+from cni import wire
 
 # Records that it ran, what it was given, and answers as a plugin would.
 COLD = """#!/bin/sh

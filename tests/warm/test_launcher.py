@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from cni import wire
 from tests.warm.launch import Bench, Launched, Server, Taken, accepted, done, response, take
-from warm import wire
 
 
 def answering(stdout: bytes = b"out", stderr: bytes = b"", status: int = 0) -> Callable[[socket.socket], None]:

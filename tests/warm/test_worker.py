@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from cni import wire
 from kernel import deleter
 from tests.hosts import Host, wait_until
 from tests.warm.service import COLD, SOCKET, Service, bridge
-from warm import wire
 
 pytestmark = pytest.mark.kernel
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cni import wire
 from tests.hosts import ROOT
-from warm import wire
 
 PLACES = bytes(64)
 

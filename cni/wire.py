@@ -1,6 +1,6 @@
 """The frames between launcher and worker: what the bytes mean, and nothing else. Pure.
 
-The constants are those of wire.h under the same names without NETLOOM_; a test compares the two. The rules of the
+The constants are those of warm/wire.h under the same names without NETLOOM_; a test compares the two. The rules of the
 conversation are in docs/warm-protocol.md.
 """
 
