@@ -8,61 +8,16 @@ A freed address stays in its range set's queue until it is handed out again, or 
 `LONGEST_QUEUE` and the oldest, if it has cooled down, is forgotten and thus counts as never used.
 """
 
-import logging
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal, NoReturn
+from collections.abc import Iterable, Iterator, Sequence
 
 from msgspec import Struct
 
-from ipamd.clock import Clock, age_ns
-from ipamd.engine import Transaction
-from ipamd.errors import (
-    AlreadyExistsError,
-    CoolingError,
-    ExhaustedError,
-    InvalidArgumentError,
-    NotFoundError,
-    PreconditionError,
-)
-from ipamd.pool import Pool, PoolSpec, address_number, address_text, parse_address
-from ipamd.store.base import (
-    Address,
-    Allocation,
-    Change,
-    Drop,
-    DropPool,
-    Forget,
-    Freed,
-    Grant,
-    Instant,
-    Key,
-    Netns,
-    PoolRow,
-    PutPool,
-    Regroup,
-    Reservation,
-    Reserve,
-    Touch,
-    Unreserve,
-)
-from telemetry import log
+from ipamd.errors import CoolingError, ExhaustedError, InvalidArgumentError, NotFoundError, PreconditionError
+from ipamd.pool import Pool, address_number, address_text, parse_address
+from ipamd.pools import NetworkSpec, Number, Pools, listed, refuse_outside
+from ipamd.store.base import Address, Allocation, Change, Drop, Forget, Freed, Grant, Instant, Key, Netns, Touch
 
 LONGEST_QUEUE = 65_536
-
-# Without a slash: "net/<network>" is the pool that ipamd keeps for a network.
-_POOL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-
-_logger = logging.getLogger("ipamd.lease")
-
-Number = tuple[int, int]  # IP version, address
-
-
-class NetworkSpec(Struct, frozen=True):
-    """The spec of a network's own pool, read only where `asked` (its encoded form) is not what the pool has."""
-
-    asked: bytes
-    read: Callable[[], PoolSpec]
 
 
 class Ask(Struct, frozen=True):
@@ -77,31 +32,8 @@ class Ask(Struct, frozen=True):
     workload: str = ""
 
 
-class Usage(Struct, frozen=True):
-    """How full a range set is. `free` can be handed out now."""
-
-    family: Literal["ipv4", "ipv6"]
-    size: int
-    allocated: int
-    reserved: int
-    cooling: int
-    free: int
-
-
-class Ledger:
+class Ledger(Pools):
     """See the top of this file."""
-
-    def __init__(self, transaction: Transaction, clock: Clock, cooldown_s: float) -> None:
-        """Reads the rows of every pool once, to set the bitmaps."""
-        self._transaction = transaction
-        self._store = transaction.store
-        self._clock = clock
-        self._cooldown_ns = int(cooldown_s * 1e9)
-        self.pools: dict[str, Pool] = {}
-        for row in self._store.pools():
-            pool = Pool(row.name, PoolSpec.decode(row.spec), row.managed)
-            self._fill(pool)
-            self.pools[row.name] = pool
 
     # --- allocations
 
@@ -172,7 +104,7 @@ class Ledger:
             raise NotFoundError(f"{key} holds no address; it was released, or never allocated here")
         have = {address.cidr for address in held.addresses}
         if cidrs and set(cidrs) != have:
-            raise PreconditionError(f"{key} holds {_list(have)}, not {_list(cidrs)}; the two must be the same")
+            raise PreconditionError(f"{key} holds {listed(have)}, not {listed(cidrs)}; the two must be the same")
         return held
 
     def _again(self, held: Allocation, ask: Ask, pools: Sequence[Pool]) -> Allocation:
@@ -180,13 +112,13 @@ class Ledger:
         wanted = {address_text(*parse_address(text.partition("/")[0], "requested")) for text in ask.requested}
         if not wanted <= have:
             raise PreconditionError(
-                f"{held.key} holds {_list(have)}, and now asks for {_list(wanted)}; release it (DEL) before it asks "
+                f"{held.key} holds {listed(have)}, and now asks for {listed(wanted)}; release it (DEL) before it asks "
                 "for other addresses"
             )
         old, new = {address.pool for address in held.addresses}, {pool.name for pool in pools}
         if old != new:
             raise PreconditionError(
-                f"{held.key} holds {_list(have)} of pool {_list(old)}, and now asks pool {_list(new)}; release it "
+                f"{held.key} holds {listed(have)} of pool {listed(old)}, and now asks pool {listed(new)}; release it "
                 "(DEL) before it asks another pool"
             )
         netns, at = ask.netns, self._when(ask.at)
@@ -199,9 +131,6 @@ class Ledger:
         if at is None or at.boot_id != self._clock.boot_id or at.boottime_ns > now:
             return Instant(self._clock.boot_id, now)
         return at
-
-    def _now(self) -> Instant:
-        return Instant(self._clock.boot_id, self._clock.now_ns())
 
     # --- choosing addresses
 
@@ -254,7 +183,7 @@ class Ledger:
             self._transaction.on_undo(allocator.untouch, number)
         else:
             ip = address_text(version, number)
-            self._refuse_held(pool, ip)
+            self.refuse_held(pool, ip)
             freed = self._store.find_freed(pool.name, ip)
             if freed is not None:
                 left_s = self._left_s(pool, freed)
@@ -266,26 +195,6 @@ class Ledger:
                 self._count(pool.freed, index, -1)
         self._count(pool.allocated, index, 1)
         return _address(pool, index, block, number)
-
-    def _refuse_held(self, pool: Pool, ip: str) -> None:
-        holder = self._store.holder(pool.name, ip)
-        if isinstance(holder, Allocation):
-            raise AlreadyExistsError(
-                f"{ip} of pool {pool.name} is held by {holder.key}; release that, or ask for another"
-            )
-        if holder is not None:
-            note = f" ({holder.note})" if holder.note else ""
-            raise AlreadyExistsError(
-                f"{ip} of pool {pool.name} is reserved{note}; unreserve it first, or ask for another"
-            )
-
-    def _left_s(self, pool: Pool, freed: Freed) -> float:
-        """Seconds until a freed address has cooled down; 0 or less where it has."""
-        return (self._cooldown_of(pool) - age_ns(self._clock, freed.at)) / 1e9
-
-    def _cooldown_of(self, pool: Pool) -> int:
-        cooldown_ms = pool.spec.cooldown_ms
-        return self._cooldown_ns if cooldown_ms is None else cooldown_ms * 1_000_000
 
     def _shorten_queue(self, pool: Pool, index: int) -> Iterator[Change]:
         if pool.freed[index] <= LONGEST_QUEUE:
@@ -300,63 +209,13 @@ class Ledger:
         self._count(pool.freed, index, -1)
         yield Forget(pool.name, (oldest.ip,))
 
-    def _count(self, counts: list[int], index: int, by: int) -> None:
-        counts[index] += by
-        self._transaction.on_undo(_add, counts, index, -by)
-
-    # --- pools
-
-    def pool(self, name: str) -> Pool:
-        """A pool by its name; raises NotFoundError."""
-        found = self.pools.get(name)
-        if found is None:
-            raise NotFoundError(
-                f"there is no pool {name}; create it (netloom pool create), or name one of those there are"
-            )
-        return found
-
-    def create_pool(self, name: str, spec: PoolSpec) -> Pool:
-        """Makes a named pool. The same again is no error; another spec under a name that is taken is."""
-        there = self.pools.get(name)
-        if there is not None:
-            if there.spec == spec:
-                return there
-            raise AlreadyExistsError(f"there is a pool {name} with another spec; delete it first, or take another name")
-        return self._add_pool(Pool(name, spec, managed=False))
-
-    def delete_pool(self, name: str) -> None:
-        """Removes a pool from which nothing is allocated; its reservations go with it."""
-        pool = self.pool(name)
-        for ip, generation in self._store.taken(name):
-            holder = self._store.holder(name, ip) if generation else None
-            if isinstance(holder, Allocation):
-                raise PreconditionError(
-                    f"pool {name} still has {sum(pool.allocated)} addresses allocated, such as {ip} of {holder.key}; "
-                    "release them first"
-                )
-        self._transaction.apply(DropPool(name))
-        del self.pools[name]
-        self._transaction.on_undo(self.pools.__setitem__, name, pool)
-
-    def usage(self, pool: Pool) -> list[Usage]:
-        """How full each range set is, now."""
-        cooldown_ns = self._cooldown_of(pool)
-        now = self._now()
-        found = []
-        for index, ranges in enumerate(pool.layout.range_sets):
-            size, allocated, reserved = pool.sets[index].size, pool.allocated[index], pool.reserved[index]
-            if now.boottime_ns < cooldown_ns:
-                cooling = pool.freed[index]  # what an earlier boot freed cools down from this boot's start
-            else:
-                since = Instant(now.boot_id, now.boottime_ns - cooldown_ns + 1)
-                cooling = self._store.count_freed(pool.name, index, since) if pool.freed[index] else 0
-            free = size - allocated - reserved - cooling
-            found.append(Usage(ranges[0].family, size, allocated, reserved, cooling, free))
-        return found
-
     def probe(self, ask: Ask) -> None:
         """Raises what the next `allocate` for these pools would, as far as that rests on the pools. Changes nothing."""
-        for pool in [self.pool(name) for name in ask.pools] if ask.network is None else self._network_pool_as_is(ask):
+        if ask.network is None:
+            pools: Sequence[Pool] = [self.pool(name) for name in ask.pools]
+        else:
+            pools = self._network_pool_as_is(ask.key.network, ask.network)
+        for pool in pools:
             for index, range_set in enumerate(pool.sets):
                 if not range_set.has_cold():
                     mark = self._transaction.mark()
@@ -365,166 +224,10 @@ class Ledger:
                     finally:
                         self._transaction.unwind(mark)
 
-    def reserve(self, name: str, text: str, note: str) -> Reservation:
-        """Keeps an address back; raises AlreadyExistsError that names the holder."""
-        pool, index, block, (version, number) = self._place(name, text)
-        allocator = pool.sets[index].blocks[block]
-        ip = address_text(version, number)
-        self._refuse_held(pool, ip)
-        mark = self._transaction.mark()
-        try:
-            if not allocator.is_touched(number):
-                allocator.touch(number)
-                self._transaction.on_undo(allocator.untouch, number)
-            elif self._store.find_freed(name, ip) is not None:
-                self._count(pool.freed, index, -1)
-            self._count(pool.reserved, index, 1)
-            reservation = Reservation(name, ip, note)
-            self._transaction.apply(Reserve(reservation))
-        except Exception:
-            self._transaction.unwind(mark)
-            raise
-        return reservation
-
-    def unreserve(self, name: str, text: str) -> None:
-        """Ends a reservation; the address cools down like one that was released, as somebody may still use it."""
-        pool = self.pool(name)
-        number = parse_address(text, "address")
-        ip = address_text(*number)
-        if not isinstance(self._store.holder(name, ip), Reservation):
-            raise NotFoundError(f"{ip} of pool {name} is not reserved")
-        place = pool.locate(*number)
-        mark = self._transaction.mark()
-        try:
-            if place is not None:
-                self._count(pool.reserved, place[0], -1)
-                self._count(pool.freed, place[0], 1)
-            self._transaction.apply(Unreserve(Freed(name, place[0] if place else 0, ip, self._now())),
-                                    *(() if place else (Forget(name, (ip,)),)))  # fmt: skip
-        except Exception:
-            self._transaction.unwind(mark)
-            raise
-
-    def _place(self, name: str, text: str) -> tuple[Pool, int, int, Number]:
-        pool = self.pool(name)
-        number = parse_address(text, "address")
-        place = pool.locate(*number)
-        if place is None:
-            _refuse_outside([pool], number)
-        return pool, *place, number
-
     def _pools_of(self, ask: Ask) -> Sequence[Pool]:
         if ask.network is not None:
             return (self._network_pool(ask.key.network, ask.network),)
         return [self.pool(name) for name in ask.pools]
-
-    def _network_pool(self, network: str, wanted: NetworkSpec) -> Pool:
-        """The network's own pool, with the spec that is wanted. Stays changed even if what follows fails."""
-        name = network_pool_name(network)
-        pool = self.pools.get(name)
-        if pool is not None and pool.asked == wanted.asked:
-            return pool
-        spec = wanted.read()
-        if pool is None:
-            pool = self._add_pool(Pool(name, spec, managed=True))
-        elif pool.spec != spec:
-            pool = self._change_pool(pool, spec)
-        pool.asked = wanted.asked
-        return pool
-
-    def _network_pool_as_is(self, ask: Ask) -> Sequence[Pool]:
-        """For questions: the pool if it has the spec, else one that looks as it would, with nothing kept."""
-        assert ask.network is not None  # noqa: S101 (the caller's branch)
-        name = network_pool_name(ask.key.network)
-        pool = self.pools.get(name)
-        if pool is not None and pool.asked == ask.network.asked:
-            return (pool,)
-        wanted = Pool(name, ask.network.read(), managed=True)
-        if pool is not None:
-            self._refuse_shrink(wanted)
-            self._fill(wanted)
-        return (wanted,)
-
-    def _add_pool(self, pool: Pool) -> Pool:
-        self._transaction.apply(PutPool(PoolRow(pool.name, pool.spec.encode(), pool.managed), new=True))
-        self.pools[pool.name] = pool
-        self._transaction.on_undo(self.pools.pop, pool.name)
-        return pool
-
-    def _change_pool(self, old: Pool, spec: PoolSpec) -> Pool:
-        new = Pool(old.name, spec, old.managed)
-        self._refuse_shrink(new)
-        gone: list[str] = []
-        moved: list[tuple[str, int]] = []
-        for freed in self._store.freed(new.name):
-            place = new.locate(*address_number(freed.ip))
-            if place is None:
-                gone.append(freed.ip)
-            elif place[0] != freed.range_set:
-                moved.append((freed.ip, place[0]))
-        self._transaction.apply(
-            PutPool(PoolRow(new.name, spec.encode(), new.managed), new=False),
-            Forget(new.name, tuple(gone)),
-            Regroup(new.name, tuple(moved)),
-        )
-        self._fill(new)
-        self.pools[new.name] = new
-        self._transaction.on_undo(self.pools.__setitem__, new.name, old)
-        log.event(_logger, "info", "pool changed", pool=new.name, spec=new.spec.encode())
-        return new
-
-    def _refuse_shrink(self, new: Pool) -> None:
-        dropped = [
-            ip
-            for ip, generation in self._store.taken(new.name)
-            if generation and new.locate(*address_number(ip)) is None
-        ]
-        if not dropped:
-            return
-        holder = self._store.holder(new.name, dropped[0])
-        who = str(holder.key) if isinstance(holder, Allocation) else "nobody"
-        more = f" (and {len(dropped) - 1} more)" if len(dropped) > 1 else ""
-        raise PreconditionError(
-            f"pool {new.name}: the new ranges leave out {dropped[0]}, which {who} holds{more}; release it first, or "
-            "keep it within the ranges"
-        )
-
-    def _fill(self, pool: Pool) -> None:
-        """Sets the bitmaps and counts of a new pool from the rows."""
-        newest: dict[tuple[int, int], tuple[int, int]] = {}
-        for ip, generation in self._store.taken(pool.name):
-            number = address_number(ip)
-            place = pool.locate(*number)
-            if place is None:
-                continue  # a reservation that the ranges no longer hold
-            index, block = place
-            pool.sets[index].blocks[block].touch(number[1])
-            if generation:
-                pool.allocated[index] += 1
-                newest[place] = max(newest.get(place, (0, 0)), (generation, number[1]))
-            else:
-                pool.reserved[index] += 1
-        for freed in self._store.freed(pool.name):
-            number = address_number(freed.ip)
-            place = pool.locate(*number)
-            if place is not None:
-                pool.sets[place[0]].blocks[place[1]].touch(number[1])
-                pool.freed[place[0]] += 1
-        for (index, block), (_, last) in newest.items():
-            pool.sets[index].blocks[block].start_after(last)
-
-
-def check_pool_name(name: str) -> None:
-    """Raises InvalidArgumentError for a name that an operator cannot give to a pool."""
-    if not _POOL_NAME.fullmatch(name):
-        raise InvalidArgumentError(
-            f"name: wanted 1 to 63 letters, digits, '.', '_' and '-', the first a letter or digit; found {name[:80]!r}"
-        )
-
-
-def network_pool_name(network: str) -> str:
-    """The name of the pool that ipamd keeps for a network."""
-    return f"net/{network}"
 
 
 def _assign(pools: Iterable[Pool], requested: Iterable[str]) -> dict[tuple[str, int], tuple[int, Number]]:
@@ -538,7 +241,7 @@ def _assign(pools: Iterable[Pool], requested: Iterable[str]) -> dict[tuple[str, 
             if place is not None:
                 break
         else:
-            _refuse_outside(pools, number)
+            refuse_outside(pools, number)
         index, block = place
         if (pool.name, index) in assigned:
             other = address_text(*assigned[pool.name, index][1])
@@ -550,21 +253,6 @@ def _assign(pools: Iterable[Pool], requested: Iterable[str]) -> dict[tuple[str, 
     return assigned
 
 
-def _refuse_outside(pools: Sequence[Pool], number: Number) -> NoReturn:
-    ip = address_text(*number)
-    for pool in pools:
-        if pool.is_gateway(*number):
-            raise InvalidArgumentError(
-                f"{ip} is a gateway of pool {pool.name} and is never handed out; ask for another"
-            )
-    ranges = "; ".join(
-        f"pool {pool.name}: {pool.describe(index)}" for pool in pools for index in range(len(pool.layout.range_sets))
-    )
-    raise InvalidArgumentError(
-        f"{ip} cannot be handed out: it is excluded, or outside the ranges ({ranges}); ask for one of those"
-    )
-
-
 def _address(pool: Pool, index: int, block: int, number: int) -> Address:
     r = pool.layout.range_sets[index][block]
     gateway = "" if r.gateway is None else address_text(r.version, r.gateway)
@@ -573,11 +261,3 @@ def _address(pool: Pool, index: int, block: int, number: int) -> Address:
 
 def _with_generation(new: Allocation, generation: int) -> Allocation:
     return Allocation(new.key, new.addresses, new.netns, new.at, new.created_unix_s, generation, new.workload)
-
-
-def _list(texts: Iterable[str]) -> str:
-    return ", ".join(sorted(texts)) or "none"
-
-
-def _add(counts: list[int], index: int, by: int) -> None:
-    counts[index] += by

@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 
 from ipamd.errors import InvalidArgumentError
-from ipamd.lease import Ask, NetworkSpec, Usage
+from ipamd.lease import Ask
 from ipamd.pool import MODES, Mode, Pool, PoolSpec, RangeSpec
+from ipamd.pools import NetworkSpec, Usage
 from ipamd.store.base import Address, Allocation, Instant, Key, Netns
 from protos.ipam.v1 import ipam_pb2 as pb
 

@@ -27,8 +27,9 @@ from ipamd.errors import (
     PreconditionError,
     UnavailableError,
 )
-from ipamd.lease import Ask, Ledger, check_pool_name
+from ipamd.lease import Ask, Ledger
 from ipamd.pool import Pool, address_text, parse_address
+from ipamd.pools import check_pool_name
 from ipamd.reclaim import Live, Reclaimer, log_release
 from ipamd.store.base import Allocation, Filter, Store
 from protos.ipam.v1 import ipam_pb2 as pb

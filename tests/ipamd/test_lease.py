@@ -21,8 +21,9 @@ from ipamd.errors import (
     NotFoundError,
     PreconditionError,
 )
-from ipamd.lease import Ask, Ledger, NetworkSpec
+from ipamd.lease import Ask, Ledger
 from ipamd.pool import PoolSpec, RangeSpec
+from ipamd.pools import NetworkSpec
 from ipamd.store.base import Allocation, Instant, Key, Netns, Store
 from ipamd.store.memory import MemoryStore
 from ipamd.store.sqlite import SqliteStore
