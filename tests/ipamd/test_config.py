@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ipamd import config
 from ipamd.config import Config, ConfigError, load, parse_arguments
+from kernel import settings
 
 
 def _write(directory: Path, text: str | bytes) -> str:
@@ -255,7 +256,7 @@ def test_lines_of_arbitrary_documents(entries: list[tuple[str, str, str]]) -> No
         expected[f"t{number}", *key] = text.count("\n") + 1
         text += f"{name} = {value}\n"
     tomllib.loads(text)
-    found = config._key_lines(text)
+    found = settings.key_lines(text)
     assert {key: line for key, line in found.items() if len(key) == 2} == expected
 
 
