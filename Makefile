@@ -56,7 +56,7 @@ bench: ## time taken, side by side with Debian's reference plugins; writes out/b
 bench-check: ## as bench, and exit 1 when a row is over its limit (root)
 	@$(RUN) bench $(PYTHON) -m bench --check $(ARGS)
 
-protos: ## write the Python code of protos/*/v1/*.proto
+protos: ## write the Python code of protos/*/v*/*.proto
 	@$(RUN) plain sh build/protos write
 
 protos-check: ## fail when that code is not what the .proto files say

@@ -1,0 +1,337 @@
+"""One call to etcd, from whichever endpoint answers: connections, choice, failover, log-in.
+
+- A call goes to the current endpoint. Where that one fails, the next is taken and stays the current one. All tries
+  together have the caller's time; each has its share of what is left, so that a member which hangs costs only that.
+- A change that may have been made is not asked for again, unless the caller says that it may be: it ends with
+  UnknownOutcomeError. So that this is rare, nothing is sent before the connection stands: what was not sent is known.
+- Every call carries `hasleader`: a member that is cut off from the others refuses at once instead of waiting.
+- A connection is checked by pings while calls or watches are open on it.
+
+Belongs to one event loop. The order of the endpoints is random: many nodes spread over them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from grpc import aio
+
+from cluster.config import Address, EtcdConfig, EtcdConfigError
+from cluster.errors import DeniedError, EtcdError, UnavailableError, UnknownOutcomeError, Verdict, is_tls, judge
+from protos.etcd.v3 import rpc_pb2 as pb
+from protos.etcd.v3 import rpc_pb2_grpc as rpc
+
+Metadata = tuple[tuple[str, str], ...]
+
+LARGEST_MESSAGE = 64 << 20
+# A server of etcd's hangs up on a client that pings more often than every 5 s.
+_PING_S, _PING_ANSWER_S = 6, 2
+_LONGEST_PAUSE_S = 0.25
+_HAS_LEADER: Metadata = (("hasleader", "true"),)
+_OPTIONS: tuple[tuple[str, int | str], ...] = (
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_retries", 0),  # what is repeated is decided here
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.max_receive_message_length", LARGEST_MESSAGE),
+    ("grpc.max_send_message_length", LARGEST_MESSAGE),
+    ("grpc.keepalive_time_ms", _PING_S * 1000),
+    ("grpc.keepalive_timeout_ms", _PING_ANSWER_S * 1000),
+    ("grpc.http2.max_pings_without_data", 0),  # a watch sends nothing for hours and wants its pings
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 2000),  # how long connecting may take
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EtcdState:
+    """How it stood at the last call. `since`: time.monotonic() of the last change of `connected`."""
+
+    connected: bool
+    endpoint: str
+    since: float
+    reason: str  # why not connected
+
+
+class Endpoint:
+    """One member's address, its connection and its methods. Connects when it is first used."""
+
+    def __init__(self, address: Address, config: EtcdConfig) -> None:
+        self.name = address.shown
+        self._address = address
+        self._config = config
+        self._channel: aio.Channel | None = None
+        self.methods: dict[str, Any] = {}
+        self.watch: Any = None
+        self.keep_alive: Any = None
+
+    def open(self) -> aio.Channel:
+        if self._channel is None:
+            target, options = self._address.target, _OPTIONS
+            if target.startswith("unix:"):
+                options = (*_OPTIONS, ("grpc.default_authority", "localhost"))
+            if self._address.tls:
+                self._channel = aio.secure_channel(target, _credentials(self._config), options=options)
+            else:
+                self._channel = aio.insecure_channel(target, options=options)
+            self._bind(self._channel)
+        return self._channel
+
+    def ready(self) -> bool:
+        return self._channel is not None and self._channel.get_state() is grpc.ChannelConnectivity.READY
+
+    async def connect(self, limit_s: float) -> bool:
+        """Whether a call may be tried: connected, or refused (the call then tells why). False: no answer in time."""
+        channel = self.open()
+        deadline = time.monotonic() + limit_s
+        state = channel.get_state(try_to_connect=True)
+        while state in (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING):
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    await channel.wait_for_state_change(state)
+            except TimeoutError:
+                return False
+            state = channel.get_state(try_to_connect=True)
+        return True
+
+    async def close(self) -> None:
+        channel, self._channel = self._channel, None
+        self.methods.clear()
+        if channel is not None:
+            await channel.close(None)
+
+    def _bind(self, channel: aio.Channel) -> None:
+        kv, lease, maintenance = rpc.KVStub(channel), rpc.LeaseStub(channel), rpc.MaintenanceStub(channel)
+        self.methods = {
+            "Range": kv.Range,
+            "Put": kv.Put,
+            "DeleteRange": kv.DeleteRange,
+            "Txn": kv.Txn,
+            "Compact": kv.Compact,
+            "LeaseGrant": lease.LeaseGrant,
+            "LeaseRevoke": lease.LeaseRevoke,
+            "LeaseTimeToLive": lease.LeaseTimeToLive,
+            "LeaseKeepAlive": self._keep_alive_once,
+            "Authenticate": rpc.AuthStub(channel).Authenticate,
+            "Alarm": maintenance.Alarm,
+            "Status": maintenance.Status,
+            "Defragment": maintenance.Defragment,
+        }
+        self.watch = rpc.WatchStub(channel).Watch
+        self.keep_alive = lease.LeaseKeepAlive
+
+    async def _keep_alive_once(
+        self,
+        request: pb.LeaseKeepAliveRequest,
+        timeout: float,  # noqa: ASYNC109 - as the others have it
+        metadata: Metadata,
+    ) -> pb.LeaseKeepAliveResponse:
+        """etcd has only a stream for this; one question and one answer of it."""
+        call = self.keep_alive(timeout=timeout, metadata=metadata)
+        try:
+            await call.write(request)
+            answer: pb.LeaseKeepAliveResponse = await call.read()
+            if answer is aio.EOF:  # type: ignore[attr-defined]
+                raise await ended(call)
+            return answer
+        finally:
+            call.cancel()
+
+
+class Endpoints:
+    """All endpoints, and the token with which etcd knows us."""
+
+    def __init__(self, config: EtcdConfig) -> None:
+        self._config = config
+        addresses = list(config.addresses())
+        random.shuffle(addresses)
+        self.all = [Endpoint(address, config) for address in addresses]
+        self._current = self.all[0]
+        self._state = EtcdState(False, "", time.monotonic(), "not asked yet")
+        self._metadata: Metadata = _HAS_LEADER
+        self._logged_in = not config.user
+        self._log_in = asyncio.Lock()
+
+    @property
+    def state(self) -> EtcdState:
+        return self._state
+
+    async def close(self) -> None:
+        for endpoint in self.all:
+            await endpoint.close()
+
+    async def call(self, method: str, request: Any, *, repeatable: bool = True, limit_s: float = 0.0) -> Any:
+        """The answer of whichever endpoint gives one. Raises EtcdError; see the rules above."""
+        deadline = time.monotonic() + (limit_s or self._config.timeout_s)
+        failures: dict[str, str] = {}
+        tokens = 0
+        while True:
+            endpoint = await self._next(failures, deadline)
+            share = self._share(deadline, failures)
+            metadata = self._metadata
+            try:
+                if not self._logged_in and method != "Authenticate":
+                    await self._renew_token(metadata, deadline)
+                    continue
+                answer = await endpoint.methods[method](
+                    request, timeout=share if repeatable else deadline - time.monotonic(), metadata=metadata
+                )
+            except aio.AioRpcError as error:
+                verdict, meaning = judge(error)
+                if verdict is Verdict.TOKEN and tokens < 2 and self._config.user:
+                    tokens += 1
+                    await self._renew_token(metadata, deadline)
+                    continue
+                if verdict in (Verdict.TOKEN, Verdict.FINAL):
+                    raise meaning from None
+                await self._leave(endpoint, str(meaning), failures)
+                if verdict is Verdict.UNSURE and not repeatable:
+                    raise UnknownOutcomeError(
+                        f"etcd at {endpoint.name} did not answer a change, which may have been made: {meaning}"
+                    ) from None
+                continue
+            if not self._state.connected or self._state.endpoint != endpoint.name:
+                self._note(True, endpoint.name, "")
+            return answer
+
+    async def ask(self, name: str, method: str, request: Any, limit_s: float) -> Any:
+        """The answer of one endpoint, also of one without a leader."""
+        endpoint = next((one for one in self.all if one.name == name), None)
+        if endpoint is None:
+            raise EtcdError(f"no such endpoint: {name}; there are {', '.join(one.name for one in self.all)}")
+        deadline = time.monotonic() + limit_s
+        if not await endpoint.connect(limit_s):
+            raise UnavailableError(f"no connection to {name} within {limit_s:g} s")
+        try:
+            return await endpoint.methods[method](
+                request, timeout=max(0.1, deadline - time.monotonic()), metadata=self._metadata[1:]
+            )
+        except aio.AioRpcError as error:
+            raise judge(error)[1] from None
+
+    @asynccontextmanager
+    async def stream(self, limit_s: float = 0.0) -> AsyncIterator[tuple[Endpoint, Metadata, Callable[[str], None]]]:
+        """A connected endpoint for a stream, its metadata, and what to call when the stream failed there."""
+        deadline = time.monotonic() + (limit_s or self._config.timeout_s)
+        failures: dict[str, str] = {}
+        endpoint = await self._next(failures, deadline)
+        if not self._logged_in:
+            await self._renew_token(self._metadata, deadline)
+        yield endpoint, self._metadata, lambda reason: self._turn_from(endpoint, reason)
+
+    async def renew_token(self, used: Metadata) -> None:
+        """For a stream whose token was refused."""
+        await self._renew_token(used, time.monotonic() + self._config.timeout_s)
+
+    async def _next(self, failures: dict[str, str], deadline: float) -> Endpoint:
+        """The endpoint for the next try, connected or refusing. After a round without success it waits a little."""
+        while True:
+            endpoint = self._current
+            if endpoint.name not in failures and endpoint.ready():
+                return endpoint
+            if endpoint.name in failures:
+                untried = [one for one in self.all if one.name not in failures]
+                if not untried:
+                    await self._pause(failures, deadline)
+                    continue
+                endpoint = next((one for one in untried if one.ready()), untried[0])
+                self._current = endpoint
+            try:
+                if await endpoint.connect(self._share(deadline, failures)):
+                    return endpoint
+            except (OSError, EtcdConfigError) as error:
+                raise EtcdError(str(error)) from None
+            await self._leave(endpoint, "no connection: no answer", failures)
+
+    async def _pause(self, failures: dict[str, str], deadline: float) -> None:
+        """Between two rounds. Raises where the time is over, or where waiting would not help."""
+        left = deadline - time.monotonic()
+        told = "; ".join(f"{name}: {reason}" for name, reason in sorted(failures.items()))
+        if all(is_tls(reason) for reason in failures.values()):
+            raise DeniedError(
+                f"etcd: no endpoint could be reached with these certificates: {told}; check [etcd] ca, cert, key"
+            )
+        if left <= 0.02:
+            raise UnavailableError(f"etcd: no endpoint answered in time: {told}")
+        await asyncio.sleep(min(left, random.uniform(0.3, 1.0) * _LONGEST_PAUSE_S))  # noqa: S311 - no secret
+        for endpoint in self.all:
+            failures.pop(endpoint.name, None)
+
+    def _share(self, deadline: float, failures: dict[str, str]) -> float:
+        """What one try may take: the rest of the time, divided among the endpoints not tried yet."""
+        left = deadline - time.monotonic()
+        return max(0.05, left / max(1, len(self.all) - len(failures)))
+
+    async def _leave(self, endpoint: Endpoint, reason: str, failures: dict[str, str]) -> None:
+        failures[endpoint.name] = reason
+        self._turn_from(endpoint, reason)
+        if is_tls(reason):
+            await endpoint.close()  # the next try reads the certificates anew
+
+    def _turn_from(self, endpoint: Endpoint, reason: str) -> None:
+        if self._current is not endpoint:
+            return
+        others = [one for one in self.all if one is not endpoint]
+        start = self.all.index(endpoint)
+        following = self.all[start + 1 :] + self.all[:start]
+        self._current = next((one for one in others if one.ready()), following[0] if following else endpoint)
+        if self._state.connected or not self._state.reason:
+            self._note(False, endpoint.name, reason)
+
+    def _note(self, connected: bool, endpoint: str, reason: str) -> None:
+        since = self._state.since if connected == self._state.connected else time.monotonic()
+        self._state = EtcdState(connected, endpoint, since, reason)
+        if connected:
+            _logger.info("etcd: connected to %s", endpoint)
+        else:
+            _logger.warning("etcd: left %s: %s", endpoint, reason)
+
+    async def _renew_token(self, used: Metadata, deadline: float) -> None:
+        """A fresh token, unless another call got one since `used`."""
+        async with self._log_in:
+            if self._logged_in and self._metadata is not used:
+                return
+            try:
+                password = self._config.read_password()
+            except EtcdConfigError as error:
+                raise DeniedError(str(error)) from None
+            request = pb.AuthenticateRequest(name=self._config.user, password=password)
+            left = max(0.05, deadline - time.monotonic())
+            try:
+                answer = await self.call("Authenticate", request, limit_s=left)
+                self._metadata = (*_HAS_LEADER, ("token", answer.token))
+            except DeniedError:
+                raise
+            except UnavailableError:
+                raise
+            except EtcdError as error:
+                if "authentication is not enabled" not in str(error):
+                    raise
+                self._metadata = tuple(_HAS_LEADER)
+            self._logged_in = True
+
+
+async def ended(call: Any) -> aio.AioRpcError:
+    """Why the server ended a stream."""
+    code, details = await call.code(), await call.details() or "ended by etcd"
+    return aio.AioRpcError(code, aio.Metadata(), aio.Metadata(), details=details, debug_error_string=None)
+
+
+def _credentials(config: EtcdConfig) -> grpc.ChannelCredentials:
+    def content(path: str) -> bytes | None:
+        if not path:
+            return None
+        with open(path, "rb") as file:
+            return file.read()
+
+    return grpc.ssl_channel_credentials(content(config.ca), content(config.key), content(config.cert))

@@ -1,0 +1,331 @@
+"""etcd, as the cluster's state is kept in it. The one door: nobody else knows which client is behind.
+
+    etcd = Etcd(EtcdConfig(("10.0.0.1:2379", "10.0.0.2:2379")))
+    pair = await etcd.get("nodes/a")                                      # Pair, or None
+    page = await etcd.range("nodes/", after="nodes/a", limit=100)         # Page(pairs, revision, more)
+    async for page in etcd.walk("blocks/"): ...                           # all of it, as at one revision
+    done = await etcd.txn([absent("nodes/a")], [Put("nodes/a", b"1")], [Get("nodes/a")])
+    async for batch in etcd.watch("nodes/", start_revision=page.revision + 1): ...
+    lease = await etcd.grant(15)                                          # and `cluster.leases.LeaseKeeper`
+
+Keys are text without the configured prefix. Reads are linearizable. Every call has a deadline (`timeout_s`, all
+endpoints together) and raises only EtcdError. A change that may have been made although no answer came raises
+UnknownOutcomeError; a caller who can tell by reading, or whose change may be made twice, says `repeatable=True`.
+
+An Etcd belongs to the event loop in which it was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from cluster import watch
+from cluster.config import EtcdConfig, EtcdConfigError
+from cluster.endpoints import Endpoints, EtcdState
+from cluster.errors import (
+    CompactedError,
+    DeniedError,
+    EtcdError,
+    QuotaError,
+    TooLargeError,
+    UnavailableError,
+    UnknownOutcomeError,
+)
+from cluster.watch import Batch, Event, Pair, pair_of, prefix_end
+from protos.etcd.v3 import rpc_pb2 as pb
+
+__all__ = [
+    "Batch",
+    "CompactedError",
+    "Compare",
+    "Delete",
+    "DeniedError",
+    "EndpointStatus",
+    "Etcd",
+    "EtcdConfig",
+    "EtcdConfigError",
+    "EtcdError",
+    "EtcdState",
+    "Event",
+    "Get",
+    "Lease",
+    "Page",
+    "Pair",
+    "Put",
+    "QuotaError",
+    "TooLargeError",
+    "TxnResult",
+    "UnavailableError",
+    "UnknownOutcomeError",
+    "absent",
+    "equals",
+    "present",
+    "unchanged",
+]
+
+# etcd's own limit is --max-txn-ops, 128 by default.
+LARGEST_TXN = 100
+_DEFRAGMENT_S = 120.0
+_GONE = "requested lease not found"
+
+
+class Page(NamedTuple):
+    pairs: list[Pair]
+    revision: int  # as at which it was read
+    more: bool
+
+
+class Compare(NamedTuple):
+    """A condition of a transaction; made by the functions below."""
+
+    key: str
+    target: int
+    result: int
+    number: int = 0
+    value: bytes = b""
+
+
+def absent(key: str) -> Compare:
+    return Compare(key, pb.Compare.CREATE, pb.Compare.EQUAL)
+
+
+def present(key: str) -> Compare:
+    return Compare(key, pb.Compare.CREATE, pb.Compare.GREATER)
+
+
+def unchanged(key: str, mod_revision: int) -> Compare:
+    """Not changed, and not deleted, since that revision was read."""
+    return Compare(key, pb.Compare.MOD, pb.Compare.EQUAL, mod_revision)
+
+
+def equals(key: str, value: bytes) -> Compare:
+    return Compare(key, pb.Compare.VALUE, pb.Compare.EQUAL, 0, value)
+
+
+class Put(NamedTuple):
+    key: str
+    value: bytes
+    lease: int = 0
+
+
+class Delete(NamedTuple):
+    key: str
+    prefix: bool = False  # everything that begins so
+
+
+class Get(NamedTuple):
+    key: str
+
+
+class TxnResult(NamedTuple):
+    succeeded: bool
+    revision: int
+    pairs: tuple[Pair | None, ...] = ()  # one for each Get of the branch that was taken, in order
+    deleted: int = 0  # keys, by all Deletes together
+
+
+class Lease(NamedTuple):
+    id: int
+    ttl_s: int
+
+
+class EndpointStatus(msgspec.Struct, frozen=True):
+    endpoint: str
+    version: str = ""
+    leader: bool = False  # whether it is the leader
+    has_leader: bool = False
+    db_bytes: int = 0
+    db_bytes_used: int = 0
+    revision: int = 0
+    alarms: tuple[str, ...] = ()
+    error: str = ""  # why it does not answer
+
+
+class Etcd:
+    def __init__(self, config: EtcdConfig) -> None:
+        """Connects at the first call."""
+        self.config = config
+        self._endpoints = Endpoints(config)
+        self._prefix = config.prefix.encode()
+        self._call = self._endpoints.call
+
+    async def close(self) -> None:
+        await self._endpoints.close()
+
+    @property
+    def state(self) -> EtcdState:
+        return self._endpoints.state
+
+    async def get(self, key: str) -> Pair | None:
+        found = await self._call("Range", pb.RangeRequest(key=self._prefix + key.encode()))
+        return pair_of(found.kvs[0], len(self._prefix)) if found.kvs else None
+
+    async def range(
+        self, prefix: str, *, after: str = "", limit: int = 1000, revision: int = 0, keys_only: bool = False
+    ) -> Page:
+        """The pairs whose keys begin with `prefix` and come after the key `after`, by key; at most `limit`."""
+        first = self._prefix + prefix.encode()
+        begin = self._prefix + after.encode() + b"\0" if after else first
+        found = await self._call(
+            "Range",
+            pb.RangeRequest(
+                key=begin, range_end=prefix_end(first), limit=limit, revision=revision, keys_only=keys_only
+            ),
+        )
+        cut = len(self._prefix)
+        return Page([pair_of(kv, cut) for kv in found.kvs], revision or found.header.revision, found.more)
+
+    async def walk(
+        self, prefix: str, *, page: int = 500, keys_only: bool = False, revision: int = 0
+    ) -> AsyncIterator[Page]:
+        """All pairs whose keys begin with `prefix`, as at one revision, in pages; at least one page comes."""
+        after = ""
+        while True:
+            found = await self.range(prefix, after=after, limit=page, revision=revision, keys_only=keys_only)
+            yield found
+            if not found.more or not found.pairs:
+                return
+            revision, after = found.revision, found.pairs[-1].key
+
+    async def count(self, prefix: str) -> int:
+        first = self._prefix + prefix.encode()
+        request = pb.RangeRequest(key=first, range_end=prefix_end(first), count_only=True)
+        return int((await self._call("Range", request)).count)
+
+    async def txn(
+        self,
+        compares: Iterable[Compare],
+        then: Sequence[Put | Delete | Get],
+        otherwise: Sequence[Put | Delete | Get] = (),
+        *,
+        repeatable: bool = False,
+    ) -> TxnResult:
+        """Raises UnknownOutcomeError where no answer came and it is not `repeatable`, or reading only."""
+        prefix = self._prefix
+        request = pb.TxnRequest(
+            compare=[_compare(prefix, compare) for compare in compares],
+            success=[_operation(prefix, operation) for operation in then],
+            failure=[_operation(prefix, operation) for operation in otherwise],
+        )
+        answer = await self._call("Txn", request, repeatable=repeatable)
+        succeeded = answer.succeeded
+        pairs: list[Pair | None] = []
+        deleted = 0
+        for operation, one in zip(then if succeeded else otherwise, answer.responses, strict=False):
+            if type(operation) is Get:
+                kvs = one.response_range.kvs
+                pairs.append(pair_of(kvs[0], len(prefix)) if kvs else None)
+            elif type(operation) is Delete:
+                deleted += one.response_delete_range.deleted
+        return TxnResult(succeeded, answer.header.revision, tuple(pairs), deleted)
+
+    async def put(self, key: str, value: bytes, lease: int = 0) -> int:
+        """The revision. Repeated where no answer came: the value may be written twice, which a watch shows twice."""
+        request = pb.PutRequest(key=self._prefix + key.encode(), value=value, lease=lease)
+        return int((await self._call("Put", request)).header.revision)
+
+    async def delete(self, key: str, *, prefix: bool = False) -> int:
+        """How many keys went; fewer than there were, where it had to be asked twice."""
+        first = self._prefix + key.encode()
+        request = pb.DeleteRangeRequest(key=first, range_end=prefix_end(first) if prefix else b"")
+        return int((await self._call("DeleteRange", request)).deleted)
+
+    async def grant(self, ttl_s: int) -> Lease:
+        """A lease that nobody got hold of, because no answer came, ends by itself."""
+        answer = await self._call("LeaseGrant", pb.LeaseGrantRequest(TTL=ttl_s))
+        return Lease(answer.ID, answer.TTL)
+
+    async def keep_alive_once(self, lease_id: int) -> int:
+        """The seconds that the lease now has; 0: it is gone."""
+        try:
+            return max(0, int((await self._call("LeaseKeepAlive", pb.LeaseKeepAliveRequest(ID=lease_id))).TTL))
+        except EtcdError as error:
+            if _GONE in str(error):
+                return 0
+            raise
+
+    async def time_to_live(self, lease_id: int) -> int:
+        """The seconds that are left of a lease, which this does not prolong; 0: it is gone."""
+        return max(0, int((await self._call("LeaseTimeToLive", pb.LeaseTimeToLiveRequest(ID=lease_id))).TTL))
+
+    async def revoke(self, lease_id: int) -> None:
+        """Ends a lease, and all keys under it; also one that is gone."""
+        try:
+            await self._call("LeaseRevoke", pb.LeaseRevokeRequest(ID=lease_id))
+        except EtcdError as error:
+            if _GONE not in str(error):
+                raise
+
+    def watch(self, prefix: str, start_revision: int = 0) -> AsyncGenerator[Batch, None]:
+        """What happens to keys that begin with `prefix`, from `start_revision` on; 0: from now on.
+
+        The first batch is empty: from then on nothing is missed. Each revision comes once, whole and in order, over
+        any number of reconnects. A batch without events says how far the watch has come. Raises CompactedError where
+        the revision to go on from is compacted away: read the state anew, and watch from there. Other errors of the
+        connection are not raised: see `state`. DeniedError is.
+        """
+        return watch.watch(self._endpoints, self._prefix, prefix, start_revision)
+
+    async def status(self) -> list[EndpointStatus]:
+        """Of each endpoint, asked one after the other; `error` where it does not answer."""
+        names = {1: "NOSPACE", 2: "CORRUPT"}
+        found = []
+        for endpoint in self._endpoints.all:
+            try:
+                answer = await self._ask(endpoint.name, "Status", pb.StatusRequest())
+                alarms = await self._ask(endpoint.name, "Alarm", pb.AlarmRequest(action=pb.AlarmRequest.GET))
+            except EtcdError as error:
+                found.append(EndpointStatus(endpoint.name, error=str(error)))
+                continue
+            found.append(
+                EndpointStatus(
+                    endpoint=endpoint.name,
+                    version=answer.version,
+                    leader=answer.leader == answer.header.member_id,
+                    has_leader=answer.leader != 0,
+                    db_bytes=answer.dbSize,
+                    db_bytes_used=answer.dbSizeInUse,
+                    revision=answer.header.revision,
+                    alarms=tuple(sorted({names.get(alarm.alarm, str(alarm.alarm)) for alarm in alarms.alarms})),
+                )
+            )
+        return found
+
+    async def compact(self, revision: int) -> None:
+        """Forgets the history before `revision`; returns when the space can be used again."""
+        request = pb.CompactionRequest(revision=revision, physical=True)
+        await self._call("Compact", request, limit_s=_DEFRAGMENT_S)
+
+    async def defragment(self, endpoint: str) -> None:
+        """Gives free space of one member's file back. The member serves nobody meanwhile."""
+        await self._endpoints.ask(endpoint, "Defragment", pb.DefragmentRequest(), _DEFRAGMENT_S)
+
+    async def disarm(self) -> None:
+        """Ends the alarm NOSPACE; etcd raises it again where the space is still missing."""
+        await self._call("Alarm", pb.AlarmRequest(action=pb.AlarmRequest.DEACTIVATE, alarm=pb.AlarmType.NOSPACE))
+
+    async def _ask(self, endpoint: str, method: str, request: Any) -> Any:
+        return await self._endpoints.ask(endpoint, method, request, self.config.timeout_s)
+
+
+def _compare(prefix: bytes, compare: Compare) -> pb.Compare:
+    key, target, result, number, value = compare
+    whole = prefix + key.encode()
+    if target == pb.Compare.CREATE:
+        return pb.Compare(key=whole, target=pb.Compare.CREATE, result=result, create_revision=number)  # type: ignore[arg-type]
+    if target == pb.Compare.MOD:
+        return pb.Compare(key=whole, target=pb.Compare.MOD, result=result, mod_revision=number)  # type: ignore[arg-type]
+    return pb.Compare(key=whole, target=pb.Compare.VALUE, result=result, value=value)  # type: ignore[arg-type]
+
+
+def _operation(prefix: bytes, operation: Put | Delete | Get) -> pb.RequestOp:
+    whole = prefix + operation.key.encode()
+    if type(operation) is Put:
+        return pb.RequestOp(request_put=pb.PutRequest(key=whole, value=operation.value, lease=operation.lease))
+    if type(operation) is Get:
+        return pb.RequestOp(request_range=pb.RangeRequest(key=whole))
+    end = prefix_end(whole) if operation.prefix else b""  # type: ignore[union-attr]
+    return pb.RequestOp(request_delete_range=pb.DeleteRangeRequest(key=whole, range_end=end))

@@ -1,0 +1,205 @@
+"""A watch that outlives its connections: nothing missed, nothing twice.
+
+- It goes on after the last revision that was handed on whole. A revision is never cut: etcd sends all changes of one
+  transaction in one answer, or in fragments, which are put together.
+- etcd's own notices of progress come in order with the events, so they count. The answer to a progress request does
+  not: in etcd before 3.4.25 and 3.5.8 it may overtake events of earlier revisions. It only shows that the member lives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+from grpc import aio
+
+from cluster.endpoints import Endpoint, Endpoints, Metadata, ended
+from cluster.errors import CompactedError, DeniedError, TooLargeError, UnavailableError, Verdict, judge
+from protos.etcd.v3 import kv_pb2
+from protos.etcd.v3 import rpc_pb2 as pb
+
+# So long without a word until the member is asked, and again until it counts as gone.
+QUIET_S = 10.0
+_CREATE_S = 5.0
+_LONGEST_PAUSE_S = 1.0
+
+_logger = logging.getLogger(__name__)
+
+
+class Pair(msgspec.Struct, frozen=True, gc=False):
+    key: str  # without the prefix
+    value: bytes
+    create_revision: int
+    mod_revision: int
+    version: int
+    lease: int
+
+
+class Event(NamedTuple):
+    kind: Literal["put", "delete"]
+    pair: Pair  # of a delete only key and mod_revision
+    previous: Pair | None  # None where there was none, or its history is compacted away
+
+
+class Batch(NamedTuple):
+    events: list[Event]
+    revision: int  # all up to here is known
+
+
+def pair_of(kv: kv_pb2.KeyValue, cut: int) -> Pair:
+    return Pair(kv.key[cut:].decode(), kv.value, kv.create_revision, kv.mod_revision, kv.version, kv.lease)
+
+
+def prefix_end(first: bytes) -> bytes:
+    """The first key after all that begin with `first`; etcd takes a zero byte for no end."""
+    stripped = first.rstrip(b"\xff")
+    return stripped[:-1] + bytes([stripped[-1] + 1]) if stripped else b"\0"
+
+
+class _LostError(Exception):
+    """This stream is over; the watch goes on with another."""
+
+
+async def watch(endpoints: Endpoints, root: bytes, prefix: str, start_revision: int) -> AsyncGenerator[Batch, None]:
+    progress = _Progress(start_revision - 1 if start_revision else -1)
+    pause = 0.0
+    denied = 0
+    while True:
+        before = progress.revision
+        try:
+            async with endpoints.stream() as (endpoint, metadata, failed):
+                stream = _Stream(endpoint, metadata, root, prefix)
+                try:
+                    async with aclosing(stream.batches(progress)) as batches:
+                        async for batch in batches:
+                            pause = denied = 0
+                            yield batch
+                except _LostError as error:
+                    _logger.info("etcd: the watch on %s ended at %s: %s", prefix, endpoint.name, error)
+                    failed(str(error))
+                except DeniedError:
+                    # A refused token looks like a missing right: once more, with a fresh one.
+                    denied += 1
+                    if denied > 1 or len(metadata) < 2:
+                        raise
+                    await endpoints.renew_token(metadata)
+        except UnavailableError as error:
+            _logger.info("etcd: no endpoint for the watch on %s: %s", prefix, error)
+        if progress.revision == before:
+            pause = min(_LONGEST_PAUSE_S, max(0.05, 2 * pause))
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - no secret
+
+
+class _Progress:
+    """How far a watch has come, over its streams."""
+
+    def __init__(self, revision: int) -> None:
+        self.revision = revision  # all up to here was handed on; -1: not begun
+        self.told = False  # whether the first, empty batch was handed on
+
+
+class _Stream:
+    """One watch on one connection."""
+
+    def __init__(self, endpoint: Endpoint, metadata: Metadata, root: bytes, prefix: str) -> None:
+        self._endpoint = endpoint
+        self._metadata = metadata
+        self._cut = len(root)
+        self._first = root + prefix.encode()
+
+    async def batches(self, progress: _Progress) -> AsyncGenerator[Batch, None]:
+        call = self._endpoint.watch(metadata=self._metadata)
+        try:
+            await self._create(call, progress)
+            if not progress.told:
+                progress.told = True
+                yield Batch([], progress.revision)
+            fragments: list[Any] = []
+            while True:
+                answer = await self._read(call)
+                self._refused(answer)
+                if answer.watch_id == -1:
+                    continue
+                fragments.extend(answer.events)
+                if answer.fragment:
+                    continue
+                events, fragments = fragments, []
+                revision = events[-1].kv.mod_revision if events else answer.header.revision
+                if revision > progress.revision:
+                    progress.revision = revision
+                    yield Batch([self._event(event) for event in events], revision)
+        except aio.AioRpcError as error:
+            self._raise(error)
+        finally:
+            call.cancel()
+
+    async def _create(self, call: Any, progress: _Progress) -> None:
+        request = pb.WatchCreateRequest(
+            key=self._first,
+            range_end=prefix_end(self._first),
+            start_revision=progress.revision + 1 if progress.revision >= 0 else 0,
+            progress_notify=True,
+            prev_kv=True,
+            fragment=True,
+        )
+        try:
+            async with asyncio.timeout(_CREATE_S):
+                await call.write(pb.WatchRequest(create_request=request))
+                answer = await call.read()
+        except TimeoutError:
+            raise _LostError("no answer") from None
+        if answer is aio.EOF:  # type: ignore[attr-defined]
+            self._raise(await ended(call))
+        self._refused(answer)
+        if progress.revision < 0:
+            # Begun at "now", which is after the revision that it tells.
+            progress.revision = answer.header.revision
+
+    async def _read(self, call: Any) -> Any:
+        """The next answer; asks for a sign of life where none comes."""
+        asked = False
+        reading = asyncio.ensure_future(call.read())
+        try:
+            while True:
+                done, _ = await asyncio.wait((reading,), timeout=QUIET_S)
+                if done:
+                    answer = reading.result()
+                    if answer is aio.EOF:  # type: ignore[attr-defined]
+                        self._raise(await ended(call))
+                    return answer
+                if asked:
+                    raise _LostError(f"no sign of life for {2 * QUIET_S:g} s")
+                asked = True
+                async with asyncio.timeout(QUIET_S):
+                    await call.write(pb.WatchRequest(progress_request=pb.WatchProgressRequest()))
+        except TimeoutError:
+            raise _LostError("it takes no requests") from None
+        finally:
+            reading.cancel()
+
+    def _raise(self, error: aio.AioRpcError) -> None:
+        verdict, meaning = judge(error)
+        if verdict is Verdict.TOKEN or (verdict is Verdict.FINAL and isinstance(meaning, DeniedError | TooLargeError)):
+            raise meaning
+        raise _LostError(str(meaning))
+
+    def _refused(self, answer: Any) -> None:
+        """Raises where etcd ended the watch."""
+        if answer.compact_revision:
+            raise CompactedError(answer.compact_revision)
+        if answer.canceled:
+            if "permission denied" in answer.cancel_reason or "token" in answer.cancel_reason:
+                raise DeniedError(
+                    f"etcd refuses the watch: {answer.cancel_reason}: the user needs the right to read it"
+                )
+            raise _LostError(answer.cancel_reason or "canceled by etcd")
+
+    def _event(self, event: kv_pb2.Event) -> Event:
+        previous = pair_of(event.prev_kv, self._cut) if event.HasField("prev_kv") else None
+        kind: Literal["put", "delete"] = "delete" if event.type == kv_pb2.Event.DELETE else "put"
+        return Event(kind, pair_of(event.kv, self._cut), previous)
