@@ -11,9 +11,10 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from ipamd.config import Config, ConfigError, load, parse_arguments
+from ipamd.config import Config, load, parse_arguments
 from ipamd.errors import StartError
 from ipamd.server import serve
+from kernel.settings import ConfigError
 from kernel.version import VERSION
 from telemetry import log
 

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipamd import config
-from ipamd.config import Config, ConfigError, load, parse_arguments
+from ipamd.config import Config, load, parse_arguments
 from kernel import settings
+from kernel.settings import ConfigError
 
 
 def _write(directory: Path, text: str | bytes) -> str:
