@@ -54,7 +54,9 @@ _ATTR = struct.Struct("=HH")
 _I32 = struct.Struct("=i")
 _U32 = struct.Struct("=I")
 _PAD = (b"", b"\0\0\0", b"\0\0", b"\0")
-_RECEIVE = 1 << 18  # one dump part is at most 32 KiB on the kernels of today; room for more
+# One dump part is at most 32 KiB on the kernels of today; room for more. Less than 128 KiB, or each receive would map
+# memory for its buffer and unmap it (mallopt(3), M_MMAP_THRESHOLD).
+_RECEIVE = 120 << 10
 # What fits into a socket's buffers as they are by default (net.core.wmem_default, rmem_default: 208 KiB). In the
 # receiving one each acknowledgement takes 768 bytes and more.
 _SEND_BYTES = 1 << 16
