@@ -10,6 +10,7 @@ import click
 from cli import output
 from cli.addresses import addresses
 from cli.attach import attach, detach
+from cli.check import check
 from cli.completion import PROGRAM, VARIABLE, completion
 from cli.failure import EPILOG, Failure, Status
 from cli.gc import gc
@@ -36,6 +37,7 @@ def netloom() -> None:
 for _command in (status, gc, trace, attach, detach, addresses, pools, completion):
     netloom.add_command(_command)
 addresses.add_command(imports)
+addresses.add_command(check)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

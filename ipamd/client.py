@@ -199,6 +199,10 @@ class Client:
         request = pb.ListReservationsRequest(pool=pool)
         return list(self._call("ListReservations", request, pb.ListReservationsResponse).reservations)
 
+    def check_store(self, request: pb.CheckStoreRequest) -> pb.CheckStoreResponse:
+        """Every difference between the store, the kernel as the request describes it, and the cluster."""
+        return self._call("CheckStore", request, pb.CheckStoreResponse)
+
     def _call(self, method: str, request: Any, response: type[Resp]) -> Resp:
         return Pending(self, method, request, response).result()
 

@@ -12,6 +12,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from ipamd.ballast import BallastFile
+from ipamd.check import Checker
 from ipamd.clock import BootClock, Clock
 from ipamd.config import Config
 from ipamd.engine import Engine, Transaction
@@ -119,11 +120,15 @@ class _Daemon:
         self._records = ReleaseRecords(
             config.release_dir, engine, ledger, node=config.node, on_release=metrics.released
         )
+        self._checker = Checker(
+            engine, ledger, store, clock, node=config.node, grace_s=config.reclaim_grace_s
+        )
         self._service = Service(
             engine=engine,
             ledger=ledger,
             store=store,
             reclaimer=self._reclaimer,
+            checker=self._checker,
             clock=clock,
             metrics=metrics,
             node=config.node,

@@ -16,6 +16,7 @@ import grpc
 from grpc import aio
 
 from ipamd import messages
+from ipamd.check import Checker, KernelAddress
 from ipamd.clock import Clock
 from ipamd.engine import Engine
 from ipamd.errors import (
@@ -89,13 +90,14 @@ def _unary(
 class Service(IpamServicer):
     """The handlers. One instance serves all requests, in the event loop. `in_hand`: how many it has yet to answer."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what the handlers call
         self,
         *,
         engine: Engine,
         ledger: Ledger,
         store: Store,
         reclaimer: Reclaimer,
+        checker: Checker,
         clock: Clock,
         metrics: IpamdMetrics,
         node: str,
@@ -107,6 +109,7 @@ class Service(IpamServicer):
         self._ledger = ledger
         self._store = store
         self._reclaimer = reclaimer
+        self._checker = checker
         self._clock = clock
         self._node = node
         self._version = version
@@ -249,6 +252,22 @@ class Service(IpamServicer):
                 after = page[-1].generation
         finally:
             self.in_hand -= 1
+
+    @_unary
+    async def CheckStore(self, request: pb.CheckStoreRequest, request_id: str) -> pb.CheckStoreResponse:
+        kernel = [KernelAddress(one.address, one.netns_inode, one.ifname) for one in request.kernel]
+        at = messages.instant_of(request.at) if request.HasField("at") else None
+        with log.request(request_id):
+            report = await self._checker.check(kernel, at, request.repair)
+        return pb.CheckStoreResponse(
+            differences=[
+                pb.Difference(kind=d.kind, pool=d.pool, address=d.address, node=d.node, text=d.text,
+                              repairable=d.repairable, repaired=d.repaired)
+                for d in report.differences
+            ],
+            allocations=report.allocations,
+            blocks=report.blocks,
+        )  # fmt: skip
 
     @_unary
     async def Reserve(self, request: pb.ReserveRequest, request_id: str) -> pb.Reservation:

@@ -57,6 +57,44 @@ def observe() -> tuple[LiveNetns, ...]:
     Raises:
         Denied: a process hides its namespace, so that what is missing here might be alive.
     """
+    view = _look()
+    found = _in_a_thread(lambda: [_identified(inode, paths, bool(view.hidden)) for inode, paths in view.paths.items()])
+    unknown = view.hidden.keys() - {net_dev for _, net_dev in found}
+    if unknown:
+        processes = ", ".join(sorted(view.hidden[net_dev] for net_dev in unknown))
+        raise Denied(
+            "observe network namespaces", errno.EACCES, f"that of {processes} cannot be seen; run as real root"
+        )
+    return tuple(sorted(namespace for namespace, _ in found))
+
+
+def visit_others(work: Callable[[int], T]) -> list[T]:
+    """What `work` returns inside each namespace but the caller's own; it is given the inode. One that ends is left out.
+
+    `work` runs in a thread of its own, and must leave nothing open there.
+
+    Raises:
+        KernelError: what `work` raises, but for namespaces that are gone.
+    """
+    own = os.stat("/proc/thread-self/ns/net").st_ino
+
+    def visit() -> Iterator[T]:
+        for inode, paths in _look().paths.items():
+            for path in paths if inode != own else ():
+                try:
+                    with netns.opened(path) as opened:
+                        if opened.identity.inode != inode:
+                            continue
+                        netns.setns(opened.fd)
+                except (KernelError, OSError):
+                    continue
+                yield work(inode)
+                break
+
+    return _in_a_thread(lambda: list(visit()))
+
+
+def _look() -> _View:
     view = _View()
     view.note("/proc/thread-self/ns/net")
     for process in _processes():
@@ -68,14 +106,7 @@ def observe() -> tuple[LiveNetns, ...]:
     for process in view.mounts.values():
         with contextlib.suppress(*_GONE):
             view.look_at_mounts(process)
-    found = _in_a_thread(lambda: [_identified(inode, paths, bool(view.hidden)) for inode, paths in view.paths.items()])
-    unknown = view.hidden.keys() - {net_dev for _, net_dev in found}
-    if unknown:
-        processes = ", ".join(sorted(view.hidden[net_dev] for net_dev in unknown))
-        raise Denied(
-            "observe network namespaces", errno.EACCES, f"that of {processes} cannot be seen; run as real root"
-        )
-    return tuple(sorted(namespace for namespace, _ in found))
+    return view
 
 
 def netns_cookie(where: int | str) -> int:
