@@ -4,6 +4,8 @@
 each either does all that it says or, raising IpamdError, nothing. What was never handed out goes first; then what was
 freed longest ago, once its cool-down is over.
 
+A workload gets the address again that it had last, while nobody else has it: the cool-down is for others.
+
 A freed address stays in its range set's queue until it is handed out again, or until the queue holds more than
 `LONGEST_QUEUE` and the oldest, if it has cooled down, is forgotten and thus counts as never used.
 """
@@ -15,7 +17,20 @@ from msgspec import Struct
 from ipamd.errors import CoolingError, ExhaustedError, InvalidArgumentError, NotFoundError, PreconditionError
 from ipamd.pool import Pool, address_number, address_text, parse_address
 from ipamd.pools import NetworkSpec, Number, Pools, listed, refuse_outside
-from ipamd.store.base import Address, Allocation, Change, Drop, Forget, Freed, Grant, Instant, Key, Netns, Touch
+from ipamd.store.base import (
+    Address,
+    Allocation,
+    Change,
+    Drop,
+    Forget,
+    Freed,
+    Grant,
+    Instant,
+    Key,
+    Netns,
+    Touch,
+    former_name,
+)
 
 LONGEST_QUEUE = 65_536
 
@@ -45,7 +60,7 @@ class Ledger(Pools):
             return self._again(held, ask, pools), False
         mark = self._transaction.mark()
         try:
-            new = Allocation(ask.key, self._pick_all(pools, ask.requested), ask.netns, self._when(ask.at),
+            new = Allocation(ask.key, self._pick_all(pools, ask), ask.netns, self._when(ask.at),
                              self._clock.unix_s(), 0, ask.workload)  # fmt: skip
             generation = self._transaction.apply(Grant(new))
         except Exception:
@@ -134,14 +149,15 @@ class Ledger(Pools):
 
     # --- choosing addresses
 
-    def _pick_all(self, pools: Sequence[Pool], requested: Sequence[str]) -> tuple[Address, ...]:
-        if not requested:
+    def _pick_all(self, pools: Sequence[Pool], ask: Ask) -> tuple[Address, ...]:
+        if not ask.requested and not ask.workload:
             return tuple([self._pick(pool, index) for pool in pools for index in range(len(pool.sets))])
-        wanted = _assign(pools, requested)
+        wanted = _assign(pools, ask.requested)
+        name = former_name(ask.workload, ask.key.ifname) if ask.workload else ""
         return tuple(
             self._pick_wanted(pool, index, *wanted[pool.name, index])
             if (pool.name, index) in wanted
-            else self._pick(pool, index)
+            else (name and self._pick_former(pool, index, name)) or self._pick(pool, index)
             for pool in pools
             for index in range(len(pool.sets))
         )
@@ -195,6 +211,24 @@ class Ledger(Pools):
                 self._count(pool.freed, index, -1)
         self._count(pool.allocated, index, 1)
         return _address(pool, index, block, number)
+
+    def _pick_former(self, pool: Pool, index: int, name: str) -> Address | None:
+        """The address that this workload had last, also while it cools down: nobody else had it since."""
+        ip = self._store.former(pool.name, index, name)
+        place = pool.locate(*address_number(ip)) if ip else None
+        if place is None or place[0] != index:
+            return None
+        _, number = address_number(ip)
+        block = pool.sets[index].blocks[place[1]]
+        if not block.is_touched(number):
+            block.touch(number)
+            self._transaction.on_undo(block.untouch, number)
+        elif self._store.find_freed(pool.name, ip) is not None:
+            self._count(pool.freed, index, -1)
+        else:
+            return None  # held
+        self._count(pool.allocated, index, 1)
+        return _address(pool, index, place[1], number)
 
     def _shorten_queue(self, pool: Pool, index: int) -> Iterator[Change]:
         if pool.freed[index] <= LONGEST_QUEUE:

@@ -10,6 +10,7 @@ from ipamd.store.base import Address, Allocation, Instant, Key, Netns
 from protos.ipam.v1 import ipam_pb2 as pb
 
 _LONGEST_NAME = 255  # bytes; a container id has 64 as a rule, an interface at most 15
+_LONGEST_WORKLOAD = 400  # a pod's namespace and name may have 63 and 253
 _LONGEST_PATH = 4096
 _U64 = 1 << 64
 
@@ -25,12 +26,10 @@ def key_of(message: pb.AttachmentKey, node: str) -> Key:
     return key
 
 
-def check_name(text: str, what: str) -> None:
+def check_name(text: str, what: str, longest: int = _LONGEST_NAME) -> None:
     """Raises InvalidArgumentError for what would spoil a log or a table: control characters, great length."""
-    if len(text) > _LONGEST_NAME or not text.isprintable():
-        raise InvalidArgumentError(
-            f"{what}: wanted at most {_LONGEST_NAME} printable characters, found {text[:_LONGEST_NAME]!r}"
-        )
+    if len(text) > longest or not text.isprintable():
+        raise InvalidArgumentError(f"{what}: wanted at most {longest} printable characters, found {text[:longest]!r}")
 
 
 def instant_of(message: pb.Instant) -> Instant:
@@ -46,7 +45,7 @@ def ask_of(message: pb.AllocateRequest, node: str) -> Ask:
     netns = message.netns
     if len(netns.path) > _LONGEST_PATH:
         raise InvalidArgumentError(f"netns.path: wanted at most {_LONGEST_PATH} characters, found {len(netns.path)}")
-    check_name(message.workload, "workload")
+    check_name(message.workload, "workload", _LONGEST_WORKLOAD)
     pools, network = pools_of(message.pools, message.network_pool if message.HasField("network_pool") else None)
     return Ask(
         key,

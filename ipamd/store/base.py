@@ -116,12 +116,17 @@ class Reservation(Struct, frozen=True):
 
 
 class Former(Struct, frozen=True):
-    """The address that a workload had last out of a range set."""
+    """The address that a workload (`former_name`) had last out of a range set, and nobody else since."""
 
     pool: str
     range_set: int
     workload: str
     ip: str
+
+
+def former_name(workload: str, ifname: str) -> str:
+    """Under which name an address is remembered. A workload may have several interfaces in one range set."""
+    return f"{workload} {ifname}"
 
 
 class Errand(Struct, frozen=True):
@@ -175,7 +180,8 @@ class Grant(Struct, frozen=True):
     """Keeps an allocation and gives it the next generation, which is never used again.
 
     Wants its key absent and its addresses neither held nor reserved; freed rows of its addresses go. Its workload, if
-    it has one, is remembered for each address. `claims`: pools whose addresses the cluster is to be told of.
+    it has one, is remembered for each address, and whoever had the address before no longer is. `claims`: pools whose
+    addresses the cluster is to be told of.
     """
 
     allocation: Allocation
@@ -203,7 +209,7 @@ class Drop(Struct, frozen=True):
 
 
 class Forget(Struct, frozen=True):
-    """Removes freed rows of a pool; where there is none, nothing is to do."""
+    """Removes freed rows of a pool, and who had these addresses; where there is none, nothing is to do."""
 
     pool: str
     ips: tuple[str, ...]
@@ -259,7 +265,7 @@ class PutBlock(Struct, frozen=True):
 
 
 class DropBlock(Struct, frozen=True):
-    """This node gave a block up; freed rows within (`ips`) go. Wants it present."""
+    """This node gave a block up; freed rows within (`ips`) go, as with Forget. Wants it present."""
 
     pool: str
     cidr: str
@@ -372,7 +378,7 @@ class Store(Protocol):
         """What the cluster is yet to be told, oldest first."""
 
     def former(self, pool: str, range_set: int, workload: str) -> str:
-        """The address that a workload had last, "" for none."""
+        """The address that a workload (`former_name`) had last, "" for none and where another had it since."""
 
     def events(self, after: int, limit: int = 1000) -> list[Event]:
         """Events with a revision above `after`, rising, as far as they are remembered (`EVENTS_KEPT`)."""

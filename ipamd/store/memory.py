@@ -36,9 +36,11 @@ from ipamd.store.base import (
     Settle,
     Touch,
     Unreserve,
+    former_name,
 )
 
 _Place = tuple[str, str]  # pool, address
+_FormerPlace = tuple[str, int, str]  # pool, range set, workload
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -63,7 +65,8 @@ class MemoryStore:
         self._blocks: dict[_Place, bool] = {}  # pool, CIDR
         self._errand = 0
         self._errands: dict[int, Errand] = {}
-        self._former: dict[tuple[str, int, str], str] = {}
+        self._former: dict[_FormerPlace, str] = {}
+        self._formers: dict[_Place, _FormerPlace] = {}  # who had an address last
         self._revision = 0
         self._events: dict[int, Event] = {}
         self._notes: dict[str, str] = {}
@@ -237,7 +240,7 @@ class MemoryStore:
         for address in new.addresses:
             self._take((address.pool, address.ip), self._generation)
             if new.workload:
-                self._set(self._former, (address.pool, address.range_set, new.workload), address.ip)
+                self._remember((address.pool, address.range_set, former_name(new.workload, new.key.ifname)), address.ip)
             if address.pool in change.claims:
                 self._send("claim", address.pool, address.ip, self._generation)
         self._set(self._keys, new.key, self._generation)
@@ -282,12 +285,26 @@ class MemoryStore:
             self._set(self._errands, errand.seq, None)
 
     def _free(self, row: Freed) -> None:
-        self._forget((row.pool, row.ip))
+        self._forget_freed((row.pool, row.ip))
         self._sequence += 1
         self._set(self._queue, self._sequence, row)
         self._set(self._freed, (row.pool, row.ip), self._sequence)
 
+    def _remember(self, former: _FormerPlace, ip: str) -> None:
+        earlier = self._former.get(former)
+        if earlier is not None:
+            self._set(self._formers, (former[0], earlier), None)
+        self._set(self._former, former, ip)
+        self._set(self._formers, (former[0], ip), former)
+
     def _forget(self, place: _Place) -> None:
+        self._forget_freed(place)
+        former = self._formers.get(place)
+        if former is not None:
+            self._set(self._formers, place, None)
+            self._set(self._former, former, None)
+
+    def _forget_freed(self, place: _Place) -> None:
         sequence = self._freed.get(place)
         if sequence is not None:
             self._set(self._freed, place, None)
@@ -309,8 +326,8 @@ class MemoryStore:
             self._forget((row.pool, row.ip))
         for place in self.blocks(change.name):
             self._set(self._blocks, place, None)
-        for former in [former for former in self._former if former[0] == change.name]:
-            self._set(self._former, former, None)
+        for place in [place for place in self._formers if place[0] == change.name]:
+            self._forget(place)
         for reservation in self.reservations(change.name):
             self._set(self._taken, (reservation.pool, reservation.ip), None)
             self._set(self._reservations, (reservation.pool, reservation.ip), None)

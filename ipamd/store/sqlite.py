@@ -52,6 +52,7 @@ from ipamd.store.base import (
     StoreFullError,
     Touch,
     Unreserve,
+    former_name,
 )
 
 # "NLIP": marks the file as ours (PRAGMA application_id).
@@ -96,6 +97,8 @@ MIGRATIONS: tuple[str, ...] = (
         pool TEXT NOT NULL, range_set INTEGER NOT NULL, workload TEXT NOT NULL, ip TEXT NOT NULL,
         PRIMARY KEY (pool, range_set, workload)
     ) WITHOUT ROWID;
+    -- Who had an address last; so there are never more of them than addresses that are touched.
+    CREATE UNIQUE INDEX former_ip ON former (pool, ip);
     CREATE TABLE block (pool TEXT NOT NULL, cidr TEXT NOT NULL, PRIMARY KEY (pool, cidr)) WITHOUT ROWID;
     CREATE TABLE errand (
         seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -503,9 +506,9 @@ def _grant(db: sqlite3.Connection, change: Grant) -> int:
     for address in new.addresses:
         ip = address.ip
         db.execute("INSERT INTO taken VALUES (?,?,?)", (address.pool, ip, generation))
-        db.execute("DELETE FROM freed WHERE pool = ? AND ip = ?", (address.pool, ip))
+        _forget_one(db, address.pool, ip)
         if new.workload:
-            place = (address.pool, address.range_set, new.workload, ip)
+            place = (address.pool, address.range_set, former_name(new.workload, key.ifname), ip)
             db.execute("INSERT OR REPLACE INTO former VALUES (?,?,?,?)", place)
         if address.pool in change.claims:
             _send(db, "claim", address.pool, ip, generation)
@@ -559,7 +562,12 @@ def _free(db: sqlite3.Connection, freed: Freed) -> None:
 
 def _forget(db: sqlite3.Connection, change: Forget) -> None:
     for ip in change.ips:
-        db.execute("DELETE FROM freed WHERE pool = ? AND ip = ?", (change.pool, ip))
+        _forget_one(db, change.pool, ip)
+
+
+def _forget_one(db: sqlite3.Connection, pool: str, ip: str) -> None:
+    db.execute("DELETE FROM freed WHERE pool = ? AND ip = ?", (pool, ip))
+    db.execute("DELETE FROM former WHERE pool = ? AND ip = ?", (pool, ip))
 
 
 def _put_pool(db: sqlite3.Connection, change: PutPool) -> None:
@@ -589,7 +597,7 @@ def _reserve(db: sqlite3.Connection, change: Reserve) -> None:
     new = change.reservation
     db.execute("INSERT INTO taken VALUES (?,?,0)", (new.pool, new.ip))
     db.execute("INSERT INTO reservation VALUES (?,?,?)", (new.pool, new.ip, new.note))
-    db.execute("DELETE FROM freed WHERE pool = ? AND ip = ?", (new.pool, new.ip))
+    _forget_one(db, new.pool, new.ip)
 
 
 def _unreserve(db: sqlite3.Connection, change: Unreserve) -> None:
@@ -612,7 +620,7 @@ def _drop_block(db: sqlite3.Connection, change: DropBlock) -> None:
     cursor = db.execute("DELETE FROM block WHERE pool = ? AND cidr = ?", (change.pool, change.cidr))
     _want_row(cursor, f"block {change.cidr} of pool {change.pool}")
     for ip in change.ips:
-        db.execute("DELETE FROM freed WHERE pool = ? AND ip = ?", (change.pool, ip))
+        _forget_one(db, change.pool, ip)
 
 
 def _settle(db: sqlite3.Connection, change: Settle) -> None:

@@ -29,6 +29,7 @@ from ipamd.store.base import (
     Store,
     Touch,
     Unreserve,
+    former_name,
 )
 from ipamd.store.memory import MemoryStore
 from ipamd.store.sqlite import SqliteStore
@@ -322,3 +323,43 @@ def test_sqlite_keeps_all_of_it(tmp_path: Path) -> None:
     assert state(again) == before
     assert grant(again, allocation("d", "10.0.0.5")).generation > last.generation
     again.close()
+
+
+def test_a_former_address_is_the_one_that_nobody_had_since(store: Store) -> None:
+    commit(store, PutPool(POOL, new=True))
+    mine = msgspec.structs.replace(allocation("a", "10.0.0.2"), workload="default/web-0")
+    mine = msgspec.structs.replace(mine, generation=commit(store, Grant(mine)))
+    name = former_name("default/web-0", "eth0")
+    assert store.former("p", 0, name) == "10.0.0.2"
+    commit(store, Drop(mine, (Freed("p", 0, "10.0.0.2", NOW),)))
+    assert store.former("p", 0, name) == "10.0.0.2"
+    assert store.former("p", 1, name) == ""
+    assert store.former("p", 0, former_name("default/web-0", "eth1")) == ""
+    other = allocation("b", "10.0.0.2")
+    commit(store, Grant(other))
+    assert store.former("p", 0, name) == ""
+
+
+def test_a_former_address_moves_with_its_workload(store: Store) -> None:
+    commit(store, PutPool(POOL, new=True))
+    name = former_name("w", "eth0")
+    for ip in ("10.0.0.2", "10.0.0.3"):
+        commit(store, Grant(msgspec.structs.replace(allocation(ip, ip), workload="w")))
+    assert store.former("p", 0, name) == "10.0.0.3"
+    commit(store, Forget("p", ("10.0.0.2",)))
+    assert store.former("p", 0, name) == "10.0.0.3"
+    commit(store, Forget("p", ("10.0.0.3",)))
+    assert store.former("p", 0, name) == ""
+
+
+def test_a_former_address_comes_back_with_a_rollback(store: Store) -> None:
+    commit(store, PutPool(POOL, new=True))
+    mine = msgspec.structs.replace(allocation("a", "10.0.0.2"), workload="w")
+    mine = msgspec.structs.replace(mine, generation=commit(store, Grant(mine)))
+    commit(store, Drop(mine, (Freed("p", 0, "10.0.0.2", NOW),)))
+    store.begin()
+    store.apply([Grant(msgspec.structs.replace(allocation("b", "10.0.0.2"), workload="x"))])
+    assert store.former("p", 0, former_name("x", "eth0")) == "10.0.0.2"
+    store.rollback()
+    assert store.former("p", 0, former_name("x", "eth0")) == ""
+    assert store.former("p", 0, former_name("w", "eth0")) == "10.0.0.2"
