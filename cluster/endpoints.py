@@ -13,11 +13,11 @@ Belongs to one event loop. The order of the endpoints is random: many nodes spre
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,8 @@ class Endpoint:
         self._address = address
         self._config = config
         self._channel: aio.Channel | None = None
+        self._forgotten: list[aio.Channel] = []
+        self._closing: set[asyncio.Task[None]] = set()
         self.methods: dict[str, Any] = {}
         self.watch: Any = None
         self.keep_alive: Any = None
@@ -104,11 +106,30 @@ class Endpoint:
             state = channel.get_state(try_to_connect=True)
         return True
 
-    async def close(self) -> None:
+    def forget(self) -> None:
+        """The next call connects anew. Calls that are under way still have their time."""
         channel, self._channel = self._channel, None
-        self.methods.clear()
         if channel is not None:
+            self._forgotten.append(channel)
+            task = asyncio.create_task(self._close_later(channel))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    async def close(self) -> None:
+        """Ends the calls that are under way, too."""
+        for task in tuple(self._closing):
+            task.cancel()
+        if self._channel is not None:
+            self._forgotten.append(self._channel)
+            self._channel = None
+        for channel in self._forgotten:
             await channel.close(None)
+        self._forgotten.clear()
+
+    async def _close_later(self, channel: aio.Channel) -> None:
+        await asyncio.sleep(2 * self._config.timeout_s)
+        self._forgotten.remove(channel)
+        await channel.close(None)
 
     def _bind(self, channel: aio.Channel) -> None:
         kv, lease, maintenance = rpc.KVStub(channel), rpc.LeaseStub(channel), rpc.MaintenanceStub(channel)
@@ -139,13 +160,28 @@ class Endpoint:
         """etcd has only a stream for this; one question and one answer of it."""
         call = self.keep_alive(timeout=timeout, metadata=metadata)
         try:
-            await call.write(request)
+            with contextlib.suppress(asyncio.InvalidStateError):  # ended already: reading tells why
+                await call.write(request)
             answer: pb.LeaseKeepAliveResponse = await call.read()
             if answer is aio.EOF:  # type: ignore[attr-defined]
                 raise await ended(call)
             return answer
         finally:
             call.cancel()
+
+
+class _Tries:
+    """What one call has met so far."""
+
+    __slots__ = ("changes", "deadline", "failures", "repeatable", "tokens", "unsure")
+
+    def __init__(self, deadline: float, changes: bool, repeatable: bool) -> None:
+        self.deadline = deadline
+        self.changes = changes
+        self.repeatable = repeatable
+        self.failures: dict[str, str] = {}  # by endpoint, of this round
+        self.unsure = ""  # why a change may have been made
+        self.tokens = 0
 
 
 class Endpoints:
@@ -170,39 +206,58 @@ class Endpoints:
         for endpoint in self.all:
             await endpoint.close()
 
-    async def call(self, method: str, request: Any, *, repeatable: bool = True, limit_s: float = 0.0) -> Any:
+    async def call(
+        self, method: str, request: Any, *, changes: bool = False, repeatable: bool = True, limit_s: float = 0.0
+    ) -> Any:
         """The answer of whichever endpoint gives one. Raises EtcdError; see the rules above."""
-        deadline = time.monotonic() + (limit_s or self._config.timeout_s)
-        failures: dict[str, str] = {}
-        tokens = 0
+        tries = _Tries(time.monotonic() + (limit_s or self._config.timeout_s), changes, repeatable)
         while True:
-            endpoint = await self._next(failures, deadline)
-            share = self._share(deadline, failures)
+            endpoint = self._current
+            if tries.failures or not self._logged_in or not endpoint.ready():
+                endpoint = await self._prepare(method, tries)
+            left = tries.deadline - time.monotonic()
             metadata = self._metadata
             try:
-                if not self._logged_in and method != "Authenticate":
-                    await self._renew_token(metadata, deadline)
-                    continue
                 answer = await endpoint.methods[method](
-                    request, timeout=share if repeatable else deadline - time.monotonic(), metadata=metadata
+                    request, timeout=self._share(left, tries.failures) if repeatable else left, metadata=metadata
                 )
             except aio.AioRpcError as error:
-                verdict, meaning = judge(error)
-                if verdict is Verdict.TOKEN and tokens < 2 and self._config.user:
-                    tokens += 1
-                    await self._renew_token(metadata, deadline)
-                    continue
-                if verdict in (Verdict.TOKEN, Verdict.FINAL):
-                    raise meaning from None
-                await self._leave(endpoint, str(meaning), failures)
-                if verdict is Verdict.UNSURE and not repeatable:
-                    raise UnknownOutcomeError(
-                        f"etcd at {endpoint.name} did not answer a change, which may have been made: {meaning}"
-                    ) from None
+                await self._failed(error, endpoint, metadata, tries)
                 continue
             if not self._state.connected or self._state.endpoint != endpoint.name:
                 self._note(True, endpoint.name, "")
             return answer
+
+    async def _prepare(self, method: str, tries: _Tries) -> Endpoint:
+        """The endpoint for the next try, where the current one will not do as it is."""
+        try:
+            if not self._logged_in and method != "Authenticate":
+                await self._renew_token(self._metadata, tries.deadline)
+            endpoint = await self._next(tries.failures, tries.deadline)
+            if time.monotonic() >= tries.deadline:
+                raise UnavailableError(f"etcd: {endpoint.name} was connected only when the time was over")
+        except EtcdError as error:
+            if not tries.unsure:
+                raise
+            raise UnknownOutcomeError(f"{tries.unsure}; then: {error}") from None
+        return endpoint
+
+    async def _failed(self, error: aio.AioRpcError, endpoint: Endpoint, metadata: Metadata, tries: _Tries) -> None:
+        """Returns where the call is to be tried again."""
+        verdict, meaning = judge(error)
+        if verdict is Verdict.TOKEN and tries.tokens < 2 and self._config.user:
+            tries.tokens += 1
+            await self._renew_token(metadata, tries.deadline)
+            return
+        if verdict in (Verdict.TOKEN, Verdict.FINAL):
+            if tries.unsure:
+                raise UnknownOutcomeError(f"{tries.unsure}; then: {meaning}")
+            raise meaning
+        self._leave(endpoint, str(meaning), tries.failures)
+        if verdict is Verdict.UNSURE and tries.changes:
+            tries.unsure = f"etcd at {endpoint.name} did not answer a change, which may have been made: {meaning}"
+            if not tries.repeatable:
+                raise UnknownOutcomeError(tries.unsure)
 
     async def ask(self, name: str, method: str, request: Any, limit_s: float) -> Any:
         """The answer of one endpoint, also of one without a leader."""
@@ -219,7 +274,7 @@ class Endpoints:
         except aio.AioRpcError as error:
             raise judge(error)[1] from None
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def stream(self, limit_s: float = 0.0) -> AsyncIterator[tuple[Endpoint, Metadata, Callable[[str], None]]]:
         """A connected endpoint for a stream, its metadata, and what to call when the stream failed there."""
         deadline = time.monotonic() + (limit_s or self._config.timeout_s)
@@ -247,11 +302,11 @@ class Endpoints:
                 endpoint = next((one for one in untried if one.ready()), untried[0])
                 self._current = endpoint
             try:
-                if await endpoint.connect(self._share(deadline, failures)):
+                if await endpoint.connect(self._share(deadline - time.monotonic(), failures)):
                     return endpoint
             except (OSError, EtcdConfigError) as error:
                 raise EtcdError(str(error)) from None
-            await self._leave(endpoint, "no connection: no answer", failures)
+            self._leave(endpoint, "no connection: no answer", failures)
 
     async def _pause(self, failures: dict[str, str], deadline: float) -> None:
         """Between two rounds. Raises where the time is over, or where waiting would not help."""
@@ -267,16 +322,15 @@ class Endpoints:
         for endpoint in self.all:
             failures.pop(endpoint.name, None)
 
-    def _share(self, deadline: float, failures: dict[str, str]) -> float:
+    def _share(self, left: float, failures: dict[str, str]) -> float:
         """What one try may take: the rest of the time, divided among the endpoints not tried yet."""
-        left = deadline - time.monotonic()
-        return max(0.05, left / max(1, len(self.all) - len(failures)))
+        return max(0.02, left / max(1, len(self.all) - len(failures)))
 
-    async def _leave(self, endpoint: Endpoint, reason: str, failures: dict[str, str]) -> None:
+    def _leave(self, endpoint: Endpoint, reason: str, failures: dict[str, str]) -> None:
         failures[endpoint.name] = reason
         self._turn_from(endpoint, reason)
         if is_tls(reason):
-            await endpoint.close()  # the next try reads the certificates anew
+            endpoint.forget()  # the next try reads the certificates anew
 
     def _turn_from(self, endpoint: Endpoint, reason: str) -> None:
         if self._current is not endpoint:

@@ -96,9 +96,10 @@ def plain(text: str) -> str:
     return text.removeprefix("UNKNOWN: ").removeprefix("UNAVAILABLE: ").removesuffix(";")
 
 
+_NO_USER = "etcd wants a user: set [etcd] user and password_file"
+
+
 def _denied_text(text: str) -> str:
-    if "user name is empty" in text:
-        return "etcd wants a user: set [etcd] user and password_file"
     if "permission denied" in text:
         return "etcd: permission denied: the user's role needs readwrite on the whole key prefix ([etcd] prefix)"
     return f"etcd: {text}: check [etcd] user and password_file"
@@ -117,8 +118,9 @@ _TEXTS: tuple[tuple[tuple[str, ...], Verdict, Callable[[str], EtcdError]], ...] 
         Verdict.TOKEN,
         lambda text: DeniedError(f"etcd refuses the token: {text}"),
     ),
+    (("user name is empty",), Verdict.TOKEN, lambda _: DeniedError(_NO_USER)),
     (
-        ("permission denied", "authentication failed", "user name is empty", "user name not found"),
+        ("permission denied", "authentication failed", "user name not found"),
         Verdict.FINAL,
         lambda text: DeniedError(_denied_text(text)),
     ),

@@ -210,7 +210,8 @@ class Etcd:
             success=[_operation(prefix, operation) for operation in then],
             failure=[_operation(prefix, operation) for operation in otherwise],
         )
-        answer = await self._call("Txn", request, repeatable=repeatable)
+        changes = any(type(operation) is not Get for operation in (*then, *otherwise))
+        answer = await self._call("Txn", request, changes=changes, repeatable=repeatable)
         succeeded = answer.succeeded
         pairs: list[Pair | None] = []
         deleted = 0
@@ -222,16 +223,16 @@ class Etcd:
                 deleted += one.response_delete_range.deleted
         return TxnResult(succeeded, answer.header.revision, tuple(pairs), deleted)
 
-    async def put(self, key: str, value: bytes, lease: int = 0) -> int:
-        """The revision. Repeated where no answer came: the value may be written twice, which a watch shows twice."""
+    async def put(self, key: str, value: bytes, lease: int = 0, *, repeatable: bool = False) -> int:
+        """The revision. `repeatable`, as of `txn`: for keys that nobody else writes."""
         request = pb.PutRequest(key=self._prefix + key.encode(), value=value, lease=lease)
-        return int((await self._call("Put", request)).header.revision)
+        return int((await self._call("Put", request, changes=True, repeatable=repeatable)).header.revision)
 
-    async def delete(self, key: str, *, prefix: bool = False) -> int:
-        """How many keys went; fewer than there were, where it had to be asked twice."""
+    async def delete(self, key: str, *, prefix: bool = False, repeatable: bool = False) -> int:
+        """How many keys went; fewer than there were, where it was asked for twice."""
         first = self._prefix + key.encode()
         request = pb.DeleteRangeRequest(key=first, range_end=prefix_end(first) if prefix else b"")
-        return int((await self._call("DeleteRange", request)).deleted)
+        return int((await self._call("DeleteRange", request, changes=True, repeatable=repeatable)).deleted)
 
     async def grant(self, ttl_s: int) -> Lease:
         """A lease that nobody got hold of, because no answer came, ends by itself."""
@@ -254,7 +255,7 @@ class Etcd:
     async def revoke(self, lease_id: int) -> None:
         """Ends a lease, and all keys under it; also one that is gone."""
         try:
-            await self._call("LeaseRevoke", pb.LeaseRevokeRequest(ID=lease_id))
+            await self._call("LeaseRevoke", pb.LeaseRevokeRequest(ID=lease_id), changes=True)
         except EtcdError as error:
             if _GONE not in str(error):
                 raise
@@ -295,9 +296,12 @@ class Etcd:
         return found
 
     async def compact(self, revision: int) -> None:
-        """Forgets the history before `revision`; returns when the space can be used again."""
+        """Forgets the history before `revision`, if it is not forgotten yet; returns when the space is free again."""
         request = pb.CompactionRequest(revision=revision, physical=True)
-        await self._call("Compact", request, limit_s=_DEFRAGMENT_S)
+        try:
+            await self._call("Compact", request, limit_s=_DEFRAGMENT_S)
+        except CompactedError:
+            return
 
     async def defragment(self, endpoint: str) -> None:
         """Gives free space of one member's file back. The member serves nobody meanwhile."""

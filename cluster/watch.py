@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import AsyncGenerator
@@ -149,7 +150,8 @@ class _Stream:
         )
         try:
             async with asyncio.timeout(_CREATE_S):
-                await call.write(pb.WatchRequest(create_request=request))
+                with contextlib.suppress(asyncio.InvalidStateError):  # ended already: reading tells why
+                    await call.write(pb.WatchRequest(create_request=request))
                 answer = await call.read()
         except TimeoutError:
             raise _LostError("no answer") from None
@@ -176,7 +178,8 @@ class _Stream:
                     raise _LostError(f"no sign of life for {2 * QUIET_S:g} s")
                 asked = True
                 async with asyncio.timeout(QUIET_S):
-                    await call.write(pb.WatchRequest(progress_request=pb.WatchProgressRequest()))
+                    with contextlib.suppress(asyncio.InvalidStateError):
+                        await call.write(pb.WatchRequest(progress_request=pb.WatchProgressRequest()))
         except TimeoutError:
             raise _LostError("it takes no requests") from None
         finally:
