@@ -75,6 +75,26 @@ def quantile(samples: Sequence[float], part: float) -> float:
     return sorted(samples)[max(0, math.ceil(part * len(samples)) - 1)]
 
 
+def interval(samples: Sequence[float], doubt: float = 0.05) -> tuple[float, float]:
+    """Between which two the median of all that could be sampled lies, but for the doubt; whatever the distribution.
+
+    By order statistics: how many of n samples are below the true median is binomial. Fewer than six samples cannot say
+    it at 5 %: then the smallest and the largest. Raises ValueError where there is none.
+    """
+    if not samples:
+        raise ValueError("an interval of nothing")
+    ordered = sorted(samples)
+    count = len(ordered)
+    outside, cut = 0.0, 0
+    while cut < (count - 1) // 2:
+        outside += 2 * math.comb(count, cut) / 2**count
+        if outside > doubt:
+            break
+        cut += 1
+    cut = max(0, cut - 1)
+    return ordered[cut], ordered[count - 1 - cut]
+
+
 def row(spec: Spec, ours: Sequence[Sequence[float]], peer: Sequence[Sequence[float]] | None = None) -> Row:
     """The row of what was sampled, a list for each round; with a peer, both have the same rounds.
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.stats import Row, Spec, absent, median, quantile, row
+from bench.stats import Row, Spec, absent, interval, median, quantile, row
 
 times = st.lists(st.floats(min_value=0.001, max_value=1e6), min_size=1, max_size=30)
 
@@ -41,6 +41,22 @@ def test_at_most_a_twentieth_exceeds_the_p95(samples: list[float]) -> None:
     top = quantile(samples, 0.95)
     assert top in samples
     assert sum(sample > top for sample in samples) <= 0.05 * len(samples)
+
+
+def test_the_interval_of_the_median() -> None:
+    """The ranks are those of the tables for the sign test at 5 %."""
+    for count, rank in ((5, 1), (6, 1), (8, 1), (9, 2), (11, 2), (12, 3), (25, 8), (50, 18)):
+        samples = [float(n) for n in range(count, 0, -1)]
+        assert interval(samples) == (rank, count + 1 - rank)
+    assert interval([4.0]) == (4.0, 4.0)
+    with pytest.raises(ValueError, match="nothing"):
+        interval([])
+
+
+@given(times)
+def test_the_interval_has_the_median_in_it(samples: list[float]) -> None:
+    low, high = interval(samples)
+    assert low <= median(samples) <= high
 
 
 def test_the_ratio_is_taken_within_each_round() -> None:
