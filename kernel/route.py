@@ -22,8 +22,9 @@ _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_METRICS = 1,
 _RTA_MULTIPATH, _RTA_TABLE = 9, 15
 _RTAX_MTU, _RTAX_ADVMSS = 2, 8
 _RTN_UNICAST, _RTN_LOCAL = 1, 2
-_RTPROT_BOOT = 3
+BOOT = 3  # RTPROT_BOOT
 _FLAG_CLONED = 0x200
+_NEXTHOP_ONLINK = 4  # RTNH_F_ONLINK
 MAIN = 254
 SCOPE_UNIVERSE, SCOPE_LINK = 0, 253
 
@@ -38,7 +39,8 @@ AnyAddress = IPv4Address | IPv6Address
 class Route:
     """A unicast route. `table` None is the main table; `scope` None lets the kernel's rule decide: link without a
     gateway, universe with one; `priority`, `mtu` and `advmss` 0 are unset; `source` is the address that the host itself
-    then speaks from, None lets the kernel choose."""
+    then speaks from, None lets the kernel choose; `protocol` says who made it (rtm_protocol); with `onlink` nobody
+    checks that the gateway is a neighbour."""
 
     dst: AnyNetwork
     index: int
@@ -49,6 +51,8 @@ class Route:
     mtu: int = 0
     advmss: int = 0
     source: AnyAddress | None = None
+    protocol: int = BOOT
+    onlink: bool = False
 
 
 def add_message(route: Route, *, exclusive: bool = False) -> Message:
@@ -67,28 +71,47 @@ def add(door: Door, route: Route, *, exclusive: bool = False) -> None:
     door.rtnl.execute([add_message(route, exclusive=exclusive)])
 
 
+def replace_message(route: Route) -> Message:
+    """The request that puts a route in the place of the one to the same destination with the same metric, whoever made
+    that, without a moment in between; or adds it."""
+    what = f"replace route {route.dst} by one via {route.gateway or 'link'} on link {route.index}"
+    return Message(_NEWROUTE, netlink.CREATE | netlink.REPLACE, _pack(route), what)
+
+
 def delete(door: Door, route: Route) -> bool:
     """Remove a route; False where it was not there."""
     try:
-        door.rtnl.execute([Message(_DELROUTE, 0, _pack(route), f"remove route {route.dst}")])
+        door.rtnl.execute([delete_message(route)])
     except NotFound:
         return False
     return True
 
 
-def all_routes(door: Door, family: int, index: int = 0) -> list[Route]:
-    """Every unicast route of one family (4 or 6), all tables, without cached ones, or only those over one link; one for
-    each next hop."""
+def delete_message(route: Route) -> Message:
+    """The request that removes a route; the kernel compares protocol, link and gateway too."""
+    return Message(_DELROUTE, 0, _pack(route), f"remove route {route.dst}")
+
+
+def all_routes(door: Door, family: int, index: int = 0, protocol: int = 0) -> list[Route]:
+    """Every unicast route of one family (4 or 6), all tables, without cached ones, or only those over one link, or of
+    one protocol; one for each next hop."""
     number = socket.AF_INET if family == 4 else socket.AF_INET6
-    body = _RTMSG.pack(number, 0, 0, 0, 0, 0, 0, 0, 0) + (u32(_RTA_OIF, index) if index else b"")
+    body = _RTMSG.pack(number, 0, 0, 0, 0, protocol, 0, 0, 0) + (u32(_RTA_OIF, index) if index else b"")
     request = Message(_GETROUTE, 0, body, "list routes")
     found: list[Route] = []
     for answer in door.rtnl.dump(request):
-        header = _RTMSG.unpack_from(answer)
-        if header[7] == _RTN_UNICAST and not header[8] & _FLAG_CLONED:
-            found += _parse(answer)
+        found += parse(answer)
     # A kernel without strict checking ignores the filter, and a route may have next hops over other links too.
-    return [route for route in found if not index or route.index == index]
+    return [
+        route for route in found if (not index or route.index == index) and (not protocol or route.protocol == protocol)
+    ]
+
+
+def parse(body: bytes) -> Iterator[Route]:
+    """The routes in a message of the kernel, one for each next hop; none where it is not a unicast one, or cached."""
+    header = _RTMSG.unpack_from(body)
+    if header[7] == _RTN_UNICAST and not header[8] & _FLAG_CLONED:
+        yield from _parse(body)
 
 
 def is_local(door: Door, address: AnyAddress) -> bool:
@@ -103,9 +126,17 @@ def link_to(door: Door, address: AnyAddress) -> int:
     return _number(attributes(answer, _RTMSG.size).get(_RTA_OIF)) if answer is not None else 0
 
 
-def _look_up(door: Door, address: AnyAddress) -> bytes | None:
+def look_up(door: Door, address: AnyAddress, index: int = 0) -> Route | None:
+    """The route that a packet to this address takes now, or would take over one link; None where there is none. Its
+    `dst` is the address itself; a route of type local leads to the link `lo`."""
+    answer = _look_up(door, address, index)
+    return next(_parse(answer), None) if answer is not None else None
+
+
+def _look_up(door: Door, address: AnyAddress, index: int = 0) -> bytes | None:
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     body = _RTMSG.pack(family, address.max_prefixlen, 0, 0, 0, 0, 0, 0, 0) + attr(_RTA_DST, address.packed)
+    body += u32(_RTA_OIF, index) if index else b""
     try:
         return door.rtnl.get(Message(_GETROUTE, 0, body, f"look up the route to {address}"))
     except KernelError as error:
@@ -120,9 +151,10 @@ def _pack(route: Route) -> bytes:
     if scope is None:
         scope = SCOPE_UNIVERSE if route.gateway is not None or route.dst.version == 6 else SCOPE_LINK
     table = MAIN if route.table is None else route.table
+    flags = _NEXTHOP_ONLINK if route.onlink else 0
     # The header has one byte for the table; the attribute holds what is larger.
     body = _RTMSG.pack(
-        family, route.dst.prefixlen, 0, 0, table if table < 256 else 0, _RTPROT_BOOT, scope, _RTN_UNICAST, 0
+        family, route.dst.prefixlen, 0, 0, table if table < 256 else 0, route.protocol, scope, _RTN_UNICAST, flags
     )
     body += attr(_RTA_DST, route.dst.network_address.packed) + u32(_RTA_OIF, route.index) + u32(_RTA_TABLE, table)
     if route.gateway is not None:
@@ -138,12 +170,12 @@ def _pack(route: Route) -> bytes:
 
 
 def _parse(body: bytes) -> Iterator[Route]:
-    family, length, _source, _tos, table, _protocol, scope, _kind, _flags = _RTMSG.unpack_from(body)
+    family, length, _source, _tos, table, protocol, scope, _kind, flags = _RTMSG.unpack_from(body)
     found = attributes(body, _RTMSG.size)
     any_address = "0.0.0.0" if family == socket.AF_INET else "::"  # noqa: S104 - a destination, not a listener
     dst = ip_address(found[_RTA_DST]) if _RTA_DST in found else any_address
     metrics = attributes(found.get(_RTA_METRICS, b""))
-    for index, gateway in _next_hops(found):
+    for index, gateway, hop_flags in _next_hops(found, flags):
         yield Route(
             dst=ip_network(f"{dst}/{length}"),
             index=index,
@@ -154,21 +186,23 @@ def _parse(body: bytes) -> Iterator[Route]:
             mtu=_number(metrics.get(_RTAX_MTU)),
             advmss=_number(metrics.get(_RTAX_ADVMSS)),
             source=ip_address(found[_RTA_PREFSRC]) if _RTA_PREFSRC in found else None,
+            protocol=protocol,
+            onlink=bool(hop_flags & _NEXTHOP_ONLINK),
         )
 
 
-def _next_hops(found: dict[int, bytes]) -> Iterator[tuple[int, bytes]]:
-    """(link, gateway or b"") of each. IPv6 reports all routes to one destination as one with several next hops."""
+def _next_hops(found: dict[int, bytes], flags: int) -> Iterator[tuple[int, bytes, int]]:
+    """(link, gateway or b"", flags) of each. IPv6 reports all routes to one destination as one of several next hops."""
     if _RTA_MULTIPATH not in found:
-        yield _number(found.get(_RTA_OIF)), found.get(_RTA_GATEWAY, b"")
+        yield _number(found.get(_RTA_OIF)), found.get(_RTA_GATEWAY, b""), flags
         return
     data = found[_RTA_MULTIPATH]
     offset = 0
     while offset + _NEXTHOP.size <= len(data):
-        size, _flags, _hops, index = _NEXTHOP.unpack_from(data, offset)
+        size, hop_flags, _hops, index = _NEXTHOP.unpack_from(data, offset)
         if size < _NEXTHOP.size:
             return
-        yield index, attributes(data[offset : offset + size], _NEXTHOP.size).get(_RTA_GATEWAY, b"")
+        yield index, attributes(data[offset : offset + size], _NEXTHOP.size).get(_RTA_GATEWAY, b""), hop_flags
         offset += (size + 3) & ~3
 
 
