@@ -100,10 +100,11 @@ class Client:
         pools: Sequence[str] = (),
         network_pool: pb.NetworkPool | None = None,
         requested: Sequence[str] = (),
+        workload: str = "",
     ) -> pb.AllocateResponse:
         """The attachment's addresses, of named pools or of the network's own."""
         return self.prepare_allocate(
-            key, netns=netns, at=at, pools=pools, network_pool=network_pool, requested=requested
+            key, netns=netns, at=at, pools=pools, network_pool=network_pool, requested=requested, workload=workload
         ).result()
 
     def prepare_allocate(
@@ -115,10 +116,11 @@ class Client:
         pools: Sequence[str] = (),
         network_pool: pb.NetworkPool | None = None,
         requested: Sequence[str] = (),
+        workload: str = "",
     ) -> Pending[pb.AllocateResponse]:
         """As `allocate`, to be asked and answered when the caller likes."""
         request = pb.AllocateRequest(
-            key=key, netns=netns, at=at, pools=pools, network_pool=network_pool, requested=requested
+            key=key, netns=netns, at=at, pools=pools, network_pool=network_pool, requested=requested, workload=workload
         )
         return Pending(self, "Allocate", request, pb.AllocateResponse)
 

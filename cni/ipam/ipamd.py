@@ -37,14 +37,23 @@ if TYPE_CHECKING:
 
 CLIENT = "cni"
 DEADLINE_S = 5.0
+_LABEL = "label:"
+
+
+class Label(msgspec.Struct, frozen=True):
+    """A label of the container, as the conventions have it in args.cni."""
+
+    key: str
+    value: str = ""
 
 
 class IpamConf(msgspec.Struct, frozen=True, rename="camel"):
-    """The `ipam` object: ours (`pool`, `pools`, `exclude`, `socket`, `timeout`), then host-local's."""
+    """The `ipam` object: ours (`pool`, `pools`, `exclude`, `sticky`, `socket`, `timeout`), then host-local's."""
 
     pool: str = ""
     pools: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    sticky: bool | str = False
     socket: str = ""
     timeout: float = DEADLINE_S
     ranges: tuple[tuple[RangeConf, ...], ...] = ()
@@ -69,6 +78,8 @@ def parse(request: Request) -> IpamConf:
         raise _invalid("both a named pool and ranges are there", "drop either pool/pools or ranges/subnet")
     if conf.socket and (not conf.socket.startswith("/") or "\0" in conf.socket):
         raise _invalid(f"socket: {config.found(conf.socket)}", "want an absolute path")
+    if isinstance(conf.sticky, str) and not (conf.sticky.removeprefix(_LABEL).strip() and conf.sticky.isprintable()):
+        raise _invalid(f"sticky: {config.found(conf.sticky)}", 'want true, "label:<key>", or a name of your own')
     if not 0 < conf.timeout <= 300:
         raise _invalid(f"timeout: {conf.timeout:g}", "want seconds between 0 and 300")
     routing.routes(conf.routes)
@@ -122,6 +133,33 @@ def _requested(request: Request) -> tuple[str, ...]:
     return tuple(dict.fromkeys(ip.split("/")[0] for ip in request.ips("MAC", "GATEWAY")))
 
 
+def _workload(request: Request, conf: IpamConf) -> str:
+    """For whom the address is beyond this container, "" where `sticky` is not wanted.
+
+    A container id is new with every container, so it is no such name.
+
+    Raises:
+        CniError: 7, the runtime gives no name.
+    """
+    if not conf.sticky:
+        return ""
+    if isinstance(conf.sticky, str):
+        if not conf.sticky.startswith(_LABEL):
+            return conf.sticky
+        wanted = conf.sticky.removeprefix(_LABEL)
+        labels = request.convention("labels", tuple[Label, ...]) or ()
+        found = next((label.value for label in labels if label.key == wanted), "")
+        where = f"the runtime gives no label {config.found(wanted)} in args.cni.labels"
+    else:
+        # podman gives the container's name as the pod's, and no namespace.
+        names = (request.args.get("K8S_POD_NAMESPACE", ""), request.args.get("K8S_POD_NAME", ""))
+        found = "/".join(name for name in names if name) if names[1] else ""
+        where = "the runtime gives no K8S_POD_NAME in CNI_ARGS, and a container id is no lasting name"
+    if not found:
+        raise _invalid(f"sticky: {where}", "drop sticky, or name the workload there")
+    return found
+
+
 # The verbs
 
 
@@ -148,10 +186,17 @@ def _begin(request: Request, where: "pb.Netns", undo: Undo) -> Callable[[], Resu
     conf = parse(request)
     pool = _network_pool(request, conf)
     requested = _requested(request)
+    workload = _workload(request, conf)
     without = _without_addresses(conf)
     client = _client(request, conf)
     asked = client.prepare_allocate(
-        _key(request), netns=where, at=_instant(request), pools=_named(conf), network_pool=pool, requested=requested
+        _key(request),
+        netns=where,
+        at=_instant(request),
+        pools=_named(conf),
+        network_pool=pool,
+        requested=requested,
+        workload=workload,
     )
     refused = False
 

@@ -218,6 +218,49 @@ def test_what_is_no_address(lab: Lab, wanted: object) -> None:
     assert "ips" in error["msg"]
 
 
+POD = "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=web-0;K8S_POD_INFRA_CONTAINER_ID=x"
+
+
+@pytest.mark.parametrize(
+    ("sticky", "more"),
+    [
+        (True, {"args": POD}),
+        (True, {"args": "IgnoreUnknown=1;K8S_POD_NAME=web-0"}),
+        ("label:app", {"labels": [{"key": "tier", "value": "x"}, {"key": "app", "value": "web"}]}),
+        ("web-0", {}),
+    ],
+)
+def test_a_workload_that_comes_back(lab: Lab, sticky: object, more: dict[str, Any]) -> None:
+    document = conf(**pool(FOUR), sticky=sticky)
+    if "labels" in more:
+        document["args"] = {"cni": {"labels": more["labels"]}}
+    args = {key: value for key, value in more.items() if key != "labels"}
+    first = add(lab, document, "c1", **args)
+    delete(lab, document, "c1", **args)
+    other = add(lab, conf(**pool(FOUR)), "other")
+    assert other != first
+    assert add(lab, document, "c2", **args) == first
+    delete(lab, document, "c2", "other", **args)
+
+
+@pytest.mark.parametrize(
+    ("sticky", "args", "text"),
+    [
+        (True, "IgnoreUnknown=1;K8S_POD_NAMESPACE=default", "a container id is no lasting name"),
+        ("label:app", "", 'no label "app" in args.cni.labels'),
+        ("", "", '$.ipam.sticky: ""'),
+        ("label:", "", "$.ipam.sticky"),
+        (7, "", "$.ipam.sticky"),
+    ],
+)
+def test_a_workload_without_a_name(lab: Lab, sticky: object, args: str, text: str) -> None:
+    document = conf(**pool(FOUR), sticky=sticky)
+    error = refused(lab, document, args=args)
+    assert error["code"] == 7
+    assert text in error["msg"]
+    delete(lab, document, "refused")
+
+
 def test_what_stands_in_resolv_conf(lab: Lab) -> None:
     resolv = lab.host.path("/run/resolv.conf")
     resolv.write_bytes(
