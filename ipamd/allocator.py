@@ -9,13 +9,14 @@ The cost of an operation depends neither on the size of a range nor on how much 
 sparse tree of 1024-bit words, in which a bit of an upper word says that the whole word below it is touched.
 """
 
-from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right, insort
+from collections.abc import Iterable, Iterator, Sequence
 
 _SHIFT = 10
 _WORD = 1 << _SHIFT
 _MASK = _WORD - 1
 _FULL = (1 << _WORD) - 1
+_MOST_BLOCKS = 1 << 20
 
 
 class Bitmap:
@@ -78,12 +79,18 @@ def _lowest(bits: int) -> int:
 
 
 class Block:
-    """One range: the addresses first … last without the holes, and a cursor."""
+    """One range: the addresses first … last without the holes, and a cursor.
 
-    __slots__ = ("_cursor", "_full", "_starts", "_stretches", "size")
+    `held`: how many of its addresses are allocated, where somebody counts that. A `closed` one hands nothing out.
+    """
+
+    __slots__ = ("_cursor", "_full", "_starts", "_stretches", "closed", "held", "size", "spent")
 
     def __init__(self, stretches: Sequence[tuple[int, int]]) -> None:
         """`stretches` are (first, last), both included, rising and apart; what lies between them is a hole."""
+        self.closed = False
+        self.held = 0
+        self.spent: tuple[Bitmap, int] | None = None  # where its range set notes that no cold address is left
         self._starts = [first for first, _ in stretches]
         self._stretches = [(first, last - first + 1, Bitmap(last - first + 1)) for first, last in stretches]
         self._full = Bitmap(len(stretches))
@@ -101,6 +108,16 @@ class Block:
 
     def __contains__(self, address: int) -> bool:
         return self._find(address) >= 0
+
+    @property
+    def first(self) -> int:
+        """The lowest address; the block must have one."""
+        return self._starts[0]
+
+    def addresses(self) -> Iterator[int]:
+        """Every address, rising."""
+        for first, size, _ in self._stretches:
+            yield from range(first, first + size)
 
     def is_touched(self, address: int) -> bool:
         """Whether an address of this block is touched."""
@@ -121,6 +138,8 @@ class Block:
         first, _, touched = self._stretches[number]
         touched.discard(address - first)
         self._full.discard(number)
+        if self.spent is not None:
+            self.spent[0].discard(self.spent[1])
 
     def start_after(self, address: int) -> None:
         """Puts the cursor behind an address of this block (after a restart: behind the last one handed out)."""
@@ -139,6 +158,8 @@ class Block:
         return address
 
     def _next_cold(self) -> int | None:
+        if self.closed:
+            return None
         count = len(self._stretches)
         here = bisect_right(self._starts, self._cursor) - 1
         if here >= 0:
@@ -156,36 +177,64 @@ class Block:
 
 
 class RangeSet:
-    """Ranges of one family that together give one address; they are tried in order."""
+    """Ranges of one family that together give one address; they are tried in order.
 
-    __slots__ = ("blocks",)
+    `size`: how many addresses it may hand out at most.
+    """
+
+    __slots__ = ("_ordered", "_spent", "blocks", "size")
 
     def __init__(self, blocks: Iterable[Block]) -> None:
-        self.blocks = tuple(blocks)
+        self.blocks: tuple[Block, ...] = ()
+        self.size = 0
+        self._ordered: list[tuple[int, int]] = []  # (first address, number), rising
+        self._spent = Bitmap(_MOST_BLOCKS)
+        for block in blocks:
+            self.add(block)
+
+    def add(self, block: Block) -> None:
+        """Takes one more, behind the others."""
+        number = len(self.blocks)
+        block.spent = (self._spent, number)
+        if block.size:
+            insort(self._ordered, (block.first, number))
+        self.blocks = (*self.blocks, block)
+        self.size += block.size
+
+    def without(self, number: int) -> "RangeSet":
+        """The same but for one; those behind it move up. This one must not be used any more."""
+        return RangeSet(block for n, block in enumerate(self.blocks) if n != number)
 
     def block_of(self, address: int) -> int:
         """The number of the block that may hand out the address, or -1 (outside, excluded, a gateway)."""
-        for number, block in enumerate(self.blocks):
-            if address in block:
+        at = bisect_right(self._ordered, (address, _MOST_BLOCKS)) - 1
+        if at >= 0:
+            number = self._ordered[at][1]
+            if address in self.blocks[number]:
                 return number
         return -1
 
     def take_cold(self) -> tuple[int, int] | None:
         """Touches the next cold address; returns it and its block's number, or None where no cold one is left."""
-        for number, block in enumerate(self.blocks):
-            address = block.take_cold()
+        blocks, spent = self.blocks, self._spent
+        number = spent.first_gap(0)
+        while number < len(blocks):
+            address = blocks[number].take_cold()
             if address is not None:
                 return address, number
+            spent.add(number)
+            number = spent.first_gap(number + 1)
         return None
 
     def has_cold(self) -> bool:
         """Whether `take_cold` would find one."""
-        return any(block.has_cold() for block in self.blocks)
-
-    @property
-    def size(self) -> int:
-        """How many addresses it may hand out at most."""
-        return sum(block.size for block in self.blocks)
+        number = self._spent.first_gap(0)
+        while number < len(self.blocks):
+            if self.blocks[number].has_cold():
+                return True
+            self._spent.add(number)
+            number = self._spent.first_gap(number + 1)
+        return False
 
 
 def without(first: int, last: int, holes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
