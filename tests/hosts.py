@@ -184,6 +184,7 @@ class Ipamd:
         self.socket = str(config.get("ipamd", {}).get("socket", "/run/netloom/ipamd.sock"))
         self._log = host.directory / "ipamd.log"
         self._process: subprocess.Popen[str] | None = None
+        self.env: dict[str, str] = {}  # beyond this process' own
         host.path("/etc/netloom/netloom.toml").write_text(_toml(config), encoding="utf-8")
 
     @property
@@ -197,9 +198,18 @@ class Ipamd:
 
     def start(self) -> None:
         """Returns once the health service says SERVING. Raises HostError with the log when it ends before."""
+        self.launch()
+        self.wait()
+
+    def launch(self) -> None:
+        """Returns at once."""
         argv = [sys.executable, "-m", "ipamd", "--config", "/etc/netloom/netloom.toml"]
+        env = {**os.environ, **self.env} if self.env else None
         with self._log.open("a", encoding="utf-8") as log:
-            self._process = self.host.popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self._process = self.host.popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
+
+    def wait(self) -> None:
+        """Until it serves."""
         wait_until(self._serving, "ipamd serving", lambda: self.log()[-4000:])
 
     def stop(self) -> int:
