@@ -6,8 +6,8 @@ machine, so CLOCK_MONOTONIC is the same for all.
 
 A log has one JSON object in each line, written before a request is sent or after its answer arrived:
 
-    {"t": 1, "node": "n1", "n": 7, "e": "ask", "k": "c3"}                     Allocate for key c3; n: the request
-    {"t": 2, "node": "n1", "n": 7, "e": "got", "k": "c3", "g": 5, "a": ["10.1.0.9"]}
+    {"t": 1, "node": "n1", "n": 7, "e": "ask", "k": "c3", "p": "pool"}     Allocate for key c3; n: the request
+    {"t": 2, "node": "n1", "n": 7, "e": "got", "k": "c3", "p": "pool", "g": 5, "a": ["10.1.0.9"]}
     {"t": 3, "node": "n1", "n": 8, "e": "free", "k": "c3", "g": 5}            Release
     {"t": 4, "node": "n1", "n": 8, "e": "freed", "k": "c3"}
     {"t": 5, "node": "n1", "n": 9, "e": "late", "k": "c3", "g": 4}            a Release for a generation long gone
@@ -44,6 +44,18 @@ class Holding:
         return f"{self.node}/{self.key} generation {self.generation} from {self.begin_ns / 1e9:.6f} {until}"
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How an Allocate ended."""
+
+    at_ns: int
+    took_ns: int
+    node: str
+    pool: str
+    code: str  # "OK", or why not
+    message: str
+
+
 @dataclass(slots=True)
 class Verdict:
     """What the logs say."""
@@ -52,7 +64,7 @@ class Verdict:
     problems: list[str] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
     unknown: set[tuple[str, str]] = field(default_factory=set)  # node and key: the last request has no clear outcome
-    answered_ns: dict[str, list[int]] = field(default_factory=dict)  # moments of Allocate's answers, by node
+    answers: list[Answer] = field(default_factory=list)  # to Allocates
     slowest_ns: int = 0  # between a request and its answer or refusal
 
     @property
@@ -64,10 +76,15 @@ class Verdict:
                 found.setdefault((holding.node, holding.key), set()).add(holding.address)
         return {owner: frozenset(addresses) for owner, addresses in found.items()}
 
-    def answers_between(self, begin_ns: int, end_ns: int, node: str = "") -> int:
-        """How many Allocates were answered in this time (of one node)."""
-        lists = [self.answered_ns.get(node, [])] if node else list(self.answered_ns.values())
-        return sum(begin_ns <= moment < end_ns for moments in lists for moment in moments)
+    def granted(self, begin_ns: int, end_ns: int, pool: str = "") -> Counter[str]:
+        """How many Allocates (from a pool) were answered with addresses in this time, by node."""
+        wanted = (one for one in self.answers if one.code == "OK" and begin_ns <= one.at_ns < end_ns)
+        return Counter(one.node for one in wanted if pool in ("", one.pool))
+
+    def refusals(self, begin_ns: int, end_ns: int, pool: str = "") -> Counter[str]:
+        """Codes of the Allocates that were refused in this time."""
+        wanted = (one for one in self.answers if one.code != "OK" and begin_ns <= one.at_ns < end_ns)
+        return Counter(one.code for one in wanted if pool in ("", one.pool))
 
     def assert_clean(self) -> None:
         """Raises AssertionError that names what is wrong."""
@@ -134,8 +151,12 @@ class _Case:
             return
         sent_ns, what = self._sent.pop((event["node"], event["n"]), (event["t"], ""))
         verdict.slowest_ns = max(verdict.slowest_ns, event["t"] - sent_ns)
+        if what == "ask" or kind == "got":
+            code, message = event.get("c", "OK"), event.get("m", "")
+            verdict.answers.append(
+                Answer(event["t"], event["t"] - sent_ns, owner[0], event.get("p", ""), code, message)
+            )
         if kind == "got":
-            verdict.answered_ns.setdefault(event["node"], []).append(event["t"])
             self._begin(owner, event)
         elif kind == "no":
             verdict.refused[event["c"]] += 1

@@ -49,8 +49,10 @@ def test_a_sound_run() -> None:
     assert found.unknown == set()
     assert found.refused == {"RESOURCE_EXHAUSTED": 1}
     assert found.slowest_ns == 3
-    assert found.answers_between(2, 5) == 1
-    assert found.answers_between(2, 6, "n2") == 1
+    assert found.granted(2, 5) == {"n1": 1}
+    assert found.granted(2, 6) == {"n1": 1, "n2": 1}
+    assert found.granted(2, 6, "another pool") == {}
+    assert found.refusals(0, 9) == {"RESOURCE_EXHAUSTED": 1}
 
 
 @pytest.mark.parametrize(
