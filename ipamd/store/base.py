@@ -303,6 +303,34 @@ Change = (
 )
 
 
+class Copy(Struct, frozen=True):
+    """All that a store holds, to be put into an empty one: `Store.snapshot`, `load`.
+
+    A store that was loaded goes on counting far behind `generation` and `revision`: what was handed out after the copy
+    was taken had numbers that must not come again.
+    """
+
+    pools: Iterable[PoolRow] = ()
+    reservations: Iterable[Reservation] = ()
+    allocations: Iterable[Allocation] = ()
+    freed: Iterable[Freed] = ()
+    former: Iterable[Former] = ()
+    blocks: Iterable[tuple[str, str]] = ()
+    notes: Iterable[Note] = ()
+    generation: int = 0
+    revision: int = 0
+
+
+class Snapshot(Protocol):
+    """The rows of one moment."""
+
+    def copy(self) -> Copy:
+        """The rows, read while they are asked for; once."""
+
+    def close(self) -> None:
+        """Lets go of it."""
+
+
 class Store(Protocol):
     """See the top of this file."""
 
@@ -331,6 +359,9 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Lets go of it; nothing may be called afterwards."""
+
+    def snapshot(self) -> "Snapshot":
+        """All rows of this moment, to be read later and in any thread. Between `begin` and `commit` it is refused."""
 
     def find(self, key: Key) -> Allocation | None:
         """The allocation of a key."""

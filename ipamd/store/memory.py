@@ -14,6 +14,7 @@ from ipamd.store.base import (
     Allocation,
     Change,
     ConflictError,
+    Copy,
     Drop,
     DropBlock,
     DropPool,
@@ -21,6 +22,7 @@ from ipamd.store.base import (
     Event,
     Filter,
     Forget,
+    Former,
     Freed,
     Grant,
     Instant,
@@ -94,6 +96,21 @@ class MemoryStore:
 
     def close(self) -> None:
         self._journal.clear()
+
+    def snapshot(self) -> "MemorySnapshot":
+        return MemorySnapshot(
+            Copy(
+                pools=self.pools(),
+                reservations=list(self.reservations()),
+                allocations=list(self._allocations.values()),
+                freed=list(self._queue.values()),
+                former=[Former(*place, ip) for place, ip in self._former.items()],
+                blocks=self.blocks(),
+                notes=[Note(name, value) for name, value in self._notes.items()],
+                generation=self._generation,
+                revision=self._revision,
+            )
+        )
 
     def find(self, key: Key) -> Allocation | None:
         return self._allocations.get(self._keys.get(key, 0))
@@ -339,6 +356,19 @@ class MemoryStore:
         self._set(self._keys, allocation.key, None)
         self._set(self._keys, key, allocation.generation)
         self._set(self._allocations, allocation.generation, msgspec.structs.replace(allocation, key=key))
+
+
+class MemorySnapshot:
+    """The rows of one moment; they do not change, so their lists are enough."""
+
+    def __init__(self, copy: Copy) -> None:
+        self._copy = copy
+
+    def copy(self) -> Copy:
+        return self._copy
+
+    def close(self) -> None:
+        pass
 
 
 def _put(rows: dict[K, V], key: K, value: V | None) -> None:

@@ -27,6 +27,7 @@ from ipamd.store.base import (
     Allocation,
     Change,
     ConflictError,
+    Copy,
     Drop,
     DropBlock,
     DropPool,
@@ -34,6 +35,7 @@ from ipamd.store.base import (
     Event,
     Filter,
     Forget,
+    Former,
     Freed,
     Grant,
     Instant,
@@ -113,6 +115,7 @@ MIGRATIONS: tuple[str, ...] = (
     """,
 )
 
+_SAFE_DISTANCE = 1 << 32  # more numbers than anybody gives between a backup and its restoration
 _CHECKPOINT_PAGES = 2000  # 8 MiB of log: a checkpoint each few hundred commits, and a short recovery
 _CACHE_KIB = 4096
 
@@ -190,6 +193,27 @@ class SqliteStore:
         with contextlib.suppress(sqlite3.Error):
             self._db.close()
         os.close(self._lock)
+
+    def snapshot(self) -> "SqliteSnapshot":
+        return SqliteSnapshot(self._db, f"{self._path}.snapshot")
+
+    def load(self, copy: Copy) -> None:
+        """Puts a copy into this store, which must be empty, in one transaction.
+
+        Raises StoreError, also where two rows of the copy contradict each other.
+        """
+        try:
+            self._execute("BEGIN IMMEDIATE")
+            _load(self._db, copy)
+            self._execute("COMMIT")
+        except (sqlite3.Error, ConflictError) as error:
+            self.rollback()
+            if isinstance(error, sqlite3.Error):
+                self._raise(error)
+            raise StoreError(str(error)) from None
+        except BaseException:
+            self.rollback()
+            raise
 
     def find(self, key: Key) -> Allocation | None:
         return self._one(
@@ -332,6 +356,72 @@ class SqliteStore:
             raise StoreFullError(f"{self._path}: no room on the disk") from error
         name = getattr(error, "sqlite_errorname", type(error).__name__)
         raise StoreError(f"{self._path}: {error} ({name})") from error
+
+
+class SqliteSnapshot:
+    """A copy of the file at one moment: 40 MiB and some 100 ms for 100,000 allocations."""
+
+    def __init__(self, db: sqlite3.Connection, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._db.execute("PRAGMA synchronous = OFF")
+            db.backup(self._db)
+        except sqlite3.Error as error:
+            raise StoreError(f"{path}: the rows cannot be copied: {error}") from error
+        finally:
+            os.unlink(path)  # the connection keeps the file
+
+    def copy(self) -> Copy:
+        rows = self._db.execute
+        return Copy(
+            pools=(
+                PoolRow(n, spec, bool(managed)) for n, spec, managed in rows("SELECT name, spec, managed FROM pool")
+            ),
+            reservations=(Reservation(*row) for row in rows("SELECT pool, ip, note FROM reservation")),
+            allocations=(_allocation(row) for row in rows(f"{_ALLOCATION} ORDER BY generation")),
+            freed=(_freed(row) for row in rows(f"{_FREED} ORDER BY seq")),
+            former=(Former(*row) for row in rows("SELECT pool, range_set, workload, ip FROM former")),
+            blocks=((pool, cidr) for pool, cidr in rows("SELECT pool, cidr FROM block")),
+            notes=(Note(*row) for row in rows("SELECT name, value FROM note")),
+            generation=_counter(self._db, "allocation"),
+            revision=_counter(self._db, "event"),
+        )
+
+    def close(self) -> None:
+        self._db.close()
+
+
+def _counter(db: sqlite3.Connection, table: str) -> int:
+    """The newest AUTOINCREMENT number that a table has given."""
+    for (number,) in db.execute("SELECT seq FROM sqlite_sequence WHERE name = ?", (table,)):
+        return int(number)
+    return 0
+
+
+def _load(db: sqlite3.Connection, copy: Copy) -> None:
+    for table in ("pool", "allocation", "reservation", "freed", "former", "block", "note"):
+        if db.execute(f"SELECT 1 FROM {table}").fetchone():  # noqa: S608 (names from the line above)
+            raise ConflictError(f"there are rows of {table} already; wanted an empty store")
+    for pool in copy.pools:
+        _put_pool(db, PutPool(pool, new=True))
+    for reservation in copy.reservations:
+        _reserve(db, Reserve(reservation))
+    for allocation in copy.allocations:
+        _insert(db, allocation)
+    for freed in copy.freed:
+        _free(db, freed)
+    for former in copy.former:
+        db.execute("INSERT INTO former VALUES (?,?,?,?)", (former.pool, former.range_set, former.workload, former.ip))
+    for pool_name, cidr in copy.blocks:
+        _put_block(db, PutBlock(pool_name, cidr))
+    for note in copy.notes:
+        _note(db, note)
+    for table, number in (("allocation", copy.generation), ("event", copy.revision)):
+        db.execute("DELETE FROM sqlite_sequence WHERE name = ?", (table,))
+        db.execute("INSERT INTO sqlite_sequence VALUES (?,?)", (table, number + _SAFE_DISTANCE))
 
 
 def _open(path: str) -> sqlite3.Connection:
@@ -482,11 +572,28 @@ def _freed(row: tuple[str, int, str, str, int]) -> Freed:
 
 def _grant(db: sqlite3.Connection, change: Grant) -> int:
     new = change.allocation
+    generation = _insert(db, new)
+    for address in new.addresses:
+        ip = address.ip
+        _forget_one(db, address.pool, ip)
+        if new.workload:
+            place = (address.pool, address.range_set, former_name(new.workload, new.key.ifname), ip)
+            db.execute("INSERT OR REPLACE INTO former VALUES (?,?,?,?)", place)
+        if address.pool in change.claims:
+            _send(db, "claim", address.pool, ip, generation)
+    _record_event(db, "allocated", msgspec.structs.replace(new, generation=generation), new.created_unix_s)
+    return generation
+
+
+def _insert(db: sqlite3.Connection, new: Allocation) -> int:
+    """The row and its addresses; returns its generation, which is the next one where it has none."""
     key, netns = new.key, new.netns
     cursor = db.execute(
-        "INSERT INTO allocation (node, client, network, container_id, ifname, addresses, netns_inode, netns_cookie,"
-        " netns_path, boot_id, boottime_ns, created_unix_s, workload) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
+        "INSERT INTO allocation (generation, node, client, network, container_id, ifname, addresses, netns_inode,"
+        " netns_cookie, netns_path, boot_id, boottime_ns, created_unix_s, workload)"
+        " VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
         (
+            new.generation or None,
             key.node,
             key.client,
             key.network,
@@ -504,15 +611,7 @@ def _grant(db: sqlite3.Connection, change: Grant) -> int:
     )
     generation = cursor.lastrowid or 0
     for address in new.addresses:
-        ip = address.ip
-        db.execute("INSERT INTO taken VALUES (?,?,?)", (address.pool, ip, generation))
-        _forget_one(db, address.pool, ip)
-        if new.workload:
-            place = (address.pool, address.range_set, former_name(new.workload, key.ifname), ip)
-            db.execute("INSERT OR REPLACE INTO former VALUES (?,?,?,?)", place)
-        if address.pool in change.claims:
-            _send(db, "claim", address.pool, ip, generation)
-    _record_event(db, "allocated", msgspec.structs.replace(new, generation=generation), new.created_unix_s)
+        db.execute("INSERT INTO taken VALUES (?,?,?)", (address.pool, address.ip, generation))
     return generation
 
 
