@@ -80,6 +80,15 @@ class Request:
     descriptors: int
 
 
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What a worker answers: what the launcher prints, and its exit status."""
+
+    stdout: bytes
+    stderr: bytes
+    status: int
+
+
 def frame(kind: int, fields: Iterable[tuple[int, bytes]] = (), *, required: bool = False) -> bytes:
     """A whole frame, ready to be sent. `required` marks every field as one that must be understood."""
     flags = FIELD_REQUIRED if required else 0
@@ -152,6 +161,49 @@ def request(body: bytes | bytearray) -> Request:
         raise WireError(f"the request lacks the field {error.args[0]}") from error
     except struct.error as error:
         raise WireError(f"a field of the request has another size: {error}") from error
+
+
+def request_frame(asked: Request) -> bytes:
+    """The frame of a request; longer than FRAME_LIMIT it is none that a worker would take."""
+    environment = b"".join(os.fsencode(f"{name}={value}\0") for name, value in asked.environment.items())
+    fields = [
+        (TAG_PROGRAM, os.fsencode(asked.program)),
+        (TAG_PLACES, _PLACES.pack(*asked.places)),
+        (TAG_UMASK, u32(asked.umask)),
+        (TAG_DESCRIPTORS, u32(asked.descriptors)),
+        (TAG_ENVIRONMENT, environment),
+    ]
+    if asked.stdin is not None:
+        fields.append((TAG_STDIN, asked.stdin))
+    return frame(KIND_REQUEST, fields)
+
+
+def deadline_ms(body: bytes | bytearray, default: int) -> int:
+    """What a worker allows itself, by the body of ACCEPTED; `default` where it does not say.
+
+    Raises:
+        WireError: the body does not end with a field.
+    """
+    values = [value for tag, _, value in fields(body) if tag == TAG_DEADLINE and len(value) == _U32.size]
+    return int(_U32.unpack(values[-1])[0]) if values else default
+
+
+def response(body: bytes | bytearray) -> Response:
+    """The answer in a frame's body.
+
+    Raises:
+        WireError: it has no status, or a field that must be understood and is not.
+    """
+    found = {TAG_STDOUT: b"", TAG_STDERR: b""}
+    for tag, flags, value in fields(body):
+        if tag in (TAG_STDOUT, TAG_STDERR, TAG_STATUS):
+            found[tag] = value
+        elif flags & FIELD_REQUIRED:
+            raise WireError(f"the response has a field {tag} that must be understood")
+    status = found.get(TAG_STATUS, b"")
+    if len(status) != _U32.size or _U32.unpack(status)[0] > 255:
+        raise WireError("the response has no exit status")
+    return Response(found[TAG_STDOUT], found[TAG_STDERR], _U32.unpack(status)[0])
 
 
 def _environment(block: bytes) -> dict[str, str]:

@@ -1,4 +1,5 @@
-"""A network's plugins, executed as a CNI runtime does it: the launchers take each call to a warm worker.
+"""A network's plugins, called as a CNI runtime does it. Where one is our launcher, a warm worker is asked straight away
+(`libnetwork.handoff`); any other is executed.
 
 ADD runs the plugins in order, each with the result of the one before; a failed one is followed by DEL of all, in
 reverse. DEL goes on after a failure, so that one plugin's trouble leaks nothing of the others.
@@ -9,12 +10,15 @@ Source: CNI specification 1.1.0, sections 2 and 3.
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Self
 
 import msgspec
 
+from cni.wire import Response
+from libnetwork import handoff
 from libnetwork.errors import DriverError
 
 VERSION = "1.0.0"
@@ -46,6 +50,7 @@ class Chain:
         runtime: Mapping[str, Any],
         previous: Any = None,
         args: str = "",
+        meanwhile: Callable[[], None] | None = None,
     ) -> dict[str, Any]:
         """Attach; the last plugin's result.
 
@@ -56,18 +61,25 @@ class Chain:
             runtime: values of capabilities, for those plugins that declare them.
             previous: the result of earlier plugins, where these are only chained to them.
             args: CNI_ARGS.
+            meanwhile: to be done once the first plugin has made the interface, and beside the second one, which has
+                no part in it. May raise DriverError.
 
         Raises:
             DriverError: with the plugin's words; nothing is left then.
         """
         result: dict[str, Any] = previous or {}
+        call = Call("ADD", container_id, netns, ifname, args)
         try:
-            for plugin in self.plugins:
-                conf = self._conf(plugin, runtime, result or None)
-                answer = self._execute("ADD", plugin, conf, container_id, netns, ifname, args)
+            for number, plugin in enumerate(self.plugins):
+                with self._begun(call, plugin, self._conf(plugin, runtime, result or None)) as begun:
+                    if number == 1 and meanwhile is not None:
+                        meanwhile()
+                    answer = begun.end()
                 result = self._result(plugin, answer)
+            if len(self.plugins) == 1 and meanwhile is not None:
+                meanwhile()
         except DriverError as error:
-            for failure in self._delete(container_id, netns, ifname, runtime, previous, args):
+            for failure in self._delete(replace(call, verb="DEL"), runtime, previous):
                 error.add_note(failure)
             raise
         return result
@@ -85,18 +97,16 @@ class Chain:
         self, container_id: str, netns: str, ifname: str, runtime: Mapping[str, Any], result: Any, args: str = ""
     ) -> None:
         """Detach. Raises DriverError with the first failure, after all were tried."""
-        failures = self._delete(container_id, netns, ifname, runtime, result, args)
+        failures = self._delete(Call("DEL", container_id, netns, ifname, args), runtime, result)
         if failures:
             raise DriverError("; ".join(failures))
 
-    def _delete(
-        self, container_id: str, netns: str, ifname: str, runtime: Mapping[str, Any], result: Any, args: str
-    ) -> list[str]:
+    def _delete(self, call: "Call", runtime: Mapping[str, Any], result: Any) -> list[str]:
         failures = []
         for plugin in reversed(self.plugins):
             try:
-                conf = self._conf(plugin, runtime, result)
-                self._execute("DEL", plugin, conf, container_id, netns, ifname, args)
+                with self._begun(call, plugin, self._conf(plugin, runtime, result)) as begun:
+                    begun.end()
             except DriverError as error:
                 failures.append(str(error))
         return failures
@@ -112,7 +122,8 @@ class Chain:
             conf = {**self._conf(plugin, {}, None), "cniVersion": "1.1.0"}
             conf |= {"cni.dev/valid-attachments": attachments, "cni.dev/attachments": attachments}
             try:
-                self._execute("GC", plugin, conf, "", "", "", "")
+                with self._begun(Call("GC"), plugin, conf) as begun:
+                    begun.end()
             except DriverError as error:
                 failures.append(str(error))
         if failures:
@@ -128,41 +139,20 @@ class Chain:
             conf["prevResult"] = result
         return conf
 
-    def _execute(
-        self,
-        verb: str,
-        plugin: Plugin,
-        conf: Mapping[str, Any],
-        container_id: str,
-        netns: str,
-        ifname: str,
-        args: str,
-    ) -> bytes:
+    def _begun(self, call: "Call", plugin: Plugin, conf: Mapping[str, Any]) -> "_Begun":
         kind = str(plugin.get("type", ""))
         environment = {
             "PATH": os.environ.get("PATH", os.defpath),
             **{name: value for name, value in os.environ.items() if name.startswith("NETLOOM_")},
-            "CNI_COMMAND": verb,
-            "CNI_CONTAINERID": container_id,
-            "CNI_NETNS": netns,
-            "CNI_IFNAME": ifname,
-            "CNI_ARGS": args,
+            "CNI_COMMAND": call.verb,
+            "CNI_CONTAINERID": call.container_id,
+            "CNI_NETNS": call.netns,
+            "CNI_IFNAME": call.ifname,
+            "CNI_ARGS": call.args,
             "CNI_PATH": os.pathsep.join(self.path),
         }
-        try:
-            done = subprocess.run(
-                [self._executable(kind)],
-                input=msgspec.json.encode(conf),
-                env=environment,
-                capture_output=True,
-                timeout=self.timeout_s,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise DriverError(f"network {self.name}: plugin {kind} ({verb.lower()}): {error}") from error
-        if done.returncode != 0:
-            raise DriverError(f"network {self.name}: plugin {kind} ({verb.lower()}): {_words(done)}")
-        return done.stdout
+        what = f"network {self.name}: plugin {kind} ({call.verb.lower()})"
+        return _Begun(what, self._executable(kind), environment, msgspec.json.encode(conf), self.timeout_s)
 
     def _executable(self, kind: str) -> str:
         if kind and "/" not in kind:
@@ -173,10 +163,73 @@ class Chain:
         raise DriverError(f"network {self.name}: plugin {kind!r} is in none of {', '.join(self.path)}; install it")
 
 
-def _words(done: subprocess.CompletedProcess[bytes]) -> str:
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What the plugins are asked."""
+
+    verb: str
+    container_id: str = ""
+    netns: str = ""
+    ifname: str = ""
+    args: str = ""
+
+
+class _Begun:
+    """One plugin's call. A worker of ours begins when this is made; any other plugin runs within `end`."""
+
+    def __init__(
+        self, what: str, executable: str, environment: Mapping[str, str], stdin: bytes, timeout_s: float
+    ) -> None:
+        self._what = what
+        self._executable = executable
+        self._environment = environment
+        self._stdin = stdin
+        self._timeout_s = timeout_s
+        self._asked: handoff.Asked | None = None
+        if handoff.is_launcher(executable):
+            self._asked = handoff.ask(os.path.basename(executable), environment, stdin)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._asked is not None:
+            self._asked.close()
+
+    def end(self) -> bytes:
+        """What the plugin printed.
+
+        Raises:
+            DriverError: it failed, or there is no telling.
+        """
+        try:
+            done = self._asked.answer() if self._asked is not None else None
+            if done is None:
+                done = self._executed()
+        except (OSError, subprocess.TimeoutExpired, handoff.LostError) as error:
+            raise DriverError(f"{self._what}: {error}") from error
+        if done.status != 0:
+            raise DriverError(f"{self._what}: {_words(done)}")
+        return done.stdout
+
+    def _executed(self) -> Response:
+        done = subprocess.run(
+            [self._executable],
+            input=self._stdin,
+            env=self._environment,
+            capture_output=True,
+            timeout=self._timeout_s,
+            check=False,
+        )
+        return Response(done.stdout, done.stderr, done.returncode)
+
+
+def _words(done: Response) -> str:
     try:
         document = json.loads(done.stdout)
         words = ": ".join(str(document[key]) for key in ("msg", "details") if document.get(key))
     except (ValueError, AttributeError):
         words = ""
-    return words or f"exit status {done.returncode}: {done.stderr.decode(errors='replace').strip()[-500:]}"
+    return words or f"exit status {done.status}: {done.stderr.decode(errors='replace').strip()[-500:]}"

@@ -217,19 +217,33 @@ class NetworkDriver:
         with self._staging.lent(host) as path:
             # Before the ADD: whoever finds the shim dead in the middle knows what to undo.
             self._state.put(msgspec.structs.replace(endpoint, staging=path))
-            try:
-                began = time.monotonic()
-                result = chain.add(endpoint.id, path, endpoint.ifname, runtime)
-                added = time.monotonic()
+            began = time.monotonic()
+            moving_s = 0.0
+
+            def move() -> None:
+                nonlocal moving_s
+                begins = time.monotonic()
                 try:
                     self._move_out(host, path, endpoint.ifname)
                 except KernelError as error:
-                    chain.delete(endpoint.id, path, endpoint.ifname, runtime, result)
                     raise DriverError(f"endpoint {endpoint.id[:12]}: {error}") from error
-                _log_parts("attached", endpoint, plugins=added - began, link=time.monotonic() - added)
+                moving_s = time.monotonic() - begins
+
+            try:
+                # The kernel takes its time to move an interface. Our own chained plugins do not touch it.
+                beside = None if network.plugins else move
+                result = chain.add(endpoint.id, path, endpoint.ifname, runtime, meanwhile=beside)
+                if beside is None:
+                    try:
+                        move()
+                    except DriverError:
+                        chain.delete(endpoint.id, path, endpoint.ifname, runtime, result)
+                        raise
             except DriverError:
+                link.delete(host, endpoint.ifname)
                 self._state.put(endpoint)
                 raise
+            _log_parts("attached", endpoint, plugins=time.monotonic() - began - moving_s, link=moving_s)
         attached = msgspec.structs.replace(
             endpoint,
             staging=path,

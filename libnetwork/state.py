@@ -4,7 +4,8 @@ One file for each network, endpoint and pool, `<state dir>/docker/<kind>/<id>.js
 networks and pools are on the disk before Docker gets its answer. An endpoint's is not waited for: what it speaks of, an
 interface and rules, survives no power cut either, and one that comes back is what Docker does not have
 (libnetwork.reconcile). The shim is the only writer; a lock on the directory sees to that. A file that cannot be
-understood is told and set aside as `<file>.bad`: the rest of the host's containers must not wait for it.
+understood is told and set aside as `<file>.bad`: the rest of the host's containers must not wait for it. What a file
+holds is known from its first reading on.
 
 As installed, the state directory belongs to ipamd's user, who must not tell root what to do. So ours must be our own
 user's, and is held open: whatever is put into its place later is not looked at.
@@ -15,6 +16,7 @@ import fcntl
 import logging
 import os
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -106,6 +108,8 @@ class State:
         os.makedirs(directory, 0o700, exist_ok=True)
         self._held = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         self._place = f"/proc/self/fd/{self._held}"
+        self._known: dict[str, Any] = {}  # what each file holds, by its path; the values are frozen
+        self._mutex = threading.Lock()  # nobody reads a file that goes
         try:
             self._take()
         except BaseException:
@@ -150,6 +154,7 @@ class State:
         except OSError:
             os.unlink(temporary)
             raise
+        self._known[path] = value
         self._sync(type(value), path)
 
     def get(self, kind: type[T], id: str) -> T:  # noqa: A002 - Docker's word
@@ -189,7 +194,8 @@ class State:
     def remove(self, kind: type[T], id: str) -> None:  # noqa: A002
         """Forgets one; nothing where there is none."""
         path = self._path(kind, id)
-        with contextlib.suppress(FileNotFoundError):
+        with self._mutex, contextlib.suppress(FileNotFoundError):
+            self._known.pop(path, None)
             os.unlink(path)
             self._sync(kind, path)
 
@@ -199,6 +205,13 @@ class State:
         return os.path.join(self._place, _KINDS[kind], f"{id}.json")
 
     def _read(self, kind: type[T], path: str) -> T | None:
+        known: T | None = self._known.get(path)
+        if known is not None:
+            return known
+        with self._mutex:
+            return self._read_first(kind, path)
+
+    def _read_first(self, kind: type[T], path: str) -> T | None:
         try:
             with open(path, "rb") as file:
                 found = msgspec.json.decode(file.read(), type=kind)
@@ -208,6 +221,7 @@ class State:
             wrong = str(error)
         else:
             if f"{found.id}.json" == os.path.basename(path):
+                self._known.setdefault(path, found)
                 return found
             wrong = f"it is about {found.id}"
         log.event(
