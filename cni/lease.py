@@ -1,8 +1,6 @@
 """What no interface can have, refused before anything is made of it. Pure."""
 
-from ipaddress import ip_address, ip_interface
-
-from cni import config
+from cni import config, parsed
 from cni.errors import CniError, Code
 from cni.result import Result
 
@@ -20,14 +18,14 @@ def check(result: Result, ipam_type: str) -> None:
     seen = set()
     for index, ip in enumerate(result.ips):
         at = f"IPAM plugin {ipam_type}: ips[{index}]"
-        address = ip_interface(ip.address).ip
+        address = parsed.interface(ip.address).ip
         if address.is_multicast or address.is_unspecified or str(address) == "255.255.255.255":
             raise _refused(f"{at}.address", ip.address, "want the address of one interface")
         if address in seen:
             raise _refused(f"{at}.address", ip.address, "want each address once")
         seen.add(address)
         if ip.gateway:
-            gateway = ip_address(ip.gateway)
+            gateway = parsed.address(ip.gateway)
             if gateway.version != address.version:
                 raise _refused(f"{at}.gateway", ip.gateway, f"want a gateway of the family of {ip.address}")
             if gateway.is_multicast:

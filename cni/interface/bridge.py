@@ -4,10 +4,10 @@ What an ADD does, in this order
 1. validate the whole configuration;
 2. ask the IPAM plugin for addresses;
 3. write the attachment record: what this attachment will want of the host's kernel;
-4. on a bridge of ours: veth pair, port settings;
+4. on a bridge of ours: veth pair, port settings; up, unless a spoof check is to come before the first packet;
 5. have the addresses; write what they want of the kernel into the record;
 6. bridge, gateway addresses, forwarding: shared by all containers and never undone; any other bridge gets the pair now;
-7. spoof check, masquerade, addresses, routes;
+7. spoof check, masquerade; up, where it is not; addresses, routes;
 8. announce the addresses to the segment.
 From step 2 on each step has pushed its inverse before the next begins.
 
@@ -17,17 +17,17 @@ Configuration keys and results are those of the reference plugin; differences ha
 import contextlib
 import dataclasses
 import errno
-from ipaddress import IPv4Interface, IPv6Interface, ip_interface
+from ipaddress import IPv4Interface, IPv6Interface
 from typing import Annotated
 
 import msgspec
 
-from cni import attachment, config, delegate
+from cni import attachment, config, delegate, parsed
 from cni import check as verify
 from cni.errors import CniError, Code
 from cni.failures import Failures
 from cni.interface import container, veth
-from cni.interface.configure import configure
+from cni.interface.configure import bring_up, configure
 from cni.request import Request
 from cni.result import DNS, Interface, IPConfig, Result, Route
 from cni.undo import Undo
@@ -125,13 +125,18 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
         ours = found is not None and found.alias == leftovers.BRIDGE_MARK
         bridge = _ensure_bridge(host, conf, found) if ours else None
         eth = _plug_in(host, inside, conf, spec, bridge, undo) if bridge is not None else None
+        early = eth is not None and not (conf.disable_container_interface or conf.macspoofchk)
+        port = _connect(host, inside, conf, spec, eth) if eth is not None and early else None
         present = _addresses(host, bridge) if bridge is not None and conf.gateway else None
+        forwarded = veth.forwarded(one.version for one in present or () if not one.ip.is_link_local)
         lease = wait()
         ips, routes = _with_gateways(conf, lease)
         if bridge is None:
             bridge = _ensure_bridge(host, conf, found)
         if conf.gateway:
-            _ensure_gateways(host, bridge, conf, [_gateway_interface(ip) for ip in ips], present)
+            gateways = [_gateway_interface(ip) for ip in ips]
+            _ensure_gateways(host, bridge, conf, gateways, present)
+            veth.forward({one.version for one in gateways} - forwarded)
         if eth is None:
             eth = _plug_in(host, inside, conf, spec, bridge, undo)
         record = attachment.complete_record(records, record, _record(request, conf, ips, port_name, mac))
@@ -141,8 +146,8 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
         if conf.disable_container_interface:
             port = link.get(host, port_name)
         else:
-            configure(inside, request.ifname, eth.index, result, dad=conf.enabledad)
-            port = veth.wait_for_carrier(host, port_name)
+            port = port or _connect(host, inside, conf, spec, eth)
+            configure(inside, request.ifname, eth.index, result, dad=conf.enabledad, is_up=True)
             container.announce(inside, eth)
         if bridge.alias != leftovers.BRIDGE_MARK:
             bridge = link.get(host, conf.bridge)  # once more: somebody else's may take the MAC of a port
@@ -161,7 +166,7 @@ def _with_gateways(conf: BridgeConf, lease: Result) -> tuple[list[IPConfig], lis
     ips = []
     routes = list(lease.routes)
     for ip in lease.ips:
-        interface = ip_interface(ip.address)
+        interface = parsed.interface(ip.address)
         gateway = ip.gateway
         if not gateway and conf.gateway:
             gateway = str(_first_address(interface))
@@ -188,7 +193,7 @@ def _first_address(interface: AnyInterface) -> object:
 
 
 def _gateway_interface(ip: IPConfig) -> AnyInterface:
-    return ip_interface(f"{ip.gateway}/{ip_interface(ip.address).network.prefixlen}")
+    return parsed.interface(f"{ip.gateway}/{parsed.interface(ip.address).network.prefixlen}")
 
 
 def _record(request: Request, conf: BridgeConf, ips: list[IPConfig], port_name: str, mac: str) -> Record:
@@ -241,7 +246,7 @@ def _ensure_gateways(
     gateways: list[AnyInterface],
     present: set[AnyInterface] | None = None,
 ) -> None:
-    """Put the gateways' addresses on the bridge and let the host forward.
+    """Put the gateways' addresses on the bridge.
 
     As in the reference, another IPv4 address, or an overlapping IPv6 one, is an error unless forceAddress replaces it.
     Unlike there, the several addresses of one container may have a gateway each.
@@ -270,7 +275,6 @@ def _ensure_gateways(
             addr.add(host, bridge.index, gateway)
         # Pins the MAC of a bridge that was made without one; ours has its own from birth.
         link.set_mac(host, bridge.index, bridge.mac)
-    veth.forward(gateway.version for gateway in gateways)
 
 
 def _addresses(host: Session, bridge: Link) -> set[AnyInterface]:
@@ -290,6 +294,12 @@ def _plug_in(host: Session, inside: Visit, conf: BridgeConf, spec: VethSpec, bri
         port = link.get(host, spec.name)
         link.set_port(host, port.index, hairpin=conf.hairpin_mode, isolated=conf.port_isolation)
     return link.get(inside, spec.peer)
+
+
+def _connect(host: Session, inside: Visit, conf: BridgeConf, spec: VethSpec, eth: Link) -> Link:
+    """Bring the container's end up; the host's end, through which packets pass then."""
+    bring_up(inside, spec.peer, eth.index, dad=conf.enabledad)
+    return veth.wait_for_carrier(host, spec.name)
 
 
 # DEL

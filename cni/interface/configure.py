@@ -1,15 +1,17 @@
 """Give a container's interface its addresses and routes, once for all interface plugins.
 
 Everything goes in one batch in this order: addresses, up, routes. The kernel works it off in order, so a route finds
-the network of its gateway. Duplicate address detection is off unless asked for: ipamd never gives an address twice, and
-detection takes a second and more.
+the network of its gateway. What needs no address, which is half of the time, may be done before there is one:
+`bring_up`. Duplicate address detection is off unless asked for: ipamd never gives an address twice, and detection takes
+a second and more.
 """
 
+import contextlib
 import errno
 import time
 from collections.abc import Sequence
-from ipaddress import ip_address, ip_interface, ip_network
 
+from cni import parsed
 from cni.errors import CniError, Code
 from cni.result import IPConfig, Result
 from cni.result import Route as ResultRoute
@@ -26,6 +28,20 @@ _U32_MAX = 2**32 - 1
 
 
 @trace.step("configure")
+def bring_up(inside: Visit, ifname: str, index: int, *, dad: bool = False) -> None:
+    """Bring the interface up, for `configure` to go on from there.
+
+    Args:
+        inside: the container's namespace.
+        ifname: the interface's name there.
+        index: and its index.
+        dad: as for `configure`.
+    """
+    _set_sysctls(inside, ifname, dad=dad)
+    inside.rtnl.execute([link.up_message(index)])
+
+
+@trace.step("configure")
 def configure(
     inside: Visit,
     ifname: str,
@@ -34,6 +50,7 @@ def configure(
     *,
     dad: bool = False,
     instead: Sequence[route.Route] | None = None,
+    is_up: bool = False,
 ) -> None:
     """Add the result's addresses and routes to the interface and bring it up.
 
@@ -45,16 +62,21 @@ def configure(
         dad: let the kernel look for duplicates of IPv6 addresses, and wait for it.
         instead: routes to make before the result's, in place of the kernel's own ones to the addresses' networks;
             None leaves the kernel's.
+        is_up: `bring_up` was there before.
 
     Raises:
         CniError: an IPv6 address is in use on the segment.
         KernelError: the kernel refused something.
     """
-    interfaces = [ip_interface(ip.address) for ip in result.ips]
+    interfaces = [parsed.interface(ip.address) for ip in result.ips]
     has_v6 = any(interface.version == 6 for interface in interfaces)
-    _set_sysctls(inside, ifname, has_v6=has_v6, dad=dad)
+    if not is_up:
+        _set_sysctls(inside, ifname, dad=dad)
+    if has_v6:
+        _switch_v6_on(inside, ifname)
     messages = [addr.add_message(index, one, dad=dad, prefix_route=instead is None) for one in interfaces]
-    messages.append(link.up_message(index))
+    if not is_up:
+        messages.append(link.up_message(index))
     routes = [route.add_message(one) for one in instead or ()]
     routes += [route.add_message(wanted_route(index, wish, result.ips)) for wish in result.routes]
     if not (dad and has_v6):
@@ -88,8 +110,8 @@ def wanted_route(index: int, wish: ResultRoute, ips: tuple[IPConfig, ...]) -> ro
     Raises:
         CniError: 7, a value that no route can have.
     """
-    dst = ip_network(wish.dst, strict=False)
-    gateway = ip_address(wish.gw) if wish.gw else None
+    dst = parsed.network(wish.dst)
+    gateway = parsed.address(wish.gw) if wish.gw else None
     _check_route(wish, dst, gateway)
     if gateway is None and (wish.scope is None or wish.scope < route.SCOPE_LINK):
         gateway = first_gateway(ips, dst.version)
@@ -117,31 +139,34 @@ def _check_route(wish: ResultRoute, dst: route.AnyNetwork, gateway: route.AnyAdd
 
 def first_gateway(ips: tuple[IPConfig, ...], version: int) -> route.AnyAddress | None:
     """The first gateway of a family among addresses, or None."""
-    gateways = (ip_address(ip.gateway) for ip in ips if ip.gateway)
+    gateways = (parsed.address(ip.gateway) for ip in ips if ip.gateway)
     return next((gateway for gateway in gateways if gateway.version == version), None)
 
 
-def _set_sysctls(inside: Visit, ifname: str, *, has_v6: bool, dad: bool) -> None:
+def _set_sysctls(inside: Visit, ifname: str, *, dad: bool) -> None:
     with inside.inside():
         # Neighbours learn at once where an address went (arp_notify: gratuitous ARP, ndisc_notify: unsolicited NA).
         sysctl.write("1", "ipv4", "conf", ifname, "arp_notify")
-        try:
+        with contextlib.suppress(NotFound):  # a kernel without IPv6
             sysctl.write("1", "ipv6", "conf", ifname, "ndisc_notify")
             sysctl.write("1" if dad else "0", "ipv6", "conf", ifname, "accept_dad")
             if dad:
                 sysctl.write("1", "ipv6", "conf", ifname, "enhanced_dad")
-            if has_v6:
-                # A runtime may have switched IPv6 off for the whole namespace (Docker does).
-                sysctl.ensure("0", "ipv6", "conf", "lo", "disable_ipv6")
-                sysctl.ensure("0", "ipv6", "conf", ifname, "disable_ipv6")
-                sysctl.write("1", "ipv6", "conf", ifname, "keep_addr_on_down")
+
+
+def _switch_v6_on(inside: Visit, ifname: str) -> None:
+    with inside.inside():
+        try:
+            # A runtime may have switched IPv6 off for the whole namespace (Docker does).
+            sysctl.ensure("0", "ipv6", "conf", "lo", "disable_ipv6")
+            sysctl.ensure("0", "ipv6", "conf", ifname, "disable_ipv6")
+            sysctl.write("1", "ipv6", "conf", ifname, "keep_addr_on_down")
         except NotFound as error:
-            if has_v6:
-                raise CniError(
-                    Code.INVALID_CONFIG,
-                    "the pool gives an IPv6 address, but this kernel has IPv6 switched off",
-                    f"{error}; boot without ipv6.disable=1, or take the IPv6 range out of ipam",
-                ) from error
+            raise CniError(
+                Code.INVALID_CONFIG,
+                "the pool gives an IPv6 address, but this kernel has IPv6 switched off",
+                f"{error}; boot without ipv6.disable=1, or take the IPv6 range out of ipam",
+            ) from error
 
 
 def _settle(inside: Visit, ifname: str, index: int) -> None:

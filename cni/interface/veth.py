@@ -9,9 +9,8 @@ import errno
 import os
 import time
 from collections.abc import Iterable
-from ipaddress import ip_interface
 
-from cni import attachment, config, delegate
+from cni import attachment, config, delegate, parsed
 from cni.errors import CniError, Code
 from cni.failures import Failures
 from cni.interface import container
@@ -27,6 +26,7 @@ from telemetry import trace
 
 _TRIES = 10
 _CARRIER_TIMEOUT_S = 5.0
+_FORWARDING = {4: ("ipv4", "ip_forward"), 6: ("ipv6", "conf", "all", "forwarding")}
 
 
 def check_masquerade_backend(backend: str) -> None:
@@ -42,7 +42,7 @@ def check_masquerade_backend(backend: str) -> None:
 def masquerade(request: Request, ips: Iterable[IPConfig]) -> tuple[list[nft.Element], list[nft.Element]]:
     """The elements that let the traffic of the addresses leave under the host's: the attachment's own, and those that
     all attachments of the network share."""
-    interfaces = [ip_interface(ip.address) for ip in ips]
+    interfaces = [parsed.interface(ip.address) for ip in ips]
     own = [nft.masquerade(str(interface.ip), attachment.owner(request)) for interface in interfaces]
     return own, [nft.no_masquerade(str(interface.network)) for interface in interfaces]
 
@@ -116,10 +116,12 @@ def wait_for_carrier(host: Session, name: str) -> Link:
 def forward(versions: Iterable[int]) -> None:
     """Let the host forward packets of these families, 4 and 6."""
     for version in set(versions):
-        if version == 4:
-            sysctl.ensure("1", "ipv4", "ip_forward")
-        else:
-            sysctl.ensure("1", "ipv6", "conf", "all", "forwarding")
+        sysctl.ensure("1", *_FORWARDING[version])
+
+
+def forwarded(versions: Iterable[int]) -> set[int]:
+    """Those of the families whose packets the host forwards already."""
+    return {version for version in set(versions) if sysctl.read(*_FORWARDING[version]) == "1"}
 
 
 def try_sysctl(value: str, *parts: str) -> None:
