@@ -5,10 +5,11 @@ Sources: include/uapi/linux/if_addr.h, net/ipv4/devinet.c, net/ipv6/addrconf.c.
 
 from __future__ import annotations
 
+import functools
 import socket
 import struct
 from dataclasses import dataclass
-from ipaddress import IPv4Interface, IPv6Interface, ip_address, ip_interface
+from ipaddress import IPv4Interface, IPv6Interface
 
 from kernel import netlink
 from kernel.errors import NotFound
@@ -105,5 +106,11 @@ def _parse(body: bytes) -> Address:
     packed = found.get(_IFA_LOCAL) or found[_IFA_ADDRESS]
     # The byte in the header has the lower eight flags only.
     flags = int.from_bytes(found[_IFA_FLAGS], "little") if _IFA_FLAGS in found else flags
-    address = ip_address(packed[: 4 if family == socket.AF_INET else 16])
-    return Address(ip_interface(f"{address}/{length}"), index, flags)
+    return Address(_interface(family, packed, length), index, flags)
+
+
+@functools.lru_cache(maxsize=64)  # every ADD sees the gateways of its bridge again
+def _interface(family: int, packed: bytes, length: int) -> AnyInterface:
+    if family == socket.AF_INET:
+        return IPv4Interface((packed[:4], length))
+    return IPv6Interface((packed[:16], length))

@@ -53,6 +53,7 @@ _HEADER = struct.Struct("=IHHII")
 _ATTR = struct.Struct("=HH")
 _I32 = struct.Struct("=i")
 _U32 = struct.Struct("=I")
+_U64 = struct.Struct("=Q")
 _PAD = (b"", b"\0\0\0", b"\0\0", b"\0")
 # One dump part is at most 32 KiB on the kernels of today; room for more. Less than 128 KiB, or each receive would map
 # memory for its buffer and unmap it (mallopt(3), M_MMAP_THRESHOLD).
@@ -63,6 +64,7 @@ _SEND_BYTES = 1 << 16
 _SEND_MESSAGES = 64
 _ACK_BYTES = 2048
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
+_SO_NETNS_COOKIE = 71
 
 
 def attr(kind: int, payload: bytes) -> bytes:
@@ -137,7 +139,7 @@ class Socket:
         except OSError as error:
             raise from_oserror("open a netlink socket", error) from error
         try:
-            self._socket.bind((0, 0))
+            # Not bound: the kernel does that with the first message (netlink_autobind).
             self._socket.setsockopt(_SOL_NETLINK, _NETLINK_EXT_ACK, 1)
             self._socket.setsockopt(_SOL_NETLINK, _NETLINK_CAP_ACK, 1)
             if protocol == ROUTE:
@@ -156,6 +158,13 @@ class Socket:
     def fileno(self) -> int:
         """The descriptor, for polls."""
         return self._socket.fileno()
+
+    def cookie(self) -> int:
+        """The cookie of the namespace that the socket belongs to; 0 where the kernel has none (before 5.14)."""
+        try:
+            return int(_U64.unpack(self._socket.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8))[0])
+        except OSError:
+            return 0
 
     def close(self) -> None:
         """Close it. Closing twice is harmless."""

@@ -92,7 +92,7 @@ class Visit:
 
     def __init__(self, where: netns.Netns, host: Session) -> None:
         self._rtnl = netlink.Socket(netlink.ROUTE)
-        self.cookie = netns.cookie()
+        self.cookie = self._rtnl.cookie()
         self.where = where
         self._host = host
 

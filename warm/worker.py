@@ -121,7 +121,6 @@ class Worker:
     def _serve(self, launcher: socket.socket) -> None:
         descriptors: list[int] = []
         try:
-            self._prove_home()
             try:
                 _check_peer(launcher)
                 request = _receive(launcher, descriptors)
