@@ -19,7 +19,7 @@ from kernel.session import Door
 
 _NEWROUTE, _DELROUTE, _GETROUTE = 24, 25, 26
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_METRICS = 1, 4, 5, 6, 7, 8
-_RTA_MULTIPATH, _RTA_TABLE = 9, 15
+_RTA_MULTIPATH, _RTA_TABLE, _RTA_VIA = 9, 15, 18
 _RTAX_MTU, _RTAX_ADVMSS = 2, 8
 _RTN_UNICAST, _RTN_LOCAL = 1, 2
 BOOT = 3  # RTPROT_BOOT
@@ -30,6 +30,7 @@ SCOPE_UNIVERSE, SCOPE_LINK = 0, 253
 
 _RTMSG = struct.Struct("=BBBBBBBBI")
 _NEXTHOP = struct.Struct("=HBBi")  # struct rtnexthop
+_U16 = struct.Struct("=H")
 
 AnyNetwork = IPv4Network | IPv6Network
 AnyAddress = IPv4Address | IPv6Address
@@ -37,10 +38,13 @@ AnyAddress = IPv4Address | IPv6Address
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A unicast route. `table` None is the main table; `scope` None lets the kernel's rule decide: link without a
-    gateway, universe with one; `priority`, `mtu` and `advmss` 0 are unset; `source` is the address that the host itself
-    then speaks from, None lets the kernel choose; `protocol` says who made it (rtm_protocol); with `onlink` nobody
-    checks that the gateway is a neighbour."""
+    """A unicast route.
+
+    `table` None is the main table; `scope` None lets the kernel's rule decide: link without a gateway, universe with
+    one; `priority`, `mtu` and `advmss` 0 are unset; `source` is the address that the host itself then speaks from, None
+    lets the kernel choose; an IPv4 route may have an IPv6 `gateway`; `protocol` says who made it (rtm_protocol); with
+    `onlink` nobody checks that the gateway is a neighbour.
+    """
 
     dst: AnyNetwork
     index: int
@@ -157,8 +161,10 @@ def _pack(route: Route) -> bytes:
         family, route.dst.prefixlen, 0, 0, table if table < 256 else 0, route.protocol, scope, _RTN_UNICAST, flags
     )
     body += attr(_RTA_DST, route.dst.network_address.packed) + u32(_RTA_OIF, route.index) + u32(_RTA_TABLE, table)
-    if route.gateway is not None:
+    if route.gateway is not None and route.gateway.version == route.dst.version:
         body += attr(_RTA_GATEWAY, route.gateway.packed)
+    elif route.gateway is not None:  # struct rtvia: the family, and the address (include/uapi/linux/rtnetlink.h)
+        body += attr(_RTA_VIA, _U16.pack(socket.AF_INET6) + route.gateway.packed)
     if route.source is not None:
         body += attr(_RTA_PREFSRC, route.source.packed)
     if route.priority:
@@ -194,7 +200,7 @@ def _parse(body: bytes) -> Iterator[Route]:
 def _next_hops(found: dict[int, bytes], flags: int) -> Iterator[tuple[int, bytes, int]]:
     """(link, gateway or b"", flags) of each. IPv6 reports all routes to one destination as one of several next hops."""
     if _RTA_MULTIPATH not in found:
-        yield _number(found.get(_RTA_OIF)), found.get(_RTA_GATEWAY, b""), flags
+        yield _number(found.get(_RTA_OIF)), _gateway(found), flags
         return
     data = found[_RTA_MULTIPATH]
     offset = 0
@@ -202,8 +208,12 @@ def _next_hops(found: dict[int, bytes], flags: int) -> Iterator[tuple[int, bytes
         size, hop_flags, _hops, index = _NEXTHOP.unpack_from(data, offset)
         if size < _NEXTHOP.size:
             return
-        yield index, attributes(data[offset : offset + size], _NEXTHOP.size).get(_RTA_GATEWAY, b""), hop_flags
+        yield index, _gateway(attributes(data[offset : offset + size], _NEXTHOP.size)), hop_flags
         offset += (size + 3) & ~3
+
+
+def _gateway(found: dict[int, bytes]) -> bytes:
+    return found.get(_RTA_GATEWAY, b"") or found.get(_RTA_VIA, b"")[_U16.size :]
 
 
 def _number(data: bytes | None) -> int:

@@ -160,6 +160,16 @@ def test_routes_by_a_gateway_that_is_no_neighbour_and_of_a_protocol(
     assert route.delete(session, one)
 
 
+@needs_ipv6
+def test_an_ipv4_route_by_an_ipv6_gateway(session: Session, under: int) -> None:
+    one = Route(ip_network("10.2.1.0/24"), under, ip_address("fd00::9"), protocol=110)
+    route.add(session, one)
+    assert [(r.dst, r.gateway) for r in route.all_routes(session, 4, protocol=110)] == [(one.dst, one.gateway)]
+    assert spaces.ip("route", "show", "10.2.1.0/24")[0]["via"] == {"family": "inet6", "host": "fd00::9"}
+    session.rtnl.execute([route.replace_message(Route(one.dst, under, ip_address("10.0.0.9"), protocol=110))])
+    assert [r.gateway for r in route.all_routes(session, 4, protocol=110)] == [ip_address("10.0.0.9")]
+
+
 @pytest.fixture
 def events(home: object) -> Iterator[RouteEvents]:
     made = RouteEvents()

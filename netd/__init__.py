@@ -1,0 +1,1 @@
+"""The node's network daemon: routes and tunnels to other hosts."""

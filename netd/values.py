@@ -1,0 +1,158 @@
+"""What netd knows of hosts and networks, and what it wants of the kernel: frozen values, no I/O.
+
+An entry of the kernel's is found again by its `key`: there is at most one with it. Links are named, as a device that is
+wanted may have no index yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
+
+AnyAddress = IPv4Address | IPv6Address
+AnyInterface = IPv4Interface | IPv6Interface
+AnyNetwork = IPv4Network | IPv6Network
+Key = tuple[int, str, bytes]
+
+DEVICE, ADDRESS, NEIGHBOUR, FORWARD, ROUTE = range(5)
+
+
+@dataclass(frozen=True, slots=True)
+class Underlay:
+    """The link by which this host reaches others.
+
+    Attributes:
+        addresses: those of the link, with the length of their networks.
+        public: by which the others reach this host, at most one of each family; the first is where tunnels begin.
+        local: the link's own address of each family in `public`; another one where somebody translates on the way.
+    """
+
+    link: str
+    index: int
+    mtu: int
+    addresses: tuple[AnyInterface, ...]
+    public: tuple[AnyAddress, ...]
+    local: tuple[AnyAddress, ...]
+
+    def on_link(self, address: AnyAddress) -> bool:
+        """Whether the address is a neighbour of the link."""
+        return any(address in one.network for one in self.addresses)
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A network of containers over several hosts. `mtu` 0: worked out from the underlay."""
+
+    name: str
+    subnets: tuple[AnyNetwork, ...]
+    backend: str
+    vni: int
+    port: int
+    mtu: int
+    tx_checksum: bool
+    udp_checksum: bool
+
+    def holds(self, subnet: AnyNetwork) -> bool:
+        """Whether the subnet lies in this network."""
+        return any(
+            one.version == subnet.version and subnet.subnet_of(one)  # type: ignore[arg-type]  # of one family
+            for one in self.subnets
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A host: its underlay addresses, its containers' subnets, its tunnel ends' MAC, and whether it has tunnel ends."""
+
+    name: str
+    addresses: tuple[AnyAddress, ...]
+    subnets: tuple[AnyNetwork, ...]
+    mac: str
+    takes_vxlan: bool = True
+
+    def address(self, version: int) -> AnyAddress | None:
+        """Its underlay address of this family."""
+        return next((one for one in self.addresses if one.version == version), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A tunnel's end. `link`: the underlay's index, 0 for any; `up` is how it was found."""
+
+    name: str
+    vni: int
+    local: AnyAddress
+    port: int
+    link: int
+    mac: str
+    mtu: int
+    tx_checksum: bool
+    udp_checksum: bool
+    up: bool = True
+
+    @property
+    def key(self) -> Key:
+        return DEVICE, self.name, b""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """The address that this host itself speaks from through a tunnel."""
+
+    device: str
+    interface: AnyInterface
+
+    @property
+    def key(self) -> Key:
+        return ADDRESS, self.device, self.interface.ip.packed
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    device: str
+    address: AnyAddress
+    mac: str
+
+    @property
+    def key(self) -> Key:
+        return NEIGHBOUR, self.device, self.address.packed
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    device: str
+    mac: str
+    dst: AnyAddress
+
+    @property
+    def key(self) -> Key:
+        return FORWARD, self.device, self.mac.encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    device: str
+    dst: AnyNetwork
+    gateway: AnyAddress | None
+    onlink: bool
+
+    @property
+    def key(self) -> Key:
+        return route_key(self.dst)
+
+
+Entry = Device | Address | Neighbour | Forward | Route
+
+
+def route_key(dst: AnyNetwork) -> Key:
+    """Of the route to a network, whatever link it leads to."""
+    return ROUTE, "", dst.network_address.packed + bytes([dst.prefixlen])
+
+
+def vtep_mac(node: str) -> str:
+    """The MAC of a node's tunnel ends: the same on every host that works it out and after each reboot, so that nobody's
+    entries go stale. Locally administered, one of 2^46."""
+    digest = bytearray(hashlib.sha256(f"netloom vtep {node}".encode()).digest()[:6])
+    digest[0] = digest[0] & 0xFC | 0x02
+    return digest.hex(":")
