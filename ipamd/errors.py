@@ -47,8 +47,32 @@ class UnavailableError(IpamdError):
     code = "UNAVAILABLE"
 
 
+class OutOfRangeError(IpamdError):
+    """The revision is not, or no longer, remembered. `newest` is the one to go on from after a list."""
+
+    code = "OUT_OF_RANGE"
+
+    def __init__(self, text: str, newest: int) -> None:
+        super().__init__(text)
+        self.newest = newest
+
+
 class CoolingError(UnavailableError):
     """What is free was freed too short a time ago."""
+
+
+class NeedsBlockError(ExhaustedError):
+    """A node-block pool has nothing in the blocks that this node holds: `cidr` is wanted, or ("") any.
+
+    `otherwise`: what to answer where no block can be had.
+    """
+
+    def __init__(self, pool: str, range_set: int, cidr: str = "", *, otherwise: IpamdError | None = None) -> None:
+        super().__init__(f"pool {pool}: this node wants a block more" if not cidr else f"pool {pool}: {cidr} is wanted")
+        self.pool = pool
+        self.range_set = range_set
+        self.cidr = cidr
+        self.otherwise = otherwise
 
 
 class StartError(Exception):

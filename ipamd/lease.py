@@ -14,7 +14,17 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from msgspec import Struct
 
-from ipamd.errors import CoolingError, ExhaustedError, InvalidArgumentError, NotFoundError, PreconditionError
+from ipamd.allocator import Block
+from ipamd.errors import (
+    AlreadyExistsError,
+    CoolingError,
+    ExhaustedError,
+    InvalidArgumentError,
+    IpamdError,
+    NeedsBlockError,
+    NotFoundError,
+    PreconditionError,
+)
 from ipamd.pool import Pool, address_number, address_text, parse_address
 from ipamd.pools import NetworkSpec, Number, Pools, listed, refuse_outside
 from ipamd.store.base import (
@@ -58,6 +68,8 @@ class Ledger(Pools):
         held = self._store.find(ask.key)
         if held is not None:
             return self._again(held, ask, pools), False
+        if self.refusal is not None and any(pool.spec.mode != "local" for pool in pools):
+            raise self.refusal()
         mark = self._transaction.mark()
         try:
             new = Allocation(ask.key, self._pick_all(pools, ask), ask.netns, self._when(ask.at),
@@ -104,6 +116,8 @@ class Ledger(Pools):
                 if pool is None or place is None:
                     continue
                 self._count(pool.allocated, place[0], -1)
+                if pool.has_blocks and not self._leave_block(pool, place):
+                    continue
                 self._count(pool.freed, place[0], 1)
                 freed.append(Freed(pool.name, place[0], address.ip, now))
                 forgotten += self._shorten_queue(pool, place[0])
@@ -171,9 +185,19 @@ class Ledger(Pools):
             number, block = cold
             self._transaction.on_undo(range_set.blocks[block].untouch, number)
         self._count(pool.allocated, index, 1)
+        if pool.has_blocks:
+            self._enter_block(pool, (index, block))
         return _address(pool, index, block, number)
 
     def _pick_freed(self, pool: Pool, index: int) -> tuple[int, int]:
+        try:
+            return self._pick_oldest(pool, index)
+        except IpamdError as error:
+            if pool.has_blocks:
+                raise NeedsBlockError(pool.name, index, otherwise=error) from None
+            raise
+
+    def _pick_oldest(self, pool: Pool, index: int) -> tuple[int, int]:
         oldest = self._store.oldest_freed(pool.name, index)
         if oldest is None:
             raise ExhaustedError(
@@ -194,6 +218,11 @@ class Ledger(Pools):
     def _pick_wanted(self, pool: Pool, index: int, block: int, wanted: Number) -> Address:
         version, number = wanted
         allocator = pool.sets[index].blocks[block]
+        if allocator.closed:
+            raise AlreadyExistsError(
+                f"{address_text(version, number)} of pool {pool.name} lies in a block that hands nothing out, see "
+                "netloom ip check; ask for another"
+            )
         if not allocator.is_touched(number):
             allocator.touch(number)
             self._transaction.on_undo(allocator.untouch, number)
@@ -210,6 +239,8 @@ class Ledger(Pools):
                     )
                 self._count(pool.freed, index, -1)
         self._count(pool.allocated, index, 1)
+        if pool.has_blocks:
+            self._enter_block(pool, (index, block))
         return _address(pool, index, block, number)
 
     def _pick_former(self, pool: Pool, index: int, name: str) -> Address | None:
@@ -220,6 +251,8 @@ class Ledger(Pools):
             return None
         _, number = address_number(ip)
         block = pool.sets[index].blocks[place[1]]
+        if block.closed:
+            return None
         if not block.is_touched(number):
             block.touch(number)
             self._transaction.on_undo(block.untouch, number)
@@ -228,7 +261,27 @@ class Ledger(Pools):
         else:
             return None  # held
         self._count(pool.allocated, index, 1)
+        if pool.has_blocks:
+            self._enter_block(pool, place)
         return _address(pool, index, place[1], number)
+
+    def _enter_block(self, pool: Pool, place: tuple[int, int]) -> None:
+        index, number = place
+        block = pool.sets[index].blocks[number]
+        block.held += 1
+        self._transaction.on_undo(_hold, block, -1)
+        self.changed[pool.name, pool.cidrs[index][number]] = None
+        if pool.count_untouched(index) <= pool.ahead(index):
+            self.scarce[pool.name, index] = None
+
+    def _leave_block(self, pool: Pool, place: tuple[int, int]) -> bool:
+        """Whether the address may be handed out again from here."""
+        index, number = place
+        block = pool.sets[index].blocks[number]
+        block.held -= 1
+        self._transaction.on_undo(_hold, block, 1)
+        self.changed[pool.name, pool.cidrs[index][number]] = None
+        return not block.closed
 
     def _shorten_queue(self, pool: Pool, index: int) -> Iterator[Change]:
         if pool.freed[index] <= LONGEST_QUEUE:
@@ -250,6 +303,8 @@ class Ledger(Pools):
         else:
             pools = self._network_pool_as_is(ask.key.network, ask.network)
         for pool in pools:
+            if self.refusal is not None and pool.spec.mode != "local":
+                raise self.refusal()
             for index, range_set in enumerate(pool.sets):
                 if not range_set.has_cold():
                     mark = self._transaction.mark()
@@ -275,6 +330,7 @@ def _assign(pools: Iterable[Pool], requested: Iterable[str]) -> dict[tuple[str, 
             if place is not None:
                 break
         else:
+            _want_block(pools, number)
             refuse_outside(pools, number)
         index, block = place
         if (pool.name, index) in assigned:
@@ -285,6 +341,18 @@ def _assign(pools: Iterable[Pool], requested: Iterable[str]) -> dict[tuple[str, 
             )
         assigned[pool.name, index] = block, number
     return assigned
+
+
+def _want_block(pools: Iterable[Pool], number: Number) -> None:
+    """Raises NeedsBlockError where the address is one of a block that this node does not hold."""
+    for pool in pools:
+        found = pool.block_for(*number)
+        if found is not None:
+            raise NeedsBlockError(pool.name, *found)
+
+
+def _hold(block: Block, by: int) -> None:
+    block.held += by
 
 
 def _address(pool: Pool, index: int, block: int, number: int) -> Address:

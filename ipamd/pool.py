@@ -19,7 +19,9 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
+from ipamd import blocks
 from ipamd.allocator import Block, RangeSet, without
+from ipamd.blocks import Grid, Part
 from ipamd.errors import InvalidArgumentError
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -31,6 +33,7 @@ NO_GATEWAY = "none"
 
 _MOST_RANGES = 1024
 _MOST_EXCLUDES = 4096
+_SHORTEST_BLOCK = {4: 22, 6: 118}  # 1024 addresses
 _BITS = {4: 32, 6: 128}
 
 
@@ -87,10 +90,14 @@ class Range(Struct, frozen=True):
 
 
 class Layout(Struct, frozen=True):
-    """A validated spec: the ranges of each set, and what is cut out of them, by IP version."""
+    """A validated spec: the ranges of each set, and what is cut out of them, by IP version.
+
+    `grids`: of a node-block pool, the blocks of each set; "()" of others.
+    """
 
     range_sets: tuple[tuple[Range, ...], ...]
     holes: dict[int, tuple[tuple[int, int], ...]]
+    grids: tuple[Grid, ...] = ()
 
     def build(self) -> tuple[RangeSet, ...]:
         """Allocators with nothing touched."""
@@ -146,7 +153,7 @@ def validate(spec: PoolSpec) -> Layout:
     if sum(map(len, spec.range_sets)) > _MOST_RANGES or len(spec.excludes) > _MOST_EXCLUDES:
         raise InvalidArgumentError(f"a pool has at most {_MOST_RANGES} ranges and {_MOST_EXCLUDES} excludes")
     range_sets = tuple(
-        tuple(_range(r, f"range_sets[{i}].ranges[{j}]") for j, r in enumerate(ranges))
+        tuple(_range(r, f"range_sets[{i}].ranges[{j}]", spec.mode) for j, r in enumerate(ranges))
         for i, ranges in enumerate(spec.range_sets)
     )
     for i, ranges in enumerate(range_sets):
@@ -165,18 +172,49 @@ def validate(spec: PoolSpec) -> Layout:
                 f"range_sets[{i}]: no address of {', '.join(map(str, ranges))} can be handed out: gateway and excludes "
                 'take them all; widen the range, or set the gateway to "none"'
             )
-    return layout
+    return msgspec.structs.replace(layout, grids=_grids(spec, layout)) if spec.mode == "node-block" else layout
 
 
-def _range(spec: RangeSpec, what: str) -> Range:
+def _grids(spec: PoolSpec, layout: Layout) -> tuple[Grid, ...]:
+    for version, bits in ((4, spec.block_v4), (6, spec.block_v6)):
+        if not _SHORTEST_BLOCK[version] <= bits <= _BITS[version]:
+            raise InvalidArgumentError(
+                f"block_v{version}: wanted a prefix length of {_SHORTEST_BLOCK[version]} to {_BITS[version]}, found "
+                f"{bits}"
+            )
+    parts = [
+        Part(i, r.version, ipaddress.ip_network(asked.subnet).prefixlen, r.first, r.last, asked.gateway != NO_GATEWAY)
+        for i, ranges in enumerate(layout.range_sets)
+        for asked, r in zip(spec.range_sets[i], ranges, strict=True)
+    ]
+    grids = []
+    for i, stretches in enumerate(blocks.stretches_of(parts, spec.block_v4, spec.block_v6)):
+        grid = Grid(stretches, layout.holes[stretches[0].version])
+        if not grid.choose(0, ()):
+            raise InvalidArgumentError(
+                f"range_sets[{i}]: no block has an address to hand out: gateways and excludes take them all; widen the "
+                'range, make the blocks larger, or set the gateway to "none"'
+            )
+        grids.append(grid)
+    return tuple(grids)
+
+
+def _range(spec: RangeSpec, what: str, mode: Mode) -> Range:
     network = parse_network(spec.subnet, f"{what}.subnet")
-    first, last = _usable(network)
+    first, last = blocks.usable(network.version, int(network.network_address), int(network.broadcast_address))
     start = _bound(spec.start, network, f"{what}.start")
     end = _bound(spec.end, network, f"{what}.end")
     if start is not None and end is not None and start > end:
         raise InvalidArgumentError(f"{what}: start {spec.start} lies behind end {spec.end}; exchange them")
     gateway: int | None = first
-    if spec.gateway == NO_GATEWAY:
+    if mode == "node-block":
+        if spec.gateway not in ("", NO_GATEWAY):
+            raise InvalidArgumentError(
+                f"{what}.gateway: found {spec.gateway}; each block of a node-block pool has a gateway of its own, its "
+                'first usable address; leave it out, or set it to "none"'
+            )
+        gateway = None
+    elif spec.gateway == NO_GATEWAY:
         gateway = None
     elif spec.gateway:
         version, gateway = parse_address(spec.gateway, f"{what}.gateway")
@@ -189,13 +227,6 @@ def _range(spec: RangeSpec, what: str) -> Range:
             f"{what}: {spec.start or first}-{spec.end or last} holds no usable address of {network}"
         )
     return Range(network.version, network.prefixlen, low, high, gateway)
-
-
-def _usable(network: Network) -> tuple[int, int]:
-    first, last = int(network.network_address), int(network.broadcast_address)
-    if last - first <= 1:
-        return first, last
-    return first + 1, last - 1 if network.version == 4 else last
 
 
 def _bound(text: str, network: Network, what: str) -> int | None:
@@ -231,25 +262,54 @@ def _holes(range_sets: Iterable[Iterable[Range]], excludes: Iterable[str]) -> di
 
 
 class Pool:
-    """A pool in memory: bitmaps and counts. The rows are in the store; `lease` keeps the two in step."""
+    """A pool in memory: bitmaps and counts. The rows are in the store; `lease` keeps the two in step.
 
-    __slots__ = ("allocated", "asked", "freed", "layout", "managed", "name", "reserved", "sets", "spec")
+    `whole` is all that the spec says, `layout` what this node may hand out of it: the same, but for a node-block pool,
+    which has the blocks here that this node holds; `cidrs` names those, by range set and in the layout's order.
+    """
+
+    __slots__ = (
+        "allocated",
+        "asked",
+        "cidrs",
+        "freed",
+        "layout",
+        "managed",
+        "name",
+        "reserved",
+        "sets",
+        "spec",
+        "whole",
+    )
 
     def __init__(self, name: str, spec: PoolSpec, managed: bool, layout: Layout | None = None) -> None:
-        """A pool with nothing touched; raises InvalidArgumentError for a spec that cannot be."""
+        """A pool with nothing touched, without blocks; raises InvalidArgumentError for a spec that cannot be."""
         self.name = name
         self.spec = spec
         self.managed = managed
-        self.layout = layout or validate(spec)
+        self.whole = layout or validate(spec)
+        self.layout = self.whole
+        if self.whole.grids:
+            self.layout = Layout(tuple(() for _ in self.whole.range_sets), self.whole.holes)
+        self.cidrs: list[tuple[str, ...]] = [() for _ in self.whole.grids]
         self.sets = self.layout.build()
         self.asked = b""  # the message that the spec came from, so that an unchanged one is known without reading it
         self.allocated = [0] * len(self.sets)  # by range set, like the two below
         self.reserved = [0] * len(self.sets)
         self.freed = [0] * len(self.sets)
 
+    @property
+    def has_blocks(self) -> bool:
+        """Whether it hands addresses out of blocks that the node holds."""
+        return bool(self.whole.grids)
+
+    def family(self, range_set: int) -> Literal["ipv4", "ipv6"]:
+        """The family of a range set."""
+        return self.whole.range_sets[range_set][0].family
+
     def locate(self, version: int, number: int) -> tuple[int, int] | None:
         """Range set and block that may hand the address out; None: outside, excluded, or a gateway."""
-        for index, (ranges, allocators) in enumerate(zip(self.layout.range_sets, self.sets, strict=True)):
+        for index, (ranges, allocators) in enumerate(zip(self.whole.range_sets, self.sets, strict=True)):
             if ranges[0].version == version:
                 block = allocators.block_of(number)
                 if block >= 0:
@@ -258,8 +318,81 @@ class Pool:
 
     def is_gateway(self, version: int, number: int) -> bool:
         """Whether the address is a gateway of one of the ranges."""
-        return any(r.version == version and r.gateway == number for ranges in self.layout.range_sets for r in ranges)
+        for grid in self.whole.grids:
+            cidr = grid.covering(version, number)
+            block = grid.block(cidr) if cidr else None
+            if block is not None and block.gateway == number:
+                return True
+        return any(r.version == version and r.gateway == number for ranges in self.whole.range_sets for r in ranges)
 
     def describe(self, range_set: int) -> str:
         """The ranges of a set, for an error's text."""
-        return ", ".join(map(str, self.layout.range_sets[range_set]))
+        return ", ".join(map(str, self.whole.range_sets[range_set]))
+
+    # --- blocks
+
+    def count_untouched(self, range_set: int) -> int:
+        """How many addresses were never handed out since their block came; never too low."""
+        touched = self.allocated[range_set] + self.reserved[range_set] + self.freed[range_set]
+        return self.sets[range_set].size - touched
+
+    def ahead(self, range_set: int) -> int:
+        """With so few addresses left, the next block is to be claimed: a quarter of one."""
+        bits = self.spec.block_v4 if self.family(range_set) == "ipv4" else self.spec.block_v6
+        return max(1, 1 << (_BITS[4 if self.family(range_set) == "ipv4" else 6] - bits) >> 2)
+
+    def home(self, cidr: str) -> int | None:
+        """The range set that a block is of; None where it is no block of this pool."""
+        for index, grid in enumerate(self.whole.grids):
+            if grid.block(cidr) is not None:
+                return index
+        return None
+
+    def block_for(self, version: int, number: int) -> tuple[int, str] | None:
+        """Range set and block of a node-block pool that would hand the address out, whoever holds that block."""
+        for index, grid in enumerate(self.whole.grids):
+            cidr = grid.covering(version, number)
+            block = grid.block(cidr) if cidr else None
+            if block is not None and any(first <= number <= last for first, last in block.stretches):
+                return index, cidr
+        return None
+
+    def find_block(self, cidr: str) -> tuple[int, int] | None:
+        """Range set and number of a block that this node holds."""
+        for index, cidrs in enumerate(self.cidrs):
+            if cidr in cidrs:
+                return index, cidrs.index(cidr)
+        return None
+
+    def add_block(self, cidr: str, allocator: Block | None = None) -> tuple[int, Block]:
+        """This node holds a block more; returns its range set and its allocator, with nothing touched if it is new.
+
+        Raises InvalidArgumentError where it is no block of this pool.
+        """
+        index = self.home(cidr)
+        if index is None:
+            raise InvalidArgumentError(f"{cidr} is no block of pool {self.name}")
+        block = self.whole.grids[index].block(cidr)
+        assert block is not None  # noqa: S101 (as `home` says)
+        low = block.stretches[0][0] if block.stretches else block.base
+        high = block.stretches[-1][1] if block.stretches else block.base
+        allocator = allocator or Block(block.stretches)
+        self.sets[index].add(allocator)
+        self._lay(index, (*self.layout.range_sets[index], Range(block.version, block.prefix, low, high, block.gateway)))
+        self.cidrs[index] = (*self.cidrs[index], cidr)
+        return index, allocator
+
+    def remove_block(self, cidr: str) -> None:
+        """This node no longer holds a block. Counts are the caller's."""
+        place = self.find_block(cidr)
+        if place is None:
+            return
+        index, number = place
+        self.sets = tuple(s.without(number) if i == index else s for i, s in enumerate(self.sets))
+        ranges = self.layout.range_sets[index]
+        self._lay(index, (*ranges[:number], *ranges[number + 1 :]))
+        self.cidrs[index] = (*self.cidrs[index][:number], *self.cidrs[index][number + 1 :])
+
+    def _lay(self, index: int, ranges: tuple[Range, ...]) -> None:
+        sets = self.layout.range_sets
+        self.layout = Layout((*sets[:index], ranges, *sets[index + 1 :]), self.layout.holes)

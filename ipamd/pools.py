@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from ipamd.clock import Clock, age_ns
 from ipamd.engine import Transaction
-from ipamd.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, PreconditionError
+from ipamd.errors import AlreadyExistsError, InvalidArgumentError, IpamdError, NotFoundError, PreconditionError
 from ipamd.pool import Pool, PoolSpec, address_number, address_text, parse_address
 from ipamd.store.base import (
     Allocation,
@@ -46,7 +46,10 @@ class NetworkSpec(Struct, frozen=True):
 
 
 class Usage(Struct, frozen=True):
-    """How full a range set is. `free` can be handed out now."""
+    """How full a range set is. `free` can be handed out now.
+
+    Of a node-block pool all but the last two are of this node's `blocks`; `blocks_claimed` are all nodes' together.
+    """
 
     family: Literal["ipv4", "ipv6"]
     size: int
@@ -54,6 +57,9 @@ class Usage(Struct, frozen=True):
     reserved: int
     cooling: int
     free: int
+    blocks: int = 0
+    blocks_claimed: int = 0
+    blocks_total: int = 0
 
 
 class Pools:
@@ -66,6 +72,13 @@ class Pools:
         self._clock = clock
         self._cooldown_ns = int(cooldown_s * 1e9)
         self.pools: dict[str, Pool] = {}
+        # In a cluster, for `member`: whether there is one; why its pools give no new address now; blocks whose
+        # addresses changed; range sets of node-block pools (pool, index) that soon want another block.
+        self.in_cluster = False
+        self.refusal: Callable[[], IpamdError] | None = None
+        self.changed: dict[tuple[str, str], None] = {}
+        self.scarce: dict[tuple[str, int], None] = {}
+        self.count_claimed: Callable[[str, int], int] = lambda _pool, _index: 0  # blocks of other nodes
         for row in self._store.pools():
             pool = Pool(row.name, PoolSpec.decode(row.spec), row.managed)
             self._fill(pool)
@@ -87,7 +100,13 @@ class Pools:
             if there.spec == spec:
                 return there
             raise AlreadyExistsError(f"there is a pool {name} with another spec; delete it first, or take another name")
-        return self._add_pool(Pool(name, spec, managed=False))
+        pool = Pool(name, spec, managed=False)
+        if spec.mode != "local" and not self.in_cluster:
+            raise PreconditionError(
+                f"mode {spec.mode} wants a cluster, and this ipamd keeps its addresses for itself; set [store] kind = "
+                '"etcd" (docs/operations.md), or create the pool with mode local'
+            )
+        return self._add_pool(pool)
 
     def delete_pool(self, name: str) -> None:
         """Removes a pool from which nothing is allocated; its reservations go with it."""
@@ -108,7 +127,7 @@ class Pools:
         cooldown_ns = self._cooldown_of(pool)
         now = self._now()
         found = []
-        for index, ranges in enumerate(pool.layout.range_sets):
+        for index in range(len(pool.sets)):
             size, allocated, reserved = pool.sets[index].size, pool.allocated[index], pool.reserved[index]
             if now.boottime_ns < cooldown_ns:
                 cooling = pool.freed[index]  # what an earlier boot freed cools down from this boot's start
@@ -116,15 +135,25 @@ class Pools:
                 since = Instant(now.boot_id, now.boottime_ns - cooldown_ns + 1)
                 cooling = self._store.count_freed(pool.name, index, since) if pool.freed[index] else 0
             free = size - allocated - reserved - cooling
-            found.append(Usage(ranges[0].family, size, allocated, reserved, cooling, free))
+            blocks = self._count_blocks(pool, index) if pool.has_blocks else (0, 0, 0)
+            found.append(Usage(pool.family(index), size, allocated, reserved, cooling, free, *blocks))
         return found
+
+    def _count_blocks(self, pool: Pool, index: int) -> tuple[int, int, int]:
+        own = len(pool.cidrs[index])
+        return own, own + self.count_claimed(pool.name, index), pool.whole.grids[index].total
 
     def reserve(self, name: str, text: str, note: str) -> Reservation:
         """Keeps an address back; raises AlreadyExistsError that names the holder."""
-        pool, index, block, (version, number) = self._place(name, text)
-        allocator = pool.sets[index].blocks[block]
+        pool, place, (version, number) = self._place(name, text)
         ip = address_text(version, number)
         self.refuse_held(pool, ip)
+        if place is None:
+            reservation = Reservation(name, ip, note)
+            self._transaction.apply(Reserve(reservation))
+            return reservation
+        index, block = place
+        allocator = pool.sets[index].blocks[block]
         mark = self._transaction.mark()
         try:
             if not allocator.is_touched(number):
@@ -159,13 +188,14 @@ class Pools:
             self._transaction.unwind(mark)
             raise
 
-    def _place(self, name: str, text: str) -> tuple[Pool, int, int, Number]:
+    def _place(self, name: str, text: str) -> tuple[Pool, tuple[int, int] | None, Number]:
+        """The pool, range set and block of an address; no place for one in a block that this node does not hold."""
         pool = self.pool(name)
         number = parse_address(text, "address")
         place = pool.locate(*number)
-        if place is None:
+        if place is None and pool.block_for(*number) is None:
             refuse_outside([pool], number)
-        return pool, *place, number
+        return pool, place, number
 
     def _network_pool(self, network: str, wanted: NetworkSpec) -> Pool:
         """The network's own pool, with the spec that is wanted. Stays changed even if what follows fails."""
@@ -173,7 +203,7 @@ class Pools:
         pool = self.pools.get(name)
         if pool is not None and pool.asked == wanted.asked:
             return pool
-        spec = wanted.read()
+        spec = _read(wanted)
         if pool is None:
             pool = self._add_pool(Pool(name, spec, managed=True))
         elif pool.spec != spec:
@@ -187,7 +217,7 @@ class Pools:
         pool = self.pools.get(name)
         if pool is not None and pool.asked == asked.asked:
             return (pool,)
-        wanted = Pool(name, asked.read(), managed=True)
+        wanted = Pool(name, _read(asked), managed=True)
         if pool is not None:
             self._refuse_shrink(wanted)
             self._fill(wanted)
@@ -239,6 +269,8 @@ class Pools:
 
     def _fill(self, pool: Pool) -> None:
         """Sets the bitmaps and counts of a new pool from the rows."""
+        if pool.has_blocks:
+            self._add_blocks(pool)
         newest: dict[tuple[int, int], tuple[int, int]] = {}
         for ip, generation in self._store.taken(pool.name):
             number = address_number(ip)
@@ -249,6 +281,7 @@ class Pools:
             pool.sets[index].blocks[block].touch(number[1])
             if generation:
                 pool.allocated[index] += 1
+                pool.sets[index].blocks[block].held += 1
                 newest[place] = max(newest.get(place, (0, 0)), (generation, number[1]))
             else:
                 pool.reserved[index] += 1
@@ -288,6 +321,18 @@ class Pools:
         counts[index] += by
         self._transaction.on_undo(_add, counts, index, -by)
 
+    def _add_blocks(self, pool: Pool) -> None:
+        """Gives a pool the blocks that the rows say are this node's."""
+        for _, cidr in self._store.blocks(pool.name):
+            if pool.home(cidr) is not None:
+                _, block = pool.add_block(cidr)
+                block.closed = bool(self._store.note(frozen_note(pool.name, cidr)))
+
+
+def frozen_note(pool: str, cidr: str) -> str:
+    """Under which name the store keeps why a block hands nothing out."""
+    return f"frozen/{pool}#{cidr}"
+
 
 def check_pool_name(name: str) -> None:
     """Raises InvalidArgumentError for a name that an operator cannot give to a pool."""
@@ -302,6 +347,15 @@ def network_pool_name(network: str) -> str:
     return f"net/{network}"
 
 
+def _read(wanted: NetworkSpec) -> PoolSpec:
+    spec = wanted.read()
+    if spec.mode != "local":
+        raise InvalidArgumentError(
+            f"mode: found {spec.mode}; the pool of a network is local to its node; create a named pool for a cluster"
+        )
+    return spec
+
+
 def refuse_outside(pools: Sequence[Pool], number: Number) -> NoReturn:
     ip = address_text(*number)
     for pool in pools:
@@ -309,9 +363,7 @@ def refuse_outside(pools: Sequence[Pool], number: Number) -> NoReturn:
             raise InvalidArgumentError(
                 f"{ip} is a gateway of pool {pool.name} and is never handed out; ask for another"
             )
-    ranges = "; ".join(
-        f"pool {pool.name}: {pool.describe(index)}" for pool in pools for index in range(len(pool.layout.range_sets))
-    )
+    ranges = "; ".join(f"pool {pool.name}: {pool.describe(index)}" for pool in pools for index in range(len(pool.sets)))
     raise InvalidArgumentError(
         f"{ip} cannot be handed out: it is excluded, or outside the ranges ({ranges}); ask for one of those"
     )
