@@ -1,0 +1,128 @@
+"""What stands in etcd under which key. Values are JSON; fields that a version does not know are ignored by it.
+
+    version                    VersionRecord: the schema, and the cluster's own id
+    pools/<pool>               PoolRecord
+    reservations/<pool>#<ip>   ReservationRecord
+    nodes/<node>               NodeRecord, for as long as the node belongs to the cluster
+    alive/<node>               AliveRecord, under a lease
+    blocks/<pool>#<cidr>       BlockRecord: which node hands the block's addresses out
+    published/<pool>#<cidr>    PublishedRecord: what of the block is in use, as of a few seconds ago
+    addresses/<pool>#<ip>      AddressRecord: who holds an address of a pool of mode cluster-address
+    owned/<node>/<pool>#<ip>   empty: the addresses of a node
+    freed/<pool>#<ip>          the node's name, under a lease as long as the cool-down
+    networks/<network>         netd's, see `netd`
+    netd/<node>                netd's, see `netd`
+
+Pool and node names have neither "#" nor "/". Whoever changes what a key means raises SCHEMA; whoever must not meet an
+older version raises NEEDS too, and an older one refuses to start.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+from msgspec import Struct
+
+SCHEMA = 1
+NEEDS = 1
+
+VERSION = "version"
+POOLS = "pools/"
+RESERVATIONS = "reservations/"
+NODES = "nodes/"
+ALIVE = "alive/"
+BLOCKS = "blocks/"
+PUBLISHED = "published/"
+ADDRESSES = "addresses/"
+OWNED = "owned/"
+FREED = "freed/"
+
+T = TypeVar("T")
+
+
+class VersionRecord(Struct, frozen=True, omit_defaults=True):
+    """`needs`: the lowest schema that a member must know. `cluster`: made once, by the first node."""
+
+    schema: int
+    needs: int
+    cluster: str
+
+
+class PoolRecord(Struct, frozen=True, omit_defaults=True):
+    """`spec` is ipamd's text. A pool that is going away gives no block and no address any more."""
+
+    spec: str
+    deleting: bool = False
+
+
+class ReservationRecord(Struct, frozen=True, omit_defaults=True):
+    note: str = ""
+
+
+class NodeRecord(Struct, frozen=True, omit_defaults=True):
+    """`id` is made by the node at its first start and kept on its disk."""
+
+    id: str
+    hostname: str
+    created_unix_s: int
+    draining: bool = False
+
+
+class AliveRecord(Struct, frozen=True, omit_defaults=True):
+    id: str
+    boot_id: str
+    version: str
+    since_unix_s: int
+
+
+class BlockRecord(Struct, frozen=True, omit_defaults=True):
+    node: str
+    node_id: str
+
+
+class PublishedRow(Struct, frozen=True, array_like=True):
+    """One address in use: its allocation, as far as others want to know it."""
+
+    cidr: str
+    gateway: str
+    range_set: int
+    generation: int
+    client: str
+    network: str
+    container_id: str
+    ifname: str
+    created_unix_s: int
+    workload: str
+
+
+class PublishedRecord(Struct, frozen=True):
+    node: str
+    rows: tuple[PublishedRow, ...]
+
+
+class LayoutError(ValueError):
+    """A value is not what this version understands."""
+
+
+def encode(record: Struct) -> bytes:
+    return msgspec.json.encode(record)
+
+
+def decode(kind: type[T], key: str, value: bytes) -> T:
+    """Raises LayoutError that names the key."""
+    try:
+        return msgspec.json.decode(value, type=kind)
+    except msgspec.MsgspecError as error:
+        raise LayoutError(f"etcd: {key}: this is no {kind.__name__}: {error}") from None
+
+
+def place(pool: str, what: str) -> str:
+    """The end of a key: an address or a block of a pool."""
+    return f"{pool}#{what}"
+
+
+def split(ending: str) -> tuple[str, str]:
+    """The inverse of `place`."""
+    pool, _, what = ending.partition("#")
+    return pool, what
