@@ -18,6 +18,7 @@ from cli.import_host_local import imports
 from cli.options import common
 from cli.pools import pools
 from cli.status import status
+from cli.store import store
 from cli.trace import trace
 from kernel.version import VERSION
 
@@ -34,7 +35,7 @@ def netloom() -> None:
     """
 
 
-for _command in (status, gc, trace, attach, detach, addresses, pools, completion):
+for _command in (status, gc, trace, attach, detach, addresses, pools, store, completion):
     netloom.add_command(_command)
 addresses.add_command(imports)
 addresses.add_command(check)

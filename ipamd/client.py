@@ -171,22 +171,21 @@ class Client:
 
     def list_allocations(self, wanted: pb.ListAllocationsRequest | None = None) -> Iterator[pb.Allocation]:
         """Allocations that match, in the order in which they were made; every one where nothing is wanted."""
-        import grpc  # noqa: PLC0415
+        # A long list takes longer than one answer: the deadline is for the whole.
+        yield from self._stream("ListAllocations", wanted or pb.ListAllocationsRequest(), pb.Allocation)
 
-        path = _SERVICE + "ListAllocations"
-        call = self._connect().unary_stream(  # type: ignore[call-arg]
-            path,
-            request_serializer=pb.ListAllocationsRequest.SerializeToString,
-            response_deserializer=pb.Allocation.FromString,
-            _registered_method=False,
-        )
-        try:
-            # A long list takes longer than one answer: the deadline is for the whole.
-            yield from call(
-                wanted or pb.ListAllocationsRequest(), timeout=self._timeout_s * 12, metadata=self._metadata or None
-            )
-        except grpc.RpcError as error:
-            raise self._failure(error) from None
+    def watch_allocations(self, after: int = 0) -> Iterator[pb.AllocationEvents]:
+        """What happens to allocations, from behind a revision or (0) from now on, until the caller ends it.
+
+        Each answer has the revision to go on from; the first has no events and comes at once. Raises OUT_OF_RANGE.
+        """
+        request = pb.WatchAllocationsRequest(after=after)
+        yield from self._stream("WatchAllocations", request, pb.AllocationEvents, endless=True)
+
+    def export_store(self) -> Iterator[bytes]:
+        """A backup of all that the store holds, in pieces."""
+        for answer in self._stream("ExportStore", pb.ExportStoreRequest(), pb.ExportStoreResponse):
+            yield answer.piece
 
     def reserve(self, pool: str, address: str, note: str = "") -> pb.Reservation:
         """Keeps an address back."""
@@ -204,6 +203,23 @@ class Client:
     def check_store(self, request: pb.CheckStoreRequest) -> pb.CheckStoreResponse:
         """Every difference between the store, the kernel as the request describes it, and the cluster."""
         return self._call("CheckStore", request, pb.CheckStoreResponse)
+
+    def _stream(self, method: str, request: Any, response: type[Resp], *, endless: bool = False) -> Iterator[Resp]:
+        """A call with any number of answers; unless endless, all come within twelve times the deadline of one."""
+        import grpc  # noqa: PLC0415
+
+        call = self._connect().unary_stream(  # type: ignore[call-arg]
+            _SERVICE + method,
+            request_serializer=_serialize,
+            response_deserializer=cast(Any, response).FromString,
+            _registered_method=False,
+        )(request, timeout=None if endless else self._timeout_s * 12, metadata=self._metadata or None)
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise self._failure(error) from None
+        finally:
+            cast(Any, call).cancel()
 
     def _call(self, method: str, request: Any, response: type[Resp]) -> Resp:
         return Pending(self, method, request, response).result()

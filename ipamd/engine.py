@@ -97,11 +97,14 @@ class Transaction:
 
 
 class _Request:
-    __slots__ = ("answer", "error", "future", "grows", "run")
+    __slots__ = ("alone", "answer", "error", "future", "grows", "run")
 
-    def __init__(self, run: Callable[[], Any], grows: bool, future: "asyncio.Future[Any]") -> None:
+    def __init__(
+        self, run: Callable[[], Any], future: "asyncio.Future[Any]", *, grows: bool = False, alone: bool = False
+    ) -> None:
         self.run = run
         self.grows = grows
+        self.alone = alone
         self.future = future
         self.answer: Any = None
         self.error: Exception | None = None
@@ -130,6 +133,7 @@ class Engine:
         self._transaction = transaction
         self._ballast = ballast or NoBallast()
         self._on_commit = on_commit
+        self._after_commit: list[Callable[[], object]] = []
         self._queue: deque[_Request] = deque()
         self._more = asyncio.Event()
         self._wanted = 1  # how many waiting requests set `_more`
@@ -153,16 +157,30 @@ class Engine:
         IpamdError, and it must have changed nothing then), and UnavailableError or ExhaustedError where it could not be
         made durable.
         """
+        answer: T = await self._wait_for(_Request(request, self._loop.create_future(), grows=grows))
+        return answer
+
+    async def run_alone(self, request: Callable[[], T]) -> T:
+        """Runs `request` between two batches, in a thread: for what only reads, takes long, and wants no transaction.
+
+        Raises what `request` raises, and UnavailableError as `run` does.
+        """
+        answer: T = await self._wait_for(_Request(request, self._loop.create_future(), alone=True))
+        return answer
+
+    async def _wait_for(self, waiting: _Request) -> Any:
         if self._closing:
             raise UnavailableError("ipamd is stopping; ask again when it is back")
         if len(self._queue) >= _LONGEST_QUEUE:
             raise UnavailableError(f"ipamd is overloaded ({_LONGEST_QUEUE} requests are waiting); ask again later")
-        waiting = _Request(request, grows, self._loop.create_future())
         self._queue.append(waiting)
         if len(self._queue) >= self._wanted:
             self._more.set()
-        answer: T = await waiting.future
-        return answer
+        return await waiting.future
+
+    def after_commit(self, function: Callable[[], object]) -> None:
+        """Has `function()` called, in the event loop, after each durable commit; it must not raise."""
+        self._after_commit.append(function)
 
     async def close(self) -> None:
         """Answers what waits, then stops; later requests are refused."""
@@ -177,8 +195,7 @@ class Engine:
                 return
             if self.disk_full:
                 await self._look_for_room()
-            batch = [self._queue.popleft() for _ in range(min(len(self._queue), _LARGEST_BATCH))]
-            batch = [request for request in batch if not request.future.done()]
+            batch = [request for request in self._next_batch() if not request.future.done()]
             try:
                 await self._work(batch)
             except Exception as error:  # noqa: BLE001 (whatever it was, the next batch must be served)
@@ -190,6 +207,12 @@ class Engine:
             at_work = min(len(batch) + len(self._queue), _LARGEST_BATCH)
             self._expected = at_work - at_work // 4
             self._gather_until_s = time.monotonic() + _GATHER_S
+
+    def _next_batch(self) -> list[_Request]:
+        batch: list[_Request] = []
+        while self._queue and len(batch) < _LARGEST_BATCH and not (batch and (batch[-1].alone or self._queue[0].alone)):
+            batch.append(self._queue.popleft())
+        return batch
 
     async def _gather(self) -> bool:
         """Waits for the next batch; False where there will be none.
@@ -245,9 +268,14 @@ class Engine:
                 )
                 continue
             try:
-                request.answer = request.run()
-            except StoreError:
-                raise
+                if request.alone:
+                    request.answer = await self._loop.run_in_executor(self._thread, request.run)
+                else:
+                    request.answer = request.run()
+            except StoreError as error:
+                if not request.alone:
+                    raise
+                request.error = UnavailableError(f"ipamd's store failed: {error}")
             except IpamdError as error:
                 request.error = error
             except Exception as error:  # noqa: BLE001 (a fault of ours in one request must not fail the others)
@@ -257,6 +285,8 @@ class Engine:
             began = time.perf_counter()
             await self._loop.run_in_executor(self._thread, self._transaction.store.commit)
             self._on_commit(len(batch), time.perf_counter() - began)
+            for function in self._after_commit:
+                function()
         self._transaction.committed()
 
     def _give_up(self, batch: list[_Request], error: StoreError) -> None:

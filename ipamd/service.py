@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 from grpc import aio
 
-from ipamd import messages
+from ipamd import backup, messages
 from ipamd.check import Checker, KernelAddress
 from ipamd.clock import Clock
 from ipamd.engine import Engine
@@ -25,9 +25,11 @@ from ipamd.errors import (
     ExhaustedError,
     InvalidArgumentError,
     IpamdError,
+    OutOfRangeError,
     PreconditionError,
     UnavailableError,
 )
+from ipamd.events import Events
 from ipamd.lease import Ask, Ledger
 from ipamd.pool import Pool, address_text, parse_address
 from ipamd.pools import check_pool_name
@@ -114,6 +116,7 @@ class Service(IpamServicer):
         self._node = node
         self._version = version
         self._began_ns = clock.now_ns()
+        self._events = Events(engine, store)
 
     @_unary
     async def Allocate(self, request: pb.AllocateRequest, request_id: str) -> pb.AllocateResponse:
@@ -253,6 +256,16 @@ class Service(IpamServicer):
         finally:
             self.in_hand -= 1
 
+    async def WatchAllocations(
+        self, request: pb.WatchAllocationsRequest, context: Context
+    ) -> AsyncIterator[pb.AllocationEvents]:
+        # Not counted in `in_hand`: it never ends, and is taken up again elsewhere.
+        try:
+            async for revision, events in self._events.follow(request.after):
+                yield messages.events_message(revision, events)
+        except IpamdError as error:
+            await _abort(context, error)
+
     @_unary
     async def CheckStore(self, request: pb.CheckStoreRequest, request_id: str) -> pb.CheckStoreResponse:
         kernel = [KernelAddress(one.address, one.netns_inode, one.ifname) for one in request.kernel]
@@ -268,6 +281,32 @@ class Service(IpamServicer):
             allocations=report.allocations,
             blocks=report.blocks,
         )  # fmt: skip
+
+    async def ExportStore(
+        self, _request: pb.ExportStoreRequest, context: Context
+    ) -> AsyncIterator[pb.ExportStoreResponse]:
+        self.in_hand += 1
+        try:
+            try:
+                snapshot = await self._engine.run_alone(self._store.snapshot)
+            except IpamdError as error:
+                await _abort(context, error)
+            try:
+                copy = snapshot.copy()
+                head = backup.Head(backup.VERSION, self._store.kind, self._node, self._clock.unix_s(),
+                                   copy.generation, copy.revision)  # fmt: skip
+                pieces = backup.written(head, copy, await self._shared())
+                # In a thread: a piece takes some 5 ms, and meanwhile others are served.
+                while piece := await asyncio.to_thread(next, pieces, b""):
+                    yield pb.ExportStoreResponse(piece=piece)
+            finally:
+                snapshot.close()
+        finally:
+            self.in_hand -= 1
+
+    async def _shared(self) -> list[backup.Shared]:
+        """What the cluster knows; nothing where there is none."""
+        return []
 
     @_unary
     async def Reserve(self, request: pb.ReserveRequest, request_id: str) -> pb.Reservation:
@@ -316,7 +355,8 @@ def _log_allocated(allocation: Allocation, created: bool, request_id: str) -> No
 async def _abort(context: Context, error: IpamdError) -> NoReturn:
     """Ends the call. The mark tells an UNAVAILABLE of ours from one that gRPC made of a lost connection."""
     text = str(error)[:_LONGEST_DETAILS]
-    await context.abort(grpc.StatusCode[error.code], text, (("x-answered-by", "ipamd"),))
+    more = (("x-newest-revision", str(error.newest)),) if isinstance(error, OutOfRangeError) else ()
+    await context.abort(grpc.StatusCode[error.code], text, (("x-answered-by", "ipamd"), *more))
     raise AssertionError("abort returned")  # its stub does not say that it never does
 
 

@@ -361,7 +361,7 @@ class Store(Protocol):
         """Lets go of it; nothing may be called afterwards."""
 
     def snapshot(self) -> "Snapshot":
-        """All rows of this moment, to be read later and in any thread. Between `begin` and `commit` it is refused."""
+        """All rows of this moment, to be read later in any thread. Not to be asked between `begin` and `commit`."""
 
     def find(self, key: Key) -> Allocation | None:
         """The allocation of a key."""

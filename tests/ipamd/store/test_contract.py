@@ -20,13 +20,16 @@ from ipamd.store.base import (
     Instant,
     Key,
     Netns,
+    Note,
     PoolRow,
+    PutBlock,
     PutPool,
     Regroup,
     Rename,
     Reservation,
     Reserve,
     Store,
+    StoreError,
     Touch,
     Unreserve,
     former_name,
@@ -363,3 +366,30 @@ def test_a_former_address_comes_back_with_a_rollback(store: Store) -> None:
     store.rollback()
     assert store.former("p", 0, former_name("x", "eth0")) == ""
     assert store.former("p", 0, former_name("w", "eth0")) == "10.0.0.2"
+
+
+def test_a_snapshot_is_of_one_moment_and_makes_the_same_store_again(store: Store, tmp_path: Path) -> None:
+    commit(
+        store, PutPool(POOL, new=True), Reserve(Reservation("p", "10.0.0.99", "printer")), PutBlock("p", "10.0.0.0/26")
+    )
+    one = grant(store, msgspec.structs.replace(allocation("one", "10.0.0.2", "10.0.0.3"), workload="default/web"))
+    two = grant(store, allocation("two", "10.0.0.4"))
+    commit(store, Drop(two, (freed("10.0.0.4"),)), Note("cluster", "c1"))
+    before = state(store)
+    snapshot = store.snapshot()
+    later = grant(store, allocation("later", "10.0.0.5"))
+    copied = SqliteStore(str(tmp_path / "copy.db"))
+    try:
+        copied.load(snapshot.copy())
+        assert state(copied) == before
+        assert copied.find(one.key) == one
+        assert copied.blocks() == [("p", "10.0.0.0/26")]
+        assert copied.note("cluster") == "c1"
+        assert copied.former("p", 0, former_name("default/web", "eth0")) == "10.0.0.2"
+        assert grant(copied, allocation("new", "10.0.0.6")).generation > later.generation, "never used again"
+        assert copied.events(0)[-1].revision > store.event_bounds()[1]
+        with pytest.raises(StoreError, match="wanted an empty store"):
+            copied.load(snapshot.copy())
+    finally:
+        copied.close()
+        snapshot.close()

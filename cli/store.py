@@ -1,0 +1,174 @@
+"""`netloom store`: a copy of all that ipamd keeps, and a store made from one."""
+
+import contextlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import IO, NoReturn
+
+import click
+
+from cli import output
+from cli.failure import Failure, Status
+from cli.options import Choices, command, pass_choices
+from ipamd import backup as backups
+from ipamd.backup import Backup, BackupError
+from ipamd.config import Config, load
+from ipamd.errors import StartError
+from ipamd.store.base import StoreError
+from ipamd.store.sqlite import SqliteStore
+
+_BESIDE = ("", "-wal", "-shm", "-journal", ".ballast")  # what belongs to a database
+
+
+@click.group("store", short_help="ipamd's store: back it up, restore it.")
+def store() -> None:
+    """ipamd's store: back it up, restore it."""
+
+
+@command(store, "backup")
+@click.argument("file", type=click.Path())
+@pass_choices
+def backup(choices: Choices, file: str) -> None:
+    """Write all that ipamd keeps to FILE ("-": to standard output), as JSON lines.
+
+    ipamd goes on serving meanwhile; the copy is of one moment. In a cluster it holds what the cluster shares, too, and
+    of the nodes this one: back up each node. FILE appears only when it is complete, and only its owner may read it.
+    """
+    if file == "-":
+        with choices.ipamd() as ipamd:
+            for piece in ipamd.export_store():
+                sys.stdout.buffer.write(piece)
+        sys.stdout.buffer.flush()
+        return
+    with _replacing(file) as stream, choices.ipamd() as ipamd:
+        size = sum(stream.write(piece) for piece in ipamd.export_store())
+    if choices.as_json:
+        output.document({"file": file, "bytes": size})
+    else:
+        output.line(f"wrote {size} bytes to {file}")
+
+
+@command(store, "restore")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=False))
+@click.option("--to", "path", metavar="PATH", type=click.Path(), help="The database to make.  [default: as configured]")
+@click.option("--force", is_flag=True, help="Put aside a database that is there already.")
+@pass_choices
+def restore(choices: Choices, file: str, path: str | None, force: bool) -> None:
+    """Make this node's database from a backup. ipamd must be stopped; containers may go on running.
+
+    What was allocated after the backup is not in it: run 'netloom ip check' afterwards, which names addresses that
+    containers have and nobody holds, and reserves them with --repair.
+    """
+    copy = _read(file)
+    target = os.path.abspath(path) if path else _configured().store_path
+    aside = _put_aside(target, force)
+    try:
+        _make(target, copy)
+    except (StoreError, StartError) as error:
+        _put_back(target, aside)
+        raise Failure(f"{error}; nothing was changed") from None
+    except BaseException:
+        _put_back(target, aside)
+        raise
+    _print(choices, target, copy, aside)
+
+
+def _read(file: str) -> Backup:
+    try:
+        with open(file, "rb") as stream:
+            return backups.read(stream, file)
+    except BackupError as error:
+        raise Failure(str(error), Status.USAGE) from None
+    except OSError as error:
+        raise Failure(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _configured() -> Config:
+    try:
+        return load(None, {}, os.environ)
+    except ConfigError as error:
+        raise Failure(f"{error}; or name the database with --to", Status.USAGE) from None
+
+
+def _make(target: str, copy: Backup) -> None:
+    made = SqliteStore(target)  # takes the lock: an ipamd that runs is named by the error
+    try:
+        made.load(copy.copy)
+    finally:
+        made.close()
+    # ipamd runs as an ordinary user, to whom the directory belongs; this command mostly as root.
+    owner = os.stat(os.path.dirname(target))
+    for suffix in (*_BESIDE, ".lock"):
+        with contextlib.suppress(FileNotFoundError):
+            os.chown(target + suffix, owner.st_uid, owner.st_gid, follow_symlinks=False)
+
+
+def _put_aside(target: str, force: bool) -> str:
+    """Renames what is there; returns what was added to its name, "" where there was nothing."""
+    if not os.path.lexists(target):
+        return ""
+    if not force:
+        raise Failure(f"{target}: there is a database already; say --force to put it aside, or name another with --to")
+    try:
+        SqliteStore(target).close()  # brings its log into the file; refuses while an ipamd has it
+    except StartError as error:
+        if "another ipamd" in str(error):
+            raise Failure(str(error)) from None
+        # Damaged: that is why it is to be replaced.
+    aside = f".before-restore-{int(time.time())}"
+    for suffix in _BESIDE:
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(target + suffix, target + suffix + aside)
+    return aside
+
+
+def _put_back(target: str, aside: str) -> None:
+    for suffix in _BESIDE:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(target + suffix)
+        if aside:
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(target + suffix + aside, target + suffix)
+
+
+@contextlib.contextmanager
+def _replacing(file: str) -> Iterator[IO[bytes]]:
+    """A new file that takes the name when all of it is on the disk."""
+    directory, name = os.path.split(os.path.abspath(file))
+    try:
+        descriptor, new = tempfile.mkstemp(prefix=f".{name}.", dir=directory)  # mode 0600
+    except OSError as error:
+        _refuse(file, error)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.rename(new, file)
+    except OSError as error:
+        os.unlink(new)
+        _refuse(file, error)
+    except BaseException:
+        os.unlink(new)
+        raise
+
+
+def _refuse(file: str, error: OSError) -> NoReturn:
+    raise Failure(f"{file}: cannot be written: {error.strerror}") from None
+
+
+def _print(choices: Choices, target: str, copy: Backup, aside: str) -> None:
+    counts = {name: len(list(getattr(copy.copy, name))) for name in ("pools", "reservations", "allocations", "blocks")}
+    if choices.as_json:
+        output.document({"path": target, "node": copy.head.node, "put_aside": aside and target + aside, **counts})
+        return
+    output.line(
+        f"made {target} from a backup of node {copy.head.node}: "
+        + ", ".join(f"{count} {name}" for name, count in counts.items())
+    )
+    if aside:
+        output.line(f"what was there is now {target}{aside}")
+    output.line("start ipamd, then run 'netloom ip check'")

@@ -1,0 +1,116 @@
+"""`netloom store`: a backup of a running ipamd, and a database made from it."""
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Netloom
+from tests.ipamd.daemon import Daemon, cidrs, key, own, spec
+
+
+@pytest.fixture
+def daemon(netloom: Netloom, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Daemon:
+    """With a database in a file; the command's configuration is the daemon's."""
+    one = Daemon(tmp_path / "host", "[reclaim]\ninterval_s = 0\n")
+    monkeypatch.setenv("NETLOOM_CONFIG", str(one.config))
+    return one
+
+
+def _lines(file: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_backup_restored_is_the_same_store(daemon: Daemon, netloom: Netloom, tmp_path: Path) -> None:
+    file = tmp_path / "backup"
+    with daemon, daemon.client() as ipamd:
+        ipamd.create_pool("blue", spec("10.1.0.0/24", "fd00::/64"))
+        ipamd.reserve("blue", "10.1.0.200", "printer")
+        first = ipamd.allocate(key("a"), pools=["blue"])
+        ipamd.allocate(key("b"), network_pool=own("10.2.0.0/24"))
+        gone = ipamd.allocate(key("c"), pools=["blue"])
+        ipamd.release(key("c"))
+        before = [entry.SerializeToString() for entry in ipamd.list_allocations()]
+        ran = netloom("store", "backup", str(file))
+        assert ran.status == 0, ran
+        daemon.stop()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert [path.name for path in tmp_path.iterdir() if "backup" in path.name] == ["backup"]
+
+    refused = netloom("store", "restore", str(file))
+    assert refused.status == 1
+    assert "--force" in refused.err
+    ran = netloom("store", "restore", str(file), "--force", "--json")
+    assert ran.status == 0, ran
+    document = json.loads(ran.out)
+    assert (document["pools"], document["allocations"], document["reservations"]) == (2, 2, 1)
+    assert Path(document["put_aside"]).exists()
+    with daemon, daemon.client() as ipamd:
+        assert [entry.SerializeToString() for entry in ipamd.list_allocations()] == before
+        again = ipamd.allocate(key("a"), pools=["blue"])
+        assert (again.created, cidrs(again)) == (False, cidrs(first))
+        assert [entry.address for entry in ipamd.list_reservations()] == ["10.1.0.200"]
+        new = ipamd.allocate(key("d"), pools=["blue"])
+        assert set(cidrs(new)).isdisjoint(cidrs(gone)), "what was freed goes on cooling down"
+        assert new.generation > gone.generation + 1_000_000, "numbers given after the backup do not come again"
+
+
+def test_nothing_is_restored_under_a_running_ipamd(daemon: Daemon, netloom: Netloom, tmp_path: Path) -> None:
+    file = tmp_path / "backup"
+    with daemon, daemon.client() as ipamd:
+        ipamd.create_pool("blue", spec("10.1.0.0/24"))
+        assert netloom("store", "backup", str(file)).status == 0
+        ran = netloom("store", "restore", str(file), "--force")
+        assert ran.status == 1
+        assert "another ipamd" in ran.err
+        assert [pool.name for pool in ipamd.list_pools()] == ["blue"]
+
+
+def test_a_backup_that_is_cut_off_or_contradicts_itself_changes_nothing(
+    daemon: Daemon, netloom: Netloom, tmp_path: Path
+) -> None:
+    file = tmp_path / "backup"
+    with daemon, daemon.client() as ipamd:
+        ipamd.create_pool("blue", spec("10.1.0.0/24"))
+        ipamd.allocate(key("a"), pools=["blue"])
+        assert netloom("store", "backup", str(file)).status == 0
+        daemon.stop()
+    whole = file.read_bytes().splitlines(keepends=True)
+    database = Path(daemon.database).read_bytes()
+
+    def refused(lines: list[bytes], words: str) -> None:
+        file.write_bytes(b"".join(lines))
+        ran = netloom("store", "restore", str(file), "--force")
+        assert ran.status != 0
+        assert words in ran.err, ran.err
+        assert Path(daemon.database).read_bytes() == database
+        assert [path.name for path in Path(daemon.database).parent.iterdir() if "before" in path.name] == []
+
+    refused(whole[:-1], "cut off")
+    refused([*whole[:-1], whole[-1][:-4]], "damaged or cut off")
+    refused(whole[1:], "no backup")
+    refused([whole[0].replace(b'backup":1', b'backup":9'), *whole[1:]], "version 1, found 9")
+    twice = [line for line in whole if line.startswith(b'{"allocation"')]
+    refused([*whole[:-1], *twice, b'{"end":%d}\n' % (len(whole) - 2 + len(twice))], "nothing was changed")
+
+
+def test_a_backup_goes_to_standard_output_too(daemon: Daemon, netloom: Netloom) -> None:
+    with daemon, daemon.client() as ipamd:
+        ipamd.create_pool("blue", spec("10.1.0.0/24"))
+        ran = netloom("store", "backup", "-")
+    head, pool, end = map(json.loads, ran.out.splitlines())
+    assert (head["netloom_backup"], head["store"], head["node"]) == (1, "sqlite", "host")
+    assert pool["pool"]["name"] == "blue"
+    assert end == {"end": 1} or end["end"] >= 1
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(daemon: Daemon, netloom: Netloom, tmp_path: Path) -> None:
+    with daemon:
+        ran = netloom("store", "backup", str(tmp_path / "no" / "where"))
+        assert ran.status == 1
+        assert "cannot be written" in ran.err
+    ran = netloom("store", "backup", str(tmp_path / "down"))
+    assert ran.status == 3
+    assert "down" not in os.listdir(tmp_path)
