@@ -64,6 +64,44 @@ def show(choices: Choices, address: str) -> None:
         output.facts([("address", entry["address"]), ("reserved in", entry["pool"]), ("note", entry["note"])])
 
 
+@command(addresses, "watch")
+@click.option(
+    "--after", type=click.IntRange(min=1), metavar="REVISION", help="Begin behind this revision.  [default: now]"
+)
+@pass_choices
+def watch(choices: Choices, after: int | None) -> None:
+    """Show what happens to addresses, one event a line, until interrupted.
+
+    The first column is the revision: --after goes on from there without a gap, as long as ipamd remembers it (the last
+    10,000 events). With --json, each line is a document.
+    """
+    seen = after or 0
+    try:
+        with choices.ipamd() as ipamd:
+            for page in ipamd.watch_allocations(seen):
+                for event in page.events:
+                    _print_event(choices, documents.event(event))
+                seen = page.revision
+    except KeyboardInterrupt:
+        return
+    except Failure as failure:
+        if failure.status is Status.UNREACHABLE and seen:
+            raise Failure(f"{failure.message}; go on with --after {seen}", failure.status) from None
+        raise
+
+
+def _print_event(choices: Choices, event: documents.EventDocument) -> None:
+    if choices.as_json:
+        output.document_line({**event})
+        return
+    held = event["allocation"]
+    addresses = ",".join(entry["cidr"] for entry in held["addresses"])
+    output.line(
+        f"{event['revision']}  {event['at']}  {event['kind']:<9}  {addresses}  {held['network']}  "
+        f"{held['container_id']}  {held['ifname']}  {held['client']}"
+    )
+
+
 @command(addresses, "release")
 @click.argument("address")
 @click.option("--pool", metavar="NAME", default="", shell_complete=complete_pool, help="Where several pools have it.")
@@ -218,6 +256,7 @@ def _facts(holder: AllocationDocument) -> list[tuple[str, str]]:
         *facts,
         ("namespace", (netns["path"] or "unknown") + known),
         ("since", holder["created"] or "unknown"),
+        *([("workload", holder["workload"])] if holder["workload"] else []),
         ("generation", str(holder["generation"])),
     ]
 

@@ -36,6 +36,14 @@ class AllocationDocument(TypedDict):
     boot_id: str
     created: str  # RFC 3339, "" where unknown
     reason: str
+    workload: str
+
+
+class EventDocument(TypedDict):
+    revision: int
+    kind: str  # allocated, released
+    at: str  # RFC 3339
+    allocation: AllocationDocument
 
 
 class UsageDocument(TypedDict):
@@ -83,6 +91,17 @@ def allocation(message: ipam_pb2.Allocation) -> AllocationDocument:
         "boot_id": message.at.boot_id,
         "created": _moment(message.created_unix_s),
         "reason": message.reason,
+        "workload": message.workload,
+    }
+
+
+def event(message: ipam_pb2.AllocationEvent) -> EventDocument:
+    """What happened to an allocation."""
+    return {
+        "revision": message.revision,
+        "kind": message.kind,
+        "at": _moment(message.unix_s),
+        "allocation": allocation(message.allocation),
     }
 
 

@@ -32,6 +32,12 @@ def document(value: Mapping[str, object]) -> None:
     click.echo(json.dumps(value, indent=2))
 
 
+def document_line(value: Mapping[str, object]) -> None:
+    """Prints one JSON document of many, on a line of its own and at once."""
+    click.echo(json.dumps(value))
+    sys.stdout.flush()
+
+
 def line(text: str) -> None:
     """Prints a line."""
     click.echo(visible(text))

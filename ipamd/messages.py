@@ -6,7 +6,7 @@ from ipamd.errors import InvalidArgumentError
 from ipamd.lease import Ask
 from ipamd.pool import MODES, Mode, Pool, PoolSpec, RangeSpec
 from ipamd.pools import NetworkSpec, Usage
-from ipamd.store.base import Address, Allocation, Instant, Key, Netns
+from ipamd.store.base import Address, Allocation, Event, Instant, Key, Netns
 from protos.ipam.v1 import ipam_pb2 as pb
 
 _LONGEST_NAME = 255  # bytes; a container id has 64 as a rule, an interface at most 15
@@ -163,4 +163,20 @@ def allocation_message(allocation: Allocation, reason: str = "") -> pb.Allocatio
         created_unix_s=allocation.created_unix_s,
         reason=reason,
         workload=allocation.workload,
+    )
+
+
+def events_message(revision: int, events: Iterable[Event]) -> pb.AllocationEvents:
+    """What happened, up to a revision."""
+    return pb.AllocationEvents(
+        revision=revision,
+        events=[
+            pb.AllocationEvent(
+                revision=event.revision,
+                kind=event.kind,
+                allocation=allocation_message(event.allocation),
+                unix_s=event.unix_s,
+            )
+            for event in events
+        ],
     )

@@ -2,10 +2,15 @@
 
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
-from tests.cli.conftest import Ipamd, Netloom
+from cli.failure import Status
+from tests.cli.conftest import LIMIT_S, ROOT, Ipamd, Netloom
 
 UNIX_S = len("2026-11-21T01:23:03Z")
 
@@ -53,6 +58,7 @@ def test_list_as_json_is_one_document_with_stable_keys(blue: Ipamd, netloom: Net
         ],
         "netns": {"path": "/run/netns/one", "inode": 4026539999, "cookie": 0},
         "reason": "",
+        "workload": "",
     }
     assert second["container_id"] == "two"
 
@@ -180,3 +186,35 @@ def test_the_request_id_is_in_the_daemons_log(blue: Ipamd, netloom: Netloom) -> 
     netloom("ip", "reserve", "blue", "10.1.0.9")
     (line,) = [line for line in blue.log.read_text().splitlines() if "reserved" in line]
     assert "request_id=" in line
+
+
+@pytest.mark.usefixtures("blue")
+def test_watch_shows_events_from_a_revision_on() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "cli", "ip", "watch", "--after", "1"]
+    watching = [
+        subprocess.Popen([*words, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        for more in ([], ["--json"])
+    ]
+    try:
+        plain, as_json = (process.stdout.readline() if process.stdout else "" for process in watching)
+        revision, _, kind, cidrs, *rest = plain.split()
+        assert (revision, kind, cidrs) == ("2", "allocated", "10.1.0.3/24,fd00:1::3/64")
+        assert rest == ["net", "two", "eth0", "cni"]
+        document = json.loads(as_json)
+        assert (document["revision"], document["kind"]) == (2, "allocated")
+        assert document["allocation"]["container_id"] == "two"
+        for process in watching:
+            process.send_signal(signal.SIGINT)
+        assert [process.wait(LIMIT_S) for process in watching] == [0, 0]
+    finally:
+        for process in watching:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.usefixtures("blue")
+def test_watch_from_a_revision_that_is_not_there(netloom: Netloom) -> None:
+    ran = netloom("ip", "watch", "--after", "99999")
+    assert ran.status == Status.FAILED
+    assert "list the allocations, then watch from 2" in ran.err
