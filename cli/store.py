@@ -19,6 +19,7 @@ from ipamd.config import Config, load
 from ipamd.errors import StartError
 from ipamd.store.base import StoreError
 from ipamd.store.sqlite import SqliteStore
+from kernel.settings import ConfigError
 
 _BESIDE = ("", "-wal", "-shm", "-journal", ".ballast")  # what belongs to a database
 

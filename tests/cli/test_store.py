@@ -106,6 +106,19 @@ def test_a_backup_goes_to_standard_output_too(daemon: Daemon, netloom: Netloom) 
     assert end == {"end": 1} or end["end"] >= 1
 
 
+def test_a_wrong_configuration_is_named_and_can_be_gone_round(daemon: Daemon, netloom: Netloom, tmp_path: Path) -> None:
+    with daemon:
+        assert netloom("store", "backup", str(tmp_path / "backup")).status == 0
+    daemon.config.write_text("[store]\nkind = 7\n")
+    ran = netloom("store", "restore", str(tmp_path / "backup"))
+    assert ran.status == 2
+    assert "store.kind" in ran.err
+    assert "--to" in ran.err
+    ran = netloom("store", "restore", str(tmp_path / "backup"), "--to", str(tmp_path / "new.db"))
+    assert ran.status == 0, ran
+    assert (tmp_path / "new.db").exists()
+
+
 def test_a_file_that_cannot_be_written_leaves_nothing(daemon: Daemon, netloom: Netloom, tmp_path: Path) -> None:
     with daemon:
         ran = netloom("store", "backup", str(tmp_path / "no" / "where"))
