@@ -8,7 +8,6 @@ import errno
 import os
 import secrets
 import socket
-import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -16,7 +15,7 @@ import grpc
 
 from cli.failure import Failure, Status
 from ipamd.client import Client, IpamError
-from kernel import paths
+from kernel import paths, settings
 
 TIMEOUT_S = 10.0
 
@@ -26,7 +25,7 @@ def socket_path(flag: str | None, environment: Mapping[str, str]) -> str:
     if flag:
         return os.path.abspath(flag)
     try:
-        return _configured(paths.config_file(environment)) or paths.ipamd_socket(environment)
+        return settings.ipamd_socket(environment)
     except paths.PathError as error:
         raise Failure(str(error), Status.USAGE) from None
 
@@ -62,18 +61,6 @@ def refusal(error: IpamError) -> Failure:
     if error.code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
         return Failure(f"ipamd failed ({text}); see its log")
     return Failure(text)
-
-
-def _configured(file: str) -> str:
-    """The socket that the configuration names, or "". ipamd itself says what is wrong with a file; here it is passed
-    over, since the command has to work just then."""
-    try:
-        with open(file, "rb") as stream:
-            table = tomllib.load(stream).get("ipamd", {})
-    except (OSError, ValueError):
-        return ""
-    value = table.get("socket", "") if isinstance(table, dict) else ""
-    return value if isinstance(value, str) and value.startswith("/") else ""
 
 
 def _knock(path: str, timeout_s: float) -> None:

@@ -1,4 +1,4 @@
-"""ipamd's Unix socket: made with its owner and mode before anybody can open it, and put in place in one step.
+"""A daemon's Unix socket: made with its owner and mode before anybody can open it, and put in place in one step.
 
 The socket is bound in a private directory beside its final place, given owner and mode, and then renamed over it. So no
 moment exists at which it has the umask's rights, and a client finds either the old daemon's socket or the new one. A
@@ -22,9 +22,10 @@ from ipamd.errors import StartError
 class SocketPlace:
     """Where the daemon listens, as a context manager. Bind `address`, then call `publish`; `remove` when it is over."""
 
-    def __init__(self, path: str) -> None:
-        """Makes the directory where it is missing (mode 0755). Raises StartError."""
+    def __init__(self, path: str, daemon: str = "ipamd") -> None:
+        """Makes the directory where it is missing (mode 0755); `daemon` is who wants to listen. Raises StartError."""
         self._path = path
+        self._daemon = daemon
         directory, self._name = os.path.split(path)
         try:
             _make_directory(directory)
@@ -111,7 +112,7 @@ class SocketPlace:
                 return  # left behind by a daemon that is gone
             except BlockingIOError:
                 pass  # its backlog is full: somebody listens
-        raise StartError(f"{self._path}: another ipamd listens there; stop it first, or name another socket")
+        raise StartError(f"{self._path}: another {self._daemon} listens there; stop it first, or name another socket")
 
 
 def _make_directory(directory: str) -> None:

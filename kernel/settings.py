@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
+from kernel import paths
+
 T = TypeVar("T")
 
 _LONGEST_SECONDS = 30 * 86400.0  # a month: longer is a mistake in the unit
@@ -47,6 +49,24 @@ class Schema:
     lists: Mapping[str, Sequence[str]]
     others: Sequence[str]
     flags: Mapping[str, tuple[str, str]]
+
+
+def ipamd_socket(environment: Mapping[str, str]) -> str:
+    """Where ipamd is to be asked: as the host's configuration says, else the environment, else the default.
+
+    ipamd itself says what is wrong with a file. Here it is passed over: whoever asks has to work just then.
+    """
+    return _ipamd_socket(paths.config_file(environment)) or paths.ipamd_socket(environment)
+
+
+def _ipamd_socket(file: str) -> str:
+    try:
+        with open(file, "rb") as stream:
+            table = tomllib.load(stream).get("ipamd", {})
+    except (OSError, ValueError):
+        return ""
+    value = table.get("socket", "") if isinstance(table, dict) else ""
+    return value if isinstance(value, str) and value.startswith("/") else ""
 
 
 def read(file: str, required: bool) -> str:
