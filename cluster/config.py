@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 
 DEFAULT_PORT = 2379
+DEFAULT_PREFIX = "/netloom/"
+DEFAULT_TIMEOUT_S = 3.0
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
 
 
@@ -28,14 +30,14 @@ class EtcdConfig:
     """`endpoints`: "10.0.0.1:2379", "[fd00::1]:2379", "etcd.example", "unix:/run/etcd.sock"; with http:// or https://."""
 
     endpoints: tuple[str, ...]
-    prefix: str = "/netloom/"
+    prefix: str = DEFAULT_PREFIX
     ca: str = ""  # files in PEM
     cert: str = ""
     key: str = ""
     user: str = ""
     password: str = ""
     password_file: str = ""  # read for each log-in, so a new password needs no restart
-    timeout_s: float = 3.0  # of a call, all endpoints together
+    timeout_s: float = DEFAULT_TIMEOUT_S  # of a call, all endpoints together
 
     def __post_init__(self) -> None:
         if not self.endpoints:

@@ -10,8 +10,22 @@
     http_allow_remote = false
 
     [store]
-    kind = "sqlite"                   # or "memory": forgets everything at a stop, for trying things out
-    path = "/var/lib/netloom/ipamd.db"
+    kind = "sqlite"                   # "etcd": one of a cluster; "memory": forgets everything at a stop, for trials
+    path = "/var/lib/netloom/ipamd.db"  # with "etcd", too: what is this node's own
+
+    [etcd]                            # where the store's kind is "etcd"
+    endpoints = ["10.0.0.1:2379", "10.0.0.2:2379", "10.0.0.3:2379"]
+    prefix = "/netloom/"              # of all keys
+    ca = "/etc/netloom/etcd-ca.pem"   # TLS
+    cert = "/etc/netloom/etcd.pem"    # this client's own, where etcd wants one
+    key = "/etc/netloom/etcd-key.pem"  # not to be read by others, nor is the password
+    user = "netloom"
+    password_file = "/etc/netloom/etcd-password"
+    timeout_s = 3                     # of a call, all endpoints together
+
+    [cluster]
+    lease_s = 15                      # a node that is silent for so long counts as not alive
+    reclaim_nodes_after_s = 0         # a node that is not alive for so long loses all it has; 0: never
 
     [pools]
     cooldown_s = 30                   # a freed address is not handed out again before
@@ -35,18 +49,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from cluster.config import EtcdConfig
+from cluster.settings import ETCD_KEYS, etcd_config
 from kernel import paths, settings
 from kernel.settings import ConfigError, Schema, Settings
 from telemetry.health import parse_listen
 from telemetry.log import FORMATS, LEVELS
 
-StoreKind = Literal["sqlite", "memory"]
+StoreKind = Literal["sqlite", "memory", "etcd"]
 
-_STORE_KINDS: tuple[StoreKind, ...] = ("sqlite", "memory")
+_STORE_KINDS: tuple[StoreKind, ...] = ("sqlite", "memory", "etcd")
 _OTHER_DAEMONS = ("netd", "peer", "network", "docker", "cni")
 _KEYS: Mapping[str, tuple[str, ...]] = {
     "ipamd": ("socket", "socket_mode", "socket_owner", "socket_group", "node", "http_listen", "http_allow_remote"),
     "store": ("kind", "path"),
+    "etcd": ETCD_KEYS,
+    "cluster": ("lease_s", "reclaim_nodes_after_s"),
     "pools": ("cooldown_s",),
     "reclaim": ("interval_s", "grace_s"),
     "log": ("level", "format"),
@@ -61,8 +79,18 @@ _OVERRIDES: Mapping[str, tuple[str, str]] = {
     "log_level": ("log.level", "--log-level"),
     "log_format": ("log.format", "--log-format"),
 }
+_LEAST_RECLAIM_S = 60.0
 _SCHEMA = Schema(tables=_KEYS, lists={}, others=_OTHER_DAEMONS, flags=_OVERRIDES)
 _socket_mode = settings.socket_mode("whoever opens the socket may take and free addresses")
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """What a member of a cluster runs with."""
+
+    etcd: EtcdConfig
+    lease_s: int
+    reclaim_nodes_after_s: float  # 0: never
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +112,7 @@ class Config:
     release_dir: str  # where a DEL leaves its record while ipamd is away
     log_level: str
     log_format: str
+    cluster: ClusterConfig | None = None  # there where store_kind is "etcd"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +176,7 @@ def _build(found: Settings, socket_path: str, store_path: str, release_dir: str)
     cooldown_s = found.take("pools.cooldown_s", settings.seconds)
     interval_s = found.take("reclaim.interval_s", settings.seconds)
     grace_s = found.take("reclaim.grace_s", settings.seconds)
+    kind = found.take("store.kind", settings.one_of(_STORE_KINDS)) or "sqlite"
     return Config(
         socket=socket_path,
         socket_mode=0o660 if mode is None else mode,
@@ -155,7 +185,7 @@ def _build(found: Settings, socket_path: str, store_path: str, release_dir: str)
         node=found.take("ipamd.node", settings.node) or settings.default_node("ipamd"),
         http_listen=found.take("ipamd.http_listen", settings.listen(parse_listen, allow_remote)) or None,
         http_allow_remote=allow_remote,
-        store_kind=found.take("store.kind", settings.one_of(_STORE_KINDS)) or "sqlite",
+        store_kind=kind,
         store_path=store_path,
         cooldown_s=30.0 if cooldown_s is None else cooldown_s,
         reclaim_interval_s=60.0 if interval_s is None else interval_s,
@@ -163,4 +193,22 @@ def _build(found: Settings, socket_path: str, store_path: str, release_dir: str)
         release_dir=release_dir,
         log_level=found.take("log.level", settings.one_of(LEVELS)) or "info",
         log_format=found.take("log.format", settings.one_of(FORMATS)) or "text",
+        cluster=_cluster(found, kind),
     )
+
+
+def _cluster(found: Settings, kind: StoreKind) -> ClusterConfig | None:
+    """Checked also where the store is another, as netd may use it."""
+    etcd = etcd_config(found)
+    lease_s = found.take("cluster.lease_s", settings.whole(5, 3600)) or 15
+    reclaim_s = found.take("cluster.reclaim_nodes_after_s", settings.seconds) or 0.0
+    if reclaim_s and reclaim_s < max(_LEAST_RECLAIM_S, 4.0 * lease_s):
+        found.refuse(
+            "cluster.reclaim_nodes_after_s",
+            f"found {reclaim_s:g}; wanted 0 (never), or at least {_LEAST_RECLAIM_S:g} seconds and four times lease_s",
+        )
+    if kind != "etcd":
+        return None
+    if etcd is None:
+        found.refuse("store.kind", 'found "etcd"; name its endpoints: endpoints = ["10.0.0.1:2379"] under [etcd]')
+    return ClusterConfig(etcd, lease_s, reclaim_s)

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.config import EtcdConfig
 from ipamd import config
-from ipamd.config import Config, load, parse_arguments
+from ipamd.config import ClusterConfig, Config, load, parse_arguments
 from kernel import settings
 from kernel.settings import ConfigError
 
@@ -103,8 +104,51 @@ def test_the_documented_example_is_valid(tmp_path: Path) -> None:
     example = "\n".join(line[4:] for line in config.__doc__.splitlines() if line.startswith("    "))
     values = tomllib.loads(example)
     assert {table: tuple(content) for table, content in values.items()} == config._KEYS
-    loaded = load(_write(tmp_path, example.replace('"netloom"', '"root"')), {}, {})
+    for name in ("etcd-ca.pem", "etcd.pem", "etcd-key.pem", "etcd-password"):
+        (tmp_path / name).touch(0o600)
+    example = example.replace('"netloom"', '"root"').replace("/etc/netloom", str(tmp_path))
+    loaded = load(_write(tmp_path, example), {}, {})
     assert loaded.socket_group == 0
+    assert loaded.cluster is None
+    loaded = load(_write(tmp_path, example.replace('kind = "sqlite"', 'kind = "etcd"')), {}, {})
+    assert loaded.cluster == ClusterConfig(
+        EtcdConfig(
+            ("10.0.0.1:2379", "10.0.0.2:2379", "10.0.0.3:2379"),
+            ca=f"{tmp_path}/etcd-ca.pem",
+            cert=f"{tmp_path}/etcd.pem",
+            key=f"{tmp_path}/etcd-key.pem",
+            user="root",
+            password_file=f"{tmp_path}/etcd-password",
+        ),
+        lease_s=15,
+        reclaim_nodes_after_s=0.0,
+    )
+
+
+_ETCD = '[store]\nkind = "etcd"\n[etcd]\nendpoints = ["10.0.0.1"]\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ('[store]\nkind = "etcd"\n', 'store.kind: found "etcd"; name its endpoints'),
+        ('[etcd]\nendpoints = ["10.0.0.1:x"]\n', ":2: etcd.endpoints: wanted such as"),
+        (_ETCD + "timeout_s = 0\n", ":5: etcd.timeout_s: wanted 0.1 to 600"),
+        (_ETCD + 'prefix = ""\n', ":5: etcd.prefix: wanted 1 to 256 bytes"),
+        (_ETCD + 'ca = "/nowhere/ca.pem"\n', "etcd.ca: found '/nowhere/ca.pem'; this file cannot be read"),
+        (_ETCD + 'user = "u"\npassword_file = "OPEN"\n', "others may read this file (mode 0644)"),
+        (_ETCD + 'password_file = "SECRET"\n', "etcd.user: wanted one where there is a password"),
+        (_ETCD + "[cluster]\nlease_s = 1\n", "cluster.lease_s: found 1; wanted a whole number from 5"),
+        (_ETCD + "[cluster]\nreclaim_nodes_after_s = 20\n", "wanted 0 (never), or at least 60 seconds"),
+    ],
+)
+def test_a_cluster_that_cannot_be(tmp_path: Path, text: str, wanted: str) -> None:
+    for name, mode in (("OPEN", 0o644), ("SECRET", 0o600)):
+        file = tmp_path / name
+        file.touch()
+        file.chmod(mode)
+        text = text.replace(name, str(file))
+    assert wanted in _refusal(tmp_path, text)
 
 
 def test_precedence_of_the_socket(tmp_path: Path) -> None:
@@ -168,7 +212,7 @@ def test_tables_of_other_daemons_are_theirs(tmp_path: Path) -> None:
         ),
         ("[log]\nlevel = 'WARN'\n", "did you mean warning?"),
         ("log = {format = 'xml'}\n", ":1: log.format: found 'xml'; wanted one of json, text"),
-        ("store.kind = 'etcd'\n", ":1: store.kind: found 'etcd'; wanted one of sqlite, memory"),
+        ("store.kind = 'zk'\n", ":1: store.kind: found 'zk'; wanted one of sqlite, memory, etcd"),
         ("[store]\nkind = 3\n", ":2: store.kind: found 3; wanted one of"),
         ("[store]\npath = 'relative.db'\n", ":2: store.path: found 'relative.db'; wanted the absolute path of a file"),
         ("[store]\npath = '/a/'\n", "wanted the absolute path of a file"),
