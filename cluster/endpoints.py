@@ -33,7 +33,7 @@ Metadata = tuple[tuple[str, str], ...]
 
 LARGEST_MESSAGE = 64 << 20
 # A server of etcd's hangs up on a client that pings more often than every 5 s.
-_PING_S, _PING_ANSWER_S = 6, 2
+_PING_S, _PING_ANSWER_S = 6, 3
 _LONGEST_PAUSE_S = 0.25
 _HAS_LEADER: Metadata = (("hasleader", "true"),)
 _OPTIONS: tuple[tuple[str, int | str], ...] = (
@@ -44,6 +44,11 @@ _OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.max_send_message_length", LARGEST_MESSAGE),
     ("grpc.keepalive_time_ms", _PING_S * 1000),
     ("grpc.keepalive_timeout_ms", _PING_ANSWER_S * 1000),
+    # Of any ping: while one is under way, none is sent that would have the time above.
+    ("grpc.http2.ping_timeout_ms", _PING_ANSWER_S * 1000),
+    # No pings to measure the line; so the window, which they would make wider, is wide from the start.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 1 << 20),
     ("grpc.http2.max_pings_without_data", 0),  # a watch sends nothing for hours and wants its pings
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 2000),  # how long connecting may take
@@ -197,12 +202,15 @@ class Endpoints:
         self._metadata: Metadata = _HAS_LEADER
         self._logged_in = not config.user
         self._log_in = asyncio.Lock()
+        self._closed = False
 
     @property
     def state(self) -> EtcdState:
         return self._state
 
     async def close(self) -> None:
+        """Calls and watches that are open end with EtcdError."""
+        self._closed = True
         for endpoint in self.all:
             await endpoint.close()
 
@@ -224,6 +232,11 @@ class Endpoints:
             except aio.AioRpcError as error:
                 await self._failed(error, endpoint, metadata, tries)
                 continue
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if self._closed and not (task and task.cancelling()):
+                    raise UnknownOutcomeError("etcd: the client was closed during a call") from None
+                raise
             if not self._state.connected or self._state.endpoint != endpoint.name:
                 self._note(True, endpoint.name, "")
             return answer
@@ -291,6 +304,8 @@ class Endpoints:
     async def _next(self, failures: dict[str, str], deadline: float) -> Endpoint:
         """The endpoint for the next try, connected or refusing. After a round without success it waits a little."""
         while True:
+            if self._closed:
+                raise EtcdError("etcd: this client is closed")
             endpoint = self._current
             if endpoint.name not in failures and endpoint.ready():
                 return endpoint

@@ -308,8 +308,14 @@ class Etcd:
         await self._endpoints.ask(endpoint, "Defragment", pb.DefragmentRequest(), _DEFRAGMENT_S)
 
     async def disarm(self) -> None:
-        """Ends the alarm NOSPACE; etcd raises it again where the space is still missing."""
-        await self._call("Alarm", pb.AlarmRequest(action=pb.AlarmRequest.DEACTIVATE, alarm=pb.AlarmType.NOSPACE))
+        """Ends the alarm NOSPACE of all members; etcd raises it again where the space is still missing."""
+        found = await self._call("Alarm", pb.AlarmRequest(action=pb.AlarmRequest.GET))
+        for alarm in found.alarms:
+            if alarm.alarm == pb.AlarmType.NOSPACE:
+                request = pb.AlarmRequest(
+                    action=pb.AlarmRequest.DEACTIVATE, memberID=alarm.memberID, alarm=pb.AlarmType.NOSPACE
+                )
+                await self._call("Alarm", request)
 
     async def _ask(self, endpoint: str, method: str, request: Any) -> Any:
         return await self._endpoints.ask(endpoint, method, request, self.config.timeout_s)

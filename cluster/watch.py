@@ -66,6 +66,10 @@ class _LostError(Exception):
     """This stream is over; the watch goes on with another."""
 
 
+class _SilentError(_LostError):
+    """And the connection with it."""
+
+
 async def watch(endpoints: Endpoints, root: bytes, prefix: str, start_revision: int) -> AsyncGenerator[Batch, None]:
     progress = _Progress(start_revision - 1 if start_revision else -1)
     pause = 0.0
@@ -83,6 +87,8 @@ async def watch(endpoints: Endpoints, root: bytes, prefix: str, start_revision: 
                 except _LostError as error:
                     _logger.info("etcd: the watch on %s ended at %s: %s", prefix, endpoint.name, error)
                     failed(str(error))
+                    if isinstance(error, _SilentError):
+                        endpoint.forget()
                 except DeniedError:
                     # A refused token looks like a missing right: once more, with a fresh one.
                     denied += 1
@@ -154,7 +160,7 @@ class _Stream:
                     await call.write(pb.WatchRequest(create_request=request))
                 answer = await call.read()
         except TimeoutError:
-            raise _LostError("no answer") from None
+            raise _SilentError("no answer") from None
         if answer is aio.EOF:  # type: ignore[attr-defined]
             self._raise(await ended(call))
         self._refused(answer)
@@ -170,18 +176,20 @@ class _Stream:
             while True:
                 done, _ = await asyncio.wait((reading,), timeout=QUIET_S)
                 if done:
+                    if reading.cancelled():
+                        raise _LostError("its connection was closed here")
                     answer = reading.result()
                     if answer is aio.EOF:  # type: ignore[attr-defined]
                         self._raise(await ended(call))
                     return answer
                 if asked:
-                    raise _LostError(f"no sign of life for {2 * QUIET_S:g} s")
+                    raise _SilentError(f"no sign of life for {2 * QUIET_S:g} s")
                 asked = True
                 async with asyncio.timeout(QUIET_S):
                     with contextlib.suppress(asyncio.InvalidStateError):
                         await call.write(pb.WatchRequest(progress_request=pb.WatchProgressRequest()))
         except TimeoutError:
-            raise _LostError("it takes no requests") from None
+            raise _SilentError("it takes no requests") from None
         finally:
             reading.cancel()
 

@@ -1,0 +1,80 @@
+"""What stands between a client and a member's socket, and can lose what passes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+from types import TracebackType
+from typing import Self
+
+
+class Relay:
+    """Use it as an asynchronous context manager, in the loop of the client."""
+
+    def __init__(self, target: str) -> None:
+        """`target`: an endpoint such as EtcdCluster.sockets has."""
+        self._target = target.removeprefix("unix:")
+        self._directory = tempfile.TemporaryDirectory(prefix="relay-")
+        self._path = f"{self._directory.name}/relay"
+        self._server: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_cut = False
+        self._silent: set[asyncio.StreamWriter] = set()
+        self.connections = 0
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_unix_server(self._accept, self._path)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._server is not None
+        self._server.close()
+        self.cut()
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._directory.cleanup()
+
+    @property
+    def endpoint(self) -> str:
+        return f"unix:{self._path}"
+
+    def cut(self) -> None:
+        """Breaks all connections; new ones are broken, too."""
+        self._is_cut = True
+        for writer in tuple(self._writers):
+            writer.transport.abort()
+
+    def heal(self) -> None:
+        self._is_cut = False
+
+    def silence(self) -> None:
+        """What is asked on the connections of now still arrives; no answer comes back."""
+        self._silent |= self._writers
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._is_cut:
+            writer.transport.abort()
+            return
+        self.connections += 1
+        back, forth = await asyncio.open_unix_connection(self._target)
+        self._writers |= {writer, forth}
+        tasks = {asyncio.create_task(self._pass(reader, forth)), asyncio.create_task(self._pass(back, writer, writer))}
+        self._tasks |= tasks
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for end in (writer, forth):
+            end.transport.abort()
+        self._writers -= {writer, forth}
+
+    async def _pass(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, answers: asyncio.StreamWriter | None = None
+    ) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                if answers is None or answers not in self._silent:
+                    writer.write(data)
+                    await writer.drain()
