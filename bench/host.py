@@ -76,14 +76,23 @@ class Helper:
 
     def ask(self, request: Mapping[str, Any], limit_s: float = 180.0) -> dict[str, Any]:
         """Raises BenchError where no answer comes, or the answer is {"error": text}."""
-        source, sink = self._process.stdout, self._process.stdin
-        assert source is not None
+        self.say(request)
+        return self.answer(limit_s)
+
+    def say(self, request: Mapping[str, Any]) -> None:
+        """Asks, and does not wait."""
+        sink = self._process.stdin
         assert sink is not None
         try:
             sink.write(json.dumps(request) + "\n")
             sink.flush()
         except BrokenPipeError:
             raise BenchError(f"{self._what} ended with status {self._process.wait()}") from None
+
+    def answer(self, limit_s: float = 180.0) -> dict[str, Any]:
+        """Waits for what was asked."""
+        source = self._process.stdout
+        assert source is not None
         with selectors.DefaultSelector() as selector:
             selector.register(source, selectors.EVENT_READ)
             if not selector.select(limit_s):

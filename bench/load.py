@@ -17,6 +17,7 @@ import http.client
 import json
 import multiprocessing
 import os
+import random
 import resource
 import sys
 import time
@@ -61,9 +62,9 @@ class Worker:
         self._clients[socket].status()
         return {}
 
-    def pool(self, socket: str, pool: str, subnet: str) -> dict[str, Any]:
+    def pool(self, socket: str, pool: str, subnet: str, mode: str = "") -> dict[str, Any]:
         """Makes a pool of one subnet."""
-        spec = pb.PoolSpec(range_sets=[pb.RangeSet(ranges=[pb.Range(subnet=subnet)])])
+        spec = pb.PoolSpec(range_sets=[pb.RangeSet(ranges=[pb.Range(subnet=subnet)])], mode=mode)
         self._clients[socket].create_pool(pool, spec)
         return {}
 
@@ -81,11 +82,12 @@ class Worker:
                 return {"took_us": took, "cpu_s": _cpu_s() - used_s}
             took.append((ended - began) / 1000)
 
-    def fill(self, socket: str, pool: str, count: int) -> dict[str, Any]:
-        """Allocates so many, for good."""
+    def fill(self, socket: str, pool: str, count: int, spare: int = 0) -> dict[str, Any]:
+        """Allocates so many, for good, but for `spare` of them, which are given back."""
         for _ in range(count):
             self._allocate(self._clients[socket], pool)
-        self._held.clear()
+        self._held = random.sample(self._held, spare)
+        self.release(socket)
         return {}
 
     def release(self, socket: str) -> dict[str, Any]:
@@ -99,6 +101,15 @@ class Worker:
             took.append((time.perf_counter_ns() - began) / 1000)
         self._held.clear()
         return {"took_us": took}
+
+    def read(self, socket: str) -> dict[str, Any]:
+        """Reads every allocation and keeps none."""
+        began = time.perf_counter()
+        first = count = 0.0
+        for _ in self._clients[socket].list_allocations():
+            first = first or time.perf_counter() - began
+            count += 1
+        return {"count": count, "first_ms": first * 1000, "last_ms": (time.perf_counter() - began) * 1000}
 
     def _allocate(self, client: Client, pool: str) -> None:
         """What the ipamd plugin does in an ADD. Real container ids have 64 random hexadecimal digits."""
@@ -130,32 +141,40 @@ class Master:
 
         run: `clients`, `socket`, `pool`, `seconds` → took_us of all clients, cpu_s of all clients
         release: `clients`, `socket` → took_us, wall_s
-        fill: `clients`, `socket`, `pool`, `count` → {}
-        pool: `socket`, `pool`, `subnet` → {}: makes the pool
+        fill: `clients`, `socket`, `pool`, `count`, `spare` → {}: so many, of which the spare ones are given back
+        pool: `socket`, `pool`, `subnet`, `mode` → {}: makes the pool
+        read: `socket` → count, first_ms, last_ms: every allocation, and when the first and the last came
         page: `port` → text: /metrics of an ipamd of this host
+
+        `socket` may be a list: clients take turns in taking one.
         """
         do = str(request["do"])
         if do == "page":
             return {"text": _page(int(request["port"]))}
         clients = self._clients(int(request.get("clients", 1)))
-        socket = request["socket"]
-        _all(clients, [{"do": "connect", "socket": socket}] * len(clients))
-        if do == "pool":
-            order = {"do": "pool", "socket": socket, "pool": request["pool"], "subnet": request["subnet"]}
-            return _all(clients, [order])[0]
+        given = request["socket"]
+        sockets = [given] if isinstance(given, str) else given
+        to = [{"socket": sockets[index % len(sockets)]} for index in range(len(clients))]
+        _all(clients, [{"do": "connect", **one} for one in to])
+        if do in ("pool", "read"):
+            more = {key: request[key] for key in ("pool", "subnet", "mode") if key in request}
+            return _all(clients[:1], [{"do": do, **to[0], **more}])[0]
         if do == "run":
             begin_s = time.monotonic() + _LEAD_S
-            order = {"do": "run", "socket": socket, "pool": request["pool"]}
-            order |= {"begin_s": begin_s, "end_s": begin_s + request["seconds"]}
-            found = _all(clients, [order] * len(clients))
+            order = {"do": "run", "pool": request["pool"], "begin_s": begin_s, "end_s": begin_s + request["seconds"]}
+            found = _all(clients, [{**order, **one} for one in to])
             return {"took_us": _joined(found), "cpu_s": sum(one["cpu_s"] for one in found)}
         if do == "fill":
-            each, rest = divmod(int(request["count"]), len(clients))
-            order = {"do": "fill", "socket": socket, "pool": request["pool"]}
-            _all(clients, [{**order, "count": each + (index < rest)} for index in range(len(clients))])
+            counts = _shares(int(request["count"]), len(clients))
+            spares = _shares(int(request.get("spare", 0)), len(clients))
+            orders = [
+                {"do": "fill", "pool": request["pool"], "count": count, "spare": spare, **one}
+                for count, spare, one in zip(counts, spares, to, strict=True)
+            ]
+            _all(clients, orders)
             return {}
         began = time.perf_counter()
-        found = _all(clients, [{"do": "release", "socket": socket}] * len(clients))
+        found = _all(clients, [{"do": "release", **one} for one in to])
         return {"took_us": _joined(found), "wall_s": time.perf_counter() - began}
 
     def _clients(self, count: int) -> list[Connection]:
@@ -184,6 +203,11 @@ def _all(clients: list[Connection], orders: list[dict[str, Any]]) -> list[dict[s
         if "error" in one:
             raise RuntimeError(one["error"])
     return found
+
+
+def _shares(count: int, parts: int) -> list[int]:
+    each, rest = divmod(count, parts)
+    return [each + (index < rest) for index in range(parts)]
 
 
 def _joined(found: list[dict[str, Any]]) -> list[float]:
