@@ -23,6 +23,7 @@ _NEWLINK, _DELLINK, _GETLINK, _SETLINK = 16, 17, 18, 19
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_MASTER = 1, 3, 4, 5, 10
 _IFLA_TXQLEN, _IFLA_OPERSTATE, _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_NET_NS_FD = 13, 16, 18, 20, 28
 _IFLA_EXT_MASK, _IFLA_PROMISCUITY, _IFLA_LINK_NETNSID, _IFLA_ALLMULTI = 29, 30, 37, 61
+_IFLA_NUM_TX_QUEUES, _IFLA_NUM_RX_QUEUES = 31, 32
 _INFO_KIND, _INFO_DATA, _INFO_SLAVE_KIND, _INFO_SLAVE_DATA = 1, 2, 4, 5
 _VETH_INFO_PEER = 1
 _MACVLAN_MODE, _MACVLAN_BC_QUEUE_LEN = 1, 7
@@ -165,9 +166,12 @@ def add_veth(door: Door, spec: VethSpec, master: int = 0) -> None:
     Raises:
         Exists: one of the two names is taken. Which one, the kernel does not say.
     """
-    # The peer's own header: nothing set, so that it stays down until it has addresses.
-    peer = _IFINFO.pack(0, 0, 0, 0, 0) + string(_IFLA_IFNAME, spec.peer) + u32(_IFLA_NET_NS_FD, spec.netns_fd)
-    own = _IFINFO.pack(0, 0, 0, _IFF_UP, _IFF_UP) + string(_IFLA_IFNAME, spec.name)
+    # One queue each way, which is what a pair uses anyhow. Not asked for, it is born with one for each processor, and
+    # the kernel waits for RCU to go back to one, twice (drivers/net/veth.c, veth_init_queues).
+    queues = u32(_IFLA_NUM_TX_QUEUES, 1) + u32(_IFLA_NUM_RX_QUEUES, 1)
+    # The peer's own header: nothing set, so that it stays down until it is wanted.
+    peer = _IFINFO.pack(0, 0, 0, 0, 0) + string(_IFLA_IFNAME, spec.peer) + u32(_IFLA_NET_NS_FD, spec.netns_fd) + queues
+    own = _IFINFO.pack(0, 0, 0, _IFF_UP, _IFF_UP) + string(_IFLA_IFNAME, spec.name) + queues
     if spec.mtu:
         peer += u32(_IFLA_MTU, spec.mtu)
         own += u32(_IFLA_MTU, spec.mtu)
