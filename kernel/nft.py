@@ -35,7 +35,7 @@ from kernel.netlink import Message, attr, attribute_list, attributes, nested, st
 from kernel.session import Session
 
 TABLE = "netloom"
-SCHEMA = "schema3"  # raise the number with every change of _TABLES
+SCHEMA = "schema4"  # raise the number with every change of _TABLES
 
 # masq4, masq6: containers whose traffic leaves under the host's address.
 # nomasq4, nomasq6: (source network . destination network) where it does not. No element may lie within another: the
@@ -56,6 +56,8 @@ SCHEMA = "schema3"  # raise the number with every change of _TABLES
 # separated: bridges whose traffic does not go to another such bridge; same: (bridge . bridge), each with itself;
 #   isolated: (bridge . bridge), where not even that passes. A published port is there for everybody: it is reached from
 #   another such bridge, by the host's address.
+# apart4, apart6: (any source . network): networks of whose addresses nobody begins to talk to one; joined4, joined6:
+#   (network . network) but for these. A published port is there for everybody.
 # internal: bridges, and host's ends, from which nothing goes to any other link than these, nor comes from there.
 # guarded: bridge ports whose source MAC is checked; allowed: (port . MAC) that may pass there.
 # What no element is in costs one hash look-up a packet.
@@ -115,6 +117,8 @@ table inet {TABLE} {{
 		ct status dnat ct direction reply ip saddr . meta l4proto . th sport @published4 goto accepted
 		ct status dnat ip6 daddr . meta l4proto . th dport @published6 goto accepted
 		ct status dnat ct direction reply ip6 saddr . meta l4proto . th sport @published6 goto accepted
+		ct state new ip saddr . ip daddr @apart4 ip saddr . ip daddr != @joined4 drop
+		ct state new ip6 saddr . ip6 daddr @apart6 ip6 saddr . ip6 daddr != @joined6 drop
 		iifname @separated oifname @separated iifname . oifname != @same drop
 		ip saddr @accept4 goto accepted
 		ip6 saddr @accept6 goto accepted
@@ -196,6 +200,8 @@ def _per_family() -> dict[str, _Set]:
             f"masqall{version}": _Set("inet", target, size),
             f"within{version}": _Set("inet", ("network", "network"), size, shared=True),
             f"accept{version}": _Set("inet", ("ip",), size),
+            f"apart{version}": _Set("inet", ("network", "network"), size, shared=True),
+            f"joined{version}": _Set("inet", ("network", "network"), size, shared=True),
         }
     return sets
 
@@ -337,6 +343,17 @@ def separate(bridge: str, *, isolated: bool = False) -> list[Element]:
     if isolated:
         elements.append(Element("isolated", (bridge, bridge)))
     return elements
+
+
+def keep_apart(network: str) -> Element:
+    """What keeps everybody from beginning to talk to an address of a network ("10.2.0.0/16"), but for `join`."""
+    version = ip_network(network).version
+    return Element(f"apart{version}", ("0.0.0.0/0" if version == 4 else "::/0", network))
+
+
+def join(source: str, destination: str) -> Element:
+    """What lets a network's addresses talk to those of one that is kept apart; a network is joined with itself, too."""
+    return Element(f"joined{ip_network(source).version}", (source, destination))
 
 
 def internal(link: str) -> Element:
