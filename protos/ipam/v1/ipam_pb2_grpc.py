@@ -124,6 +124,31 @@ class IpamStub:
                 request_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.RemoveNodeRequest.SerializeToString,
                 response_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.RemoveNodeResponse.FromString,
                 _registered_method=True)
+        self.CreateNetwork = channel.unary_unary(
+                '/netloom.ipam.v1.Ipam/CreateNetwork',
+                request_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.CreateNetworkRequest.SerializeToString,
+                response_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.Network.FromString,
+                _registered_method=True)
+        self.GetNetwork = channel.unary_unary(
+                '/netloom.ipam.v1.Ipam/GetNetwork',
+                request_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.GetNetworkRequest.SerializeToString,
+                response_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.Network.FromString,
+                _registered_method=True)
+        self.ListNetworks = channel.unary_unary(
+                '/netloom.ipam.v1.Ipam/ListNetworks',
+                request_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.ListNetworksRequest.SerializeToString,
+                response_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.ListNetworksResponse.FromString,
+                _registered_method=True)
+        self.DeleteNetwork = channel.unary_unary(
+                '/netloom.ipam.v1.Ipam/DeleteNetwork',
+                request_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.DeleteNetworkRequest.SerializeToString,
+                response_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.DeleteNetworkResponse.FromString,
+                _registered_method=True)
+        self.ConnectNetworks = channel.unary_unary(
+                '/netloom.ipam.v1.Ipam/ConnectNetworks',
+                request_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.ConnectNetworksRequest.SerializeToString,
+                response_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.ConnectNetworksResponse.FromString,
+                _registered_method=True)
         self.CheckStore = channel.unary_unary(
                 '/netloom.ipam.v1.Ipam/CheckStore',
                 request_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.CheckStoreRequest.SerializeToString,
@@ -260,6 +285,39 @@ class IpamServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateNetwork(self, request, context):
+        """Networks are defined once, for all nodes; each has a pool of its own name. The same again is no error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetNetwork(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListNetworks(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteNetwork(self, request, context):
+        """Refused while somebody holds an address of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ConnectNetworks(self, request, context):
+        """Lets the containers of two networks reach one another, or ends that.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CheckStore(self, request, context):
         """Compares store, node-local state and what the caller saw in the kernel, and names every difference.
         """
@@ -366,6 +424,31 @@ def add_IpamServicer_to_server(servicer, server):
                     servicer.RemoveNode,
                     request_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.RemoveNodeRequest.FromString,
                     response_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.RemoveNodeResponse.SerializeToString,
+            ),
+            'CreateNetwork': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateNetwork,
+                    request_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.CreateNetworkRequest.FromString,
+                    response_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.Network.SerializeToString,
+            ),
+            'GetNetwork': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetNetwork,
+                    request_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.GetNetworkRequest.FromString,
+                    response_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.Network.SerializeToString,
+            ),
+            'ListNetworks': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListNetworks,
+                    request_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.ListNetworksRequest.FromString,
+                    response_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.ListNetworksResponse.SerializeToString,
+            ),
+            'DeleteNetwork': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteNetwork,
+                    request_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.DeleteNetworkRequest.FromString,
+                    response_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.DeleteNetworkResponse.SerializeToString,
+            ),
+            'ConnectNetworks': grpc.unary_unary_rpc_method_handler(
+                    servicer.ConnectNetworks,
+                    request_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.ConnectNetworksRequest.FromString,
+                    response_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.ConnectNetworksResponse.SerializeToString,
             ),
             'CheckStore': grpc.unary_unary_rpc_method_handler(
                     servicer.CheckStore,
@@ -864,6 +947,141 @@ class Ipam:
             '/netloom.ipam.v1.Ipam/RemoveNode',
             protos_dot_ipam_dot_v1_dot_ipam__pb2.RemoveNodeRequest.SerializeToString,
             protos_dot_ipam_dot_v1_dot_ipam__pb2.RemoveNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateNetwork(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/netloom.ipam.v1.Ipam/CreateNetwork',
+            protos_dot_ipam_dot_v1_dot_ipam__pb2.CreateNetworkRequest.SerializeToString,
+            protos_dot_ipam_dot_v1_dot_ipam__pb2.Network.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetNetwork(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/netloom.ipam.v1.Ipam/GetNetwork',
+            protos_dot_ipam_dot_v1_dot_ipam__pb2.GetNetworkRequest.SerializeToString,
+            protos_dot_ipam_dot_v1_dot_ipam__pb2.Network.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListNetworks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/netloom.ipam.v1.Ipam/ListNetworks',
+            protos_dot_ipam_dot_v1_dot_ipam__pb2.ListNetworksRequest.SerializeToString,
+            protos_dot_ipam_dot_v1_dot_ipam__pb2.ListNetworksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteNetwork(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/netloom.ipam.v1.Ipam/DeleteNetwork',
+            protos_dot_ipam_dot_v1_dot_ipam__pb2.DeleteNetworkRequest.SerializeToString,
+            protos_dot_ipam_dot_v1_dot_ipam__pb2.DeleteNetworkResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ConnectNetworks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/netloom.ipam.v1.Ipam/ConnectNetworks',
+            protos_dot_ipam_dot_v1_dot_ipam__pb2.ConnectNetworksRequest.SerializeToString,
+            protos_dot_ipam_dot_v1_dot_ipam__pb2.ConnectNetworksResponse.FromString,
             options,
             channel_credentials,
             insecure,

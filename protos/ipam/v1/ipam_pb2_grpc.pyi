@@ -75,6 +75,14 @@ class IpamStub:
     """A node that is drained gets no new addresses and gives its empty blocks back."""
     RemoveNode: _grpc.UnaryUnaryMultiCallable[_ipam_pb2.RemoveNodeRequest, _ipam_pb2.RemoveNodeResponse]
     """Forgets a node with all that it holds. FAILED_PRECONDITION while it is alive."""
+    CreateNetwork: _grpc.UnaryUnaryMultiCallable[_ipam_pb2.CreateNetworkRequest, _ipam_pb2.Network]
+    """Networks are defined once, for all nodes; each has a pool of its own name. The same again is no error."""
+    GetNetwork: _grpc.UnaryUnaryMultiCallable[_ipam_pb2.GetNetworkRequest, _ipam_pb2.Network]
+    ListNetworks: _grpc.UnaryUnaryMultiCallable[_ipam_pb2.ListNetworksRequest, _ipam_pb2.ListNetworksResponse]
+    DeleteNetwork: _grpc.UnaryUnaryMultiCallable[_ipam_pb2.DeleteNetworkRequest, _ipam_pb2.DeleteNetworkResponse]
+    """Refused while somebody holds an address of it."""
+    ConnectNetworks: _grpc.UnaryUnaryMultiCallable[_ipam_pb2.ConnectNetworksRequest, _ipam_pb2.ConnectNetworksResponse]
+    """Lets the containers of two networks reach one another, or ends that."""
     CheckStore: _grpc.UnaryUnaryMultiCallable[_ipam_pb2.CheckStoreRequest, _ipam_pb2.CheckStoreResponse]
     """Compares store, node-local state and what the caller saw in the kernel, and names every difference."""
     ExportStore: _grpc.UnaryStreamMultiCallable[_ipam_pb2.ExportStoreRequest, _ipam_pb2.ExportStoreResponse]
@@ -117,6 +125,14 @@ class IpamAsyncStub(IpamStub):
     """A node that is drained gets no new addresses and gives its empty blocks back."""
     RemoveNode: _aio.UnaryUnaryMultiCallable[_ipam_pb2.RemoveNodeRequest, _ipam_pb2.RemoveNodeResponse]  # type: ignore[assignment]
     """Forgets a node with all that it holds. FAILED_PRECONDITION while it is alive."""
+    CreateNetwork: _aio.UnaryUnaryMultiCallable[_ipam_pb2.CreateNetworkRequest, _ipam_pb2.Network]  # type: ignore[assignment]
+    """Networks are defined once, for all nodes; each has a pool of its own name. The same again is no error."""
+    GetNetwork: _aio.UnaryUnaryMultiCallable[_ipam_pb2.GetNetworkRequest, _ipam_pb2.Network]  # type: ignore[assignment]
+    ListNetworks: _aio.UnaryUnaryMultiCallable[_ipam_pb2.ListNetworksRequest, _ipam_pb2.ListNetworksResponse]  # type: ignore[assignment]
+    DeleteNetwork: _aio.UnaryUnaryMultiCallable[_ipam_pb2.DeleteNetworkRequest, _ipam_pb2.DeleteNetworkResponse]  # type: ignore[assignment]
+    """Refused while somebody holds an address of it."""
+    ConnectNetworks: _aio.UnaryUnaryMultiCallable[_ipam_pb2.ConnectNetworksRequest, _ipam_pb2.ConnectNetworksResponse]  # type: ignore[assignment]
+    """Lets the containers of two networks reach one another, or ends that."""
     CheckStore: _aio.UnaryUnaryMultiCallable[_ipam_pb2.CheckStoreRequest, _ipam_pb2.CheckStoreResponse]  # type: ignore[assignment]
     """Compares store, node-local state and what the caller saw in the kernel, and names every difference."""
     ExportStore: _aio.UnaryStreamMultiCallable[_ipam_pb2.ExportStoreRequest, _ipam_pb2.ExportStoreResponse]  # type: ignore[assignment]
@@ -264,6 +280,44 @@ class IpamServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_ipam_pb2.RemoveNodeResponse, _abc.Awaitable[_ipam_pb2.RemoveNodeResponse]]:
         """Forgets a node with all that it holds. FAILED_PRECONDITION while it is alive."""
+
+    @_abc_1.abstractmethod
+    def CreateNetwork(
+        self,
+        request: _ipam_pb2.CreateNetworkRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ipam_pb2.Network, _abc.Awaitable[_ipam_pb2.Network]]:
+        """Networks are defined once, for all nodes; each has a pool of its own name. The same again is no error."""
+
+    @_abc_1.abstractmethod
+    def GetNetwork(
+        self,
+        request: _ipam_pb2.GetNetworkRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ipam_pb2.Network, _abc.Awaitable[_ipam_pb2.Network]]: ...
+
+    @_abc_1.abstractmethod
+    def ListNetworks(
+        self,
+        request: _ipam_pb2.ListNetworksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ipam_pb2.ListNetworksResponse, _abc.Awaitable[_ipam_pb2.ListNetworksResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def DeleteNetwork(
+        self,
+        request: _ipam_pb2.DeleteNetworkRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ipam_pb2.DeleteNetworkResponse, _abc.Awaitable[_ipam_pb2.DeleteNetworkResponse]]:
+        """Refused while somebody holds an address of it."""
+
+    @_abc_1.abstractmethod
+    def ConnectNetworks(
+        self,
+        request: _ipam_pb2.ConnectNetworksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ipam_pb2.ConnectNetworksResponse, _abc.Awaitable[_ipam_pb2.ConnectNetworksResponse]]:
+        """Lets the containers of two networks reach one another, or ends that."""
 
     @_abc_1.abstractmethod
     def CheckStore(
