@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,7 +18,7 @@ from aiohttp import web
 from ipamd.client import Client
 from ipamd.errors import StartError
 from ipamd.listen import SocketPlace
-from kernel import paths
+from kernel import paths, settings
 from kernel.errors import KernelError
 from kernel.session import Session
 from libnetwork import conflist, docker, http, messages, reconcile
@@ -34,6 +34,15 @@ NAME = "netloom"
 CNI_PATH = "/opt/cni/bin:/usr/lib/cni"
 _THREADS = 32
 _LISTEN_FDS_START = 3
+_IMMEDIATE = frozenset(
+    (
+        "NetworkDriver.GetCapabilities",
+        "NetworkDriver.EndpointOperInfo",
+        "NetworkDriver.Leave",
+        "IpamDriver.GetCapabilities",
+        "IpamDriver.GetDefaultAddressSpaces",
+    )
+)
 
 _logger = logging.getLogger("netloom-docker")
 
@@ -85,7 +94,7 @@ async def _run(arguments: argparse.Namespace) -> None:
     state = State(os.path.join(paths.state_dir(os.environ), "docker"))
     staging = Staging(paths.run_dir(os.environ))
     staging.recover({endpoint.staging for endpoint in state.all(Endpoint)})
-    own = _ThreadsOwn(paths.ipamd_socket(os.environ))
+    own = _ThreadsOwn(settings.ipamd_socket(os.environ))
     network = NetworkDriver(
         state, staging, own.session, tuple(arguments.cni_path.split(os.pathsep)), arguments.conf_dir
     )
@@ -97,15 +106,18 @@ async def _run(arguments: argparse.Namespace) -> None:
     )
     with ThreadPoolExecutor(_THREADS, "netloom-call") as executor, contextlib.ExitStack() as stack:
         stack.callback(state.close)
+        stack.callback(ipam.close)
         runner = web.AppRunner(
-            http.application(_calls(network, ipam, reconciler), executor), access_log=None, shutdown_timeout=30
+            http.application(_calls(network, ipam, reconciler), executor, _IMMEDIATE),
+            access_log=None,
+            shutdown_timeout=30,
         )
         await runner.setup()
         inherited = _inherited()
         if inherited is not None:
             await web.SockSite(runner, inherited).start()
         else:
-            place = stack.enter_context(SocketPlace(arguments.socket))
+            place = stack.enter_context(SocketPlace(arguments.socket, "netloom-docker"))
             listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             listening.bind(place.address)
             await web.SockSite(runner, listening).start()
@@ -117,9 +129,7 @@ async def _run(arguments: argparse.Namespace) -> None:
         await runner.cleanup()
 
 
-def _calls(
-    network: NetworkDriver, ipam: IpamDriver, reconciler: reconcile.Reconciler
-) -> dict[str, tuple[type, http.Handler]]:
+def _calls(network: NetworkDriver, ipam: IpamDriver, reconciler: reconcile.Reconciler) -> dict[str, http.Handler]:
     def activate(_: messages.Empty) -> dict[str, Any]:
         ipam.activate()
         return {"Implements": ["NetworkDriver", "IpamDriver"]}
@@ -127,29 +137,28 @@ def _calls(
     def ignore(_: messages.Empty) -> dict[str, Any]:
         return {}
 
-    calls: dict[str, tuple[type, Callable[[Any], Any]]] = {
-        "Plugin.Activate": (messages.Empty, activate),
-        "NetworkDriver.GetCapabilities": (messages.Empty, network.capabilities),
-        "NetworkDriver.CreateNetwork": (messages.CreateNetwork, network.create_network),
-        "NetworkDriver.DeleteNetwork": (messages.NetworkRef, network.delete_network),
-        "NetworkDriver.CreateEndpoint": (messages.CreateEndpoint, network.create_endpoint),
-        "NetworkDriver.DeleteEndpoint": (messages.EndpointRef, network.delete_endpoint),
-        "NetworkDriver.EndpointOperInfo": (messages.EndpointRef, network.operational_info),
-        "NetworkDriver.Join": (messages.Join, network.join),
-        "NetworkDriver.Leave": (messages.EndpointRef, network.leave),
-        "NetworkDriver.ProgramExternalConnectivity": (messages.ProgramExternal, network.program),
-        "NetworkDriver.RevokeExternalConnectivity": (messages.EndpointRef, network.revoke),
-        "NetworkDriver.DiscoverNew": (messages.Empty, ignore),
-        "NetworkDriver.DiscoverDelete": (messages.Empty, ignore),
-        "IpamDriver.GetCapabilities": (messages.Empty, ipam.capabilities),
-        "IpamDriver.GetDefaultAddressSpaces": (messages.Empty, ipam.address_spaces),
-        "IpamDriver.RequestPool": (messages.RequestPool, ipam.request_pool),
-        "IpamDriver.ReleasePool": (messages.PoolRef, ipam.release_pool),
-        "IpamDriver.RequestAddress": (messages.RequestAddress, ipam.request_address),
-        "IpamDriver.ReleaseAddress": (messages.ReleaseAddress, ipam.release_address),
-        "Netloom.Collect": (messages.Collect, reconciler.collect),
+    return {
+        "Plugin.Activate": activate,
+        "NetworkDriver.GetCapabilities": network.capabilities,
+        "NetworkDriver.CreateNetwork": network.create_network,
+        "NetworkDriver.DeleteNetwork": network.delete_network,
+        "NetworkDriver.CreateEndpoint": network.create_endpoint,
+        "NetworkDriver.DeleteEndpoint": network.delete_endpoint,
+        "NetworkDriver.EndpointOperInfo": network.operational_info,
+        "NetworkDriver.Join": network.join,
+        "NetworkDriver.Leave": network.leave,
+        "NetworkDriver.ProgramExternalConnectivity": network.program,
+        "NetworkDriver.RevokeExternalConnectivity": network.revoke,
+        "NetworkDriver.DiscoverNew": ignore,
+        "NetworkDriver.DiscoverDelete": ignore,
+        "IpamDriver.GetCapabilities": ipam.capabilities,
+        "IpamDriver.GetDefaultAddressSpaces": ipam.address_spaces,
+        "IpamDriver.RequestPool": ipam.request_pool,
+        "IpamDriver.ReleasePool": ipam.release_pool,
+        "IpamDriver.RequestAddress": ipam.request_address,
+        "IpamDriver.ReleaseAddress": ipam.release_address,
+        "Netloom.Collect": reconciler.collect,
     }
-    return calls
 
 
 class _ThreadsOwn:

@@ -7,10 +7,11 @@ Source: https://docs.docker.com/engine/extend/plugin_api/
 """
 
 import asyncio
+import inspect
 import logging
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Executor
 from typing import Any
 
@@ -29,17 +30,20 @@ _LARGEST = 4 << 20
 Handler = Callable[[Any], Mapping[str, Any]]
 
 
-def application(calls: Mapping[str, tuple[type, Handler]], executor: Executor) -> web.Application:
+def application(calls: Mapping[str, Handler], executor: Executor, immediate: Collection[str] = ()) -> web.Application:
     """The HTTP side of the shim.
 
     Args:
-        calls: "NetworkDriver.Join" → the message's type and who answers it, in a thread of `executor`.
+        calls: "NetworkDriver.Join" → who answers it, in a thread of `executor`; the type that its parameter is
+            annotated with is that of the message.
         executor: where the drivers work: they wait for plugins and for the kernel.
+        immediate: the calls that wait for nothing, and are answered without a thread.
     """
+    table = {name: (_message(handler), handler) for name, handler in calls.items()}
 
     async def serve(request: web.Request) -> web.Response:
         name = request.match_info["call"]
-        found = calls.get(name)
+        found = table.get(name)
         if found is None:
             return _answer(_refusal(f"netloom-docker knows no call {name}"), status=404)
         kind, handler = found
@@ -48,7 +52,10 @@ def application(calls: Mapping[str, tuple[type, Handler]], executor: Executor) -
         except web.HTTPRequestEntityTooLarge:
             return _answer(_refusal(f"{name}: a request of more than {_LARGEST} bytes"), status=413)
         began = time.monotonic()
-        answer = await asyncio.get_running_loop().run_in_executor(executor, _call, name, kind, handler, body)
+        if name in immediate:
+            answer = _call(name, kind, handler, body)
+        else:
+            answer = await asyncio.get_running_loop().run_in_executor(executor, _call, name, kind, handler, body)
         log.event(
             _logger,
             "warning" if "Err" in answer else "debug",
@@ -61,6 +68,13 @@ def application(calls: Mapping[str, tuple[type, Handler]], executor: Executor) -
     app = web.Application(client_max_size=_LARGEST)
     app.router.add_post("/{call}", serve)
     return app
+
+
+def _message(handler: Handler) -> type:
+    """What a handler takes."""
+    (parameter,) = inspect.signature(handler, eval_str=True).parameters.values()
+    found: type = parameter.annotation
+    return found
 
 
 def _call(name: str, kind: type, handler: Handler, body: bytes) -> Mapping[str, Any]:

@@ -4,13 +4,20 @@ Docker gives no key with an address, and after its restart it asks again for wha
 each pool and address counts as claimed once it was asked for; a new dockerd (Plugin.Activate) makes all of them
 unclaimed, and asking for an unclaimed one again succeeds. Asking for a claimed one is another's wish, and refused.
 
+Docker has no use for the outcome of a release: it is answered at once, and whatever comes next waits for it. An address
+whose endpoint has ended (`libnetwork.state.Ended`) and that Docker did not give back, since the shim was away, is taken
+back as soon as somebody wants it.
+
 A network's `--ip-range` is a pool of its own, since only addresses that nobody names come from it; the rest of the
 network, for gateways and `--ip`, is a second one.
 """
 
+import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_interface, ip_network
 from typing import Any
 
@@ -21,9 +28,11 @@ from kernel import route
 from kernel.session import Session
 from libnetwork.errors import DriverError
 from libnetwork.messages import Empty, PoolRef, ReleaseAddress, RequestAddress, RequestPool
-from libnetwork.state import Pool, State
+from libnetwork.state import Ended, Pool, State
 from protos.ipam.v1 import ipam_pb2 as pb
+from telemetry import log
 
+_logger = logging.getLogger("netloom-docker")
 CLIENT = "docker"
 DEFAULT_POOLS = (*(f"172.{n}.0.0/16" for n in range(17, 32)), "192.168.0.0/16,20")
 _MOST_POOLS = 65536
@@ -35,6 +44,7 @@ _GATEWAY = "com.docker.network.gateway"
 
 AnyNetwork = IPv4Network | IPv6Network
 Answer = dict[str, Any]
+Holder = tuple[pb.AttachmentKey, int]  # whose, and ipamd's generation
 
 
 class IpamDriver:
@@ -59,8 +69,21 @@ class IpamDriver:
         # After our own restart dockerd does not ask again: everything is somebody's.
         self._unclaimed_pools: set[str] = set()
         self._unclaimed: set[tuple[str, str]] = set()
-        self._holders: dict[tuple[str, str], tuple[pb.AttachmentKey, int]] = {}  # of what we gave ourselves
+        self._holders: dict[tuple[str, str], Holder] = {}  # of what we gave ourselves
         self._dockerd_is_new = False
+        self._releasing: list[Future[None]] = []
+        self._releaser = ThreadPoolExecutor(1, "netloom-release")
+        # Taken back for somebody else, while Docker may still be about to give it back.
+        self._taken_back: set[tuple[str, str]] = set()
+
+    def close(self) -> None:
+        """Returns when nothing is under way."""
+        self._releaser.shutdown()
+
+    def settle(self) -> None:
+        """Returns when every release that was answered is done."""
+        while self._releasing:
+            self._releasing.pop().result()
 
     def recover(self) -> None:
         """After a start: a pool of which nothing is held was being requested when the shim ended; Docker asks again.
@@ -109,6 +132,8 @@ class IpamDriver:
 
         Docker's list of networks has a gateway only where somebody chose it, so it goes with its pool.
         """
+        with self._turn:
+            self.settle()
         addresses = {
             (one.key.network, _bare(address.cidr))
             for one in self._held()
@@ -120,7 +145,8 @@ class IpamDriver:
     def discard_address(self, name: str, address: str) -> None:
         """Release an address that Docker does not have."""
         with self._turn:
-            self._release(name, address)
+            self.settle()
+            self._release(name, address, self._forget(name, address))
 
     def discard_pool(self, id: str) -> None:  # noqa: A002 - Docker's word
         """Remove a pool that Docker does not have, with its gateway."""
@@ -128,6 +154,7 @@ class IpamDriver:
         if pool is None:
             return
         with self._turn:
+            self.settle()
             for name in _names(pool):
                 key = pb.AttachmentKey(client=CLIENT, network=name, container_id=_GATEWAY_HOLDER, ifname=_ADDRESS)
                 try:
@@ -158,6 +185,9 @@ class IpamDriver:
             pool = self._state.find(Pool, asked.pool_id)
             if pool is None:
                 return {}
+            self.settle()
+            for ended in self._ended(pool):
+                self._state.remove(Ended, ended.id)
             for name in _names(pool):
                 try:
                     self._client().delete_pool(name)
@@ -217,38 +247,89 @@ class IpamDriver:
         """The address that was named, or a free one; with the network's prefix length."""
         with self._turn:
             pool = self._state.get(Pool, asked.pool_id)
+            self.settle()
             self._note_unclaimed()
             is_gateway = (asked.options or {}).get("RequestAddressType") == _GATEWAY
             address = asked.address
             if is_gateway and not address:
                 address = str(next(ip_network(pool.pool).hosts()))
             name, wanted = self._where(pool, address)
+            if wanted:
+                self._take_back(pool, wanted)
             if wanted and (name, wanted) in self._unclaimed:
                 self._unclaimed.discard((name, wanted))
                 return self._answer(pool, wanted)
             holder = _GATEWAY_HOLDER if is_gateway else os.urandom(8).hex()
             key = pb.AttachmentKey(client=CLIENT, network=name, container_id=holder, ifname=_ADDRESS)
             try:
-                given = self._client().allocate(key, pools=[name], requested=[wanted] if wanted else [])
+                given = self._allocate(pool, key, [wanted] if wanted else [])
             except IpamError as error:
                 raise DriverError(f"pool {pool.pool}: ipamd: {error.message}") from error
             address = _bare(given.addresses[0].cidr)
             self._holders[name, address] = (key, given.generation)
+            for ended in self._ended(pool):
+                if ended.address == address:  # it was released otherwise
+                    self._state.remove(Ended, ended.id)
             return self._answer(pool, address)
 
+    def _allocate(self, pool: Pool, key: pb.AttachmentKey, wanted: list[str]) -> pb.AllocateResponse:
+        """Raises IpamError."""
+        try:
+            return self._client().allocate(key, pools=[key.network], requested=wanted)
+        except IpamError as error:
+            if error.code is not grpc.StatusCode.RESOURCE_EXHAUSTED or not self._take_back(pool):
+                raise
+        return self._client().allocate(key, pools=[key.network], requested=wanted)
+
+    def _take_back(self, pool: Pool, address: str = "") -> bool:
+        """Take back what ended (this address alone), and Docker did not release. True where there was something."""
+        found = [ended for ended in self._ended(pool) if address in ("", ended.address)]
+        for ended in found:
+            name, bare = self._where(pool, ended.address)
+            log.event(_logger, "warning", "address taken back, its release did not get here", address=bare)
+            self._release(name, bare, self._forget(name, bare))
+            self._state.remove(Ended, ended.id)
+            self._taken_back.add((name, bare))
+        return bool(found)
+
+    def _ended(self, pool: Pool) -> list[Ended]:
+        return [ended for ended in self._state.all(Ended) if ended.pool_id == pool.id]
+
     def release_address(self, asked: ReleaseAddress) -> Answer:
-        """Gives it back; one that nobody holds is no error."""
+        """Gives it back; one that nobody holds is no error. What fails is told in the log, and left to the
+        comparison: Docker would do nothing about it."""
         with self._turn:
             pool = self._state.find(Pool, asked.pool_id)
             if pool is None:
                 return {}
-            name, wanted = self._where(pool, asked.address)
-            self._release(name, wanted)
+            name, address = self._where(pool, asked.address)
+            ended = next((one for one in self._ended(pool) if one.address == address), None)
+            if (name, address) in self._taken_back:
+                self._taken_back.discard((name, address))
+                if ended is None:
+                    return {}  # of the one that had it before: it comes late, and another one has the address by now
+            self._releasing.append(
+                self._releaser.submit(self._released, name, address, self._forget(name, address), ended)
+            )
         return {}
 
-    def _release(self, name: str, address: str) -> None:
+    def _released(self, name: str, address: str, known: Holder | None, ended: Ended | None) -> None:
+        began = time.monotonic()
+        try:
+            self._release(name, address, known)
+            if ended is not None:
+                self._state.remove(Ended, ended.id)
+        except (DriverError, OSError) as error:
+            log.event(_logger, "warning", "not released", address=address, error=str(error))
+        log.event(_logger, "debug", "released", address=address, took_ms=round((time.monotonic() - began) * 1000, 1))
+
+    def _forget(self, name: str, address: str) -> Holder | None:
+        """How we gave it, if we did; not to be claimed by its old owner any more."""
+        self._unclaimed.discard((name, address))
+        return self._holders.pop((name, address), None)
+
+    def _release(self, name: str, address: str, known: Holder | None) -> None:
         client = self._client()
-        known = self._holders.pop((name, address), None)
         try:
             if known is not None:
                 client.release(known[0], generation=known[1])
@@ -258,7 +339,6 @@ class IpamDriver:
                     client.release(held.key, generation=held.generation)
         except IpamError as error:
             raise DriverError(f"address {address}: ipamd: {error.message}") from error
-        self._unclaimed.discard((name, address))
 
     @staticmethod
     def _where(pool: Pool, address: str) -> tuple[str, str]:

@@ -42,7 +42,7 @@ from libnetwork.messages import (
     ProgramExternal,
 )
 from libnetwork.staging import Staging
-from libnetwork.state import Endpoint, Network, State
+from libnetwork.state import Ended, Endpoint, Network, Pool, State
 from telemetry import log
 
 _logger = logging.getLogger("netloom-docker")
@@ -277,6 +277,7 @@ class NetworkDriver:
         with self._locks.held(asked.endpoint_id):
             endpoint = self._state.find(Endpoint, asked.endpoint_id)
             if endpoint is not None:
+                self._note_ended(endpoint)
                 try:
                     self._detach(endpoint)
                 except DriverError as error:
@@ -286,12 +287,22 @@ class NetworkDriver:
                     self._detach(self._state.get(Endpoint, endpoint.id))
         return {}
 
+    def _note_ended(self, endpoint: Endpoint) -> None:
+        """Docker gives the addresses back next; where they are ipamd's, that is not to depend on its reaching us."""
+        subnets = {str(where.network): str(where.ip) for where in map(ip_interface, endpoint.addresses)}
+        for pool in self._state.all(Pool):
+            address = subnets.get(pool.pool)
+            if address is not None:
+                self._state.put(Ended(f"{pool.id}.{address.replace(':', '.')}", pool.id, address))
+
     def _detach(self, endpoint: Endpoint) -> None:
         """Raises DriverError with all failures, after everything was tried; the endpoint is kept then."""
         host = self._session()
         network = self._state.find(Network, endpoint.network_id)
         failures = []
-        if endpoint.staging and network is not None:
+        if not endpoint.staging or network is None:
+            link.delete(host, endpoint.ifname)
+        else:
             if endpoint.ports is not None:
                 try:
                     endpoint = self._revoke(network, endpoint)
@@ -302,7 +313,6 @@ class NetworkDriver:
                 self._undo(host, conflist.chain(network, endpoint, self._path), endpoint)
             except DriverError as error:
                 failures.append(str(error))
-        link.delete(host, endpoint.ifname)
         if failures:
             self._state.put(endpoint)
             raise DriverError("; ".join(failures))
@@ -315,9 +325,11 @@ class NetworkDriver:
         not end, it may still be in the staging one."""
         netns_path = "" if endpoint.result is not None else endpoint.staging
         began = time.monotonic()
-        chain.delete(endpoint.id, netns_path, endpoint.ifname, {}, endpoint.result)
-        deleted = time.monotonic()
-        link.delete(host, endpoint.ifname)
+        try:
+            chain.delete(endpoint.id, netns_path, endpoint.ifname, {}, endpoint.result)
+        finally:
+            deleted = time.monotonic()
+            link.delete(host, endpoint.ifname)
         _log_parts("detached", endpoint, plugins=deleted - began, link=time.monotonic() - deleted)
 
     # Published ports

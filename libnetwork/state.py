@@ -1,11 +1,11 @@
 """What the shim must know after a restart: Docker repeats neither CreateNetwork nor CreateEndpoint nor Join.
 
-One file for each network, endpoint and pool, `<state dir>/docker/<kind>/<id>.json`, replaced as a whole; those of
-networks and pools are on the disk before Docker gets its answer. An endpoint's is not waited for: what it speaks of, an
-interface and rules, survives no power cut either, and one that comes back is what Docker does not have
-(libnetwork.reconcile). The shim is the only writer; a lock on the directory sees to that. A file that cannot be
-understood is told and set aside as `<file>.bad`: the rest of the host's containers must not wait for it. What a file
-holds is known from its first reading on.
+One file for each network, endpoint, pool and address that is to go back, `<state dir>/docker/<kind>/<id>.json`,
+replaced as a whole; those of networks and pools are on the disk before Docker gets its answer. The others are not
+waited for: what an endpoint speaks of, an interface and rules, survives no power cut either, and what comes back is
+what Docker does not have (libnetwork.reconcile). The shim is the only writer; a lock on the directory sees to that.
+A file that cannot be understood is told and set aside as `<file>.bad`: the rest of the host's containers must not wait
+for it. What a file holds is known from its first reading on.
 
 As installed, the state directory belongs to ipamd's user, who must not tell root what to do. So ours must be our own
 user's, and is held open: whatever is put into its place later is not looked at.
@@ -78,8 +78,17 @@ class Pool(msgspec.Struct, frozen=True):
     sub_pool: str = ""
 
 
-T = TypeVar("T", Network, Endpoint, Pool)
-_KINDS: dict[type, str] = {Network: "networks", Endpoint: "endpoints", Pool: "pools"}
+class Ended(msgspec.Struct, frozen=True):
+    """An address whose endpoint has ended, and which Docker gives back next, or, if it cannot reach us then, never."""
+
+    id: str
+    pool_id: str
+    address: str  # without prefix length
+
+
+T = TypeVar("T", Network, Endpoint, Pool, Ended)
+_KINDS: dict[type, str] = {Network: "networks", Endpoint: "endpoints", Pool: "pools", Ended: "ended"}
+_SYNCED = (Network, Pool)
 
 
 def peek(directory: str, kind: type[T]) -> list[T]:
@@ -139,8 +148,8 @@ class State:
         """As an operator finds it."""
         return path.replace(self._place, self._directory)
 
-    def put(self, value: Network | Endpoint | Pool) -> None:
-        """Writes one; unless it is an endpoint, it is on disk when this returns."""
+    def put(self, value: Network | Endpoint | Pool | Ended) -> None:
+        """Writes one; a network or pool is on disk when this returns."""
         path = self._path(type(value), value.id)
         temporary = f"{path}.tmp"
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -148,7 +157,7 @@ class State:
             with open(fd, "wb") as file:
                 file.write(msgspec.json.encode(value))
                 file.flush()
-                if not isinstance(value, Endpoint):
+                if isinstance(value, _SYNCED):
                     os.fdatasync(fd)
             os.rename(temporary, path)
         except OSError:
@@ -234,7 +243,7 @@ class State:
     @staticmethod
     def _sync(kind: type, path: str) -> None:
         """The entry of the directory."""
-        if kind is Endpoint:
+        if kind not in _SYNCED:
             return
         fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

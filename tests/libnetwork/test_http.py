@@ -70,8 +70,8 @@ def serving(application: web.Application, path: str) -> Iterator[None]:
 
 
 @contextmanager
-def answering(path: str, calls: Mapping[str, tuple[type, shim.Handler]]) -> Iterator[None]:
-    with ThreadPoolExecutor(4) as executor, serving(shim.application(calls, executor), path):
+def answering(path: str, calls: Mapping[str, shim.Handler], *immediate: str) -> Iterator[None]:
+    with ThreadPoolExecutor(4) as executor, serving(shim.application(calls, executor, immediate), path):
         yield
 
 
@@ -79,6 +79,16 @@ def answering(path: str, calls: Mapping[str, tuple[type, shim.Handler]]) -> Iter
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)  # the path of a socket has 107 bytes
     return "s"
+
+
+def taking(message: type, handler: shim.Handler) -> shim.Handler:
+    """The handler, annotated."""
+
+    def annotated(asked: Any) -> Mapping[str, Any]:
+        return handler(asked)
+
+    annotated.__annotations__["asked"] = message
+    return annotated
 
 
 def raising(error: Exception) -> shim.Handler:
@@ -102,7 +112,7 @@ def test_answers(path: str) -> None:
         seen.append(message)
         return {"Value": {}}
 
-    with answering(path, {"A.Empty": (messages.Empty, note), "A.Ref": (messages.NetworkRef, note)}):
+    with answering(path, {"A.Empty": taking(messages.Empty, note), "A.Ref": taking(messages.NetworkRef, note)}):
         assert ask(path, "A.Empty") == (200, {"Value": {}})
         assert ask(path, "A.Empty", b"{}") == (200, {"Value": {}})
         assert ask(path, "A.Ref", b'{"NetworkID": "n"}') == (200, {"Value": {}})
@@ -113,12 +123,12 @@ def test_refusals(path: str, capfd: pytest.CaptureFixture[str]) -> None:
     noted = DriverError("first")
     noted.add_note("second")
     calls = {
-        "A.Driver": (messages.Empty, raising(noted)),
-        "A.Ipamd": (messages.Empty, raising(IpamError(grpc.StatusCode.RESOURCE_EXHAUSTED, "pool web is full"))),
-        "A.Kernel": (messages.Empty, raising(Busy("move link", 16))),
-        "A.Os": (messages.Empty, raising(OSError(28, "No space left on device", "/var/lib/x"))),
-        "A.Bug": (messages.Empty, raising(ZeroDivisionError("by zero"))),
-        "A.Ref": (messages.NetworkRef, raising(AssertionError("never called"))),
+        "A.Driver": taking(messages.Empty, raising(noted)),
+        "A.Ipamd": taking(messages.Empty, raising(IpamError(grpc.StatusCode.RESOURCE_EXHAUSTED, "pool web is full"))),
+        "A.Kernel": taking(messages.Empty, raising(Busy("move link", 16))),
+        "A.Os": taking(messages.Empty, raising(OSError(28, "No space left on device", "/var/lib/x"))),
+        "A.Bug": taking(messages.Empty, raising(ZeroDivisionError("by zero"))),
+        "A.Ref": taking(messages.NetworkRef, raising(AssertionError("never called"))),
     }
     with answering(path, calls):
         assert refusal(*ask(path, "A.Driver")) == "first; also: second"
@@ -136,7 +146,7 @@ def test_refusals(path: str, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_body_without_end(path: str) -> None:
-    with answering(path, {"A.Ref": (messages.NetworkRef, raising(AssertionError("never called")))}):
+    with answering(path, {"A.Ref": taking(messages.NetworkRef, raising(AssertionError("never called")))}):
         status, answer = ask(path, "A.Ref", b'{"NetworkID": "' + b"x" * shim._LARGEST + b'"}')
         assert status == 413
         assert "a request of more than 4194304 bytes" in refusal(status, answer)
@@ -150,7 +160,7 @@ def test_one_call_does_not_wait_for_another(path: str) -> None:
         assert go.wait(30)
         return {}
 
-    calls = {"A.Slow": (messages.Empty, slow), "A.Fast": (messages.Empty, lambda _: {"Value": {}})}
+    calls = {"A.Slow": taking(messages.Empty, slow), "A.Fast": taking(messages.Empty, lambda _: {"Value": {}})}
     with answering(path, calls), ThreadPoolExecutor(1) as other:
         waiting = other.submit(ask, path, "A.Slow")
         assert arrived.wait(30)
@@ -158,3 +168,20 @@ def test_one_call_does_not_wait_for_another(path: str) -> None:
         assert not waiting.done()
         go.set()
         assert waiting.result() == (200, {})
+
+
+def test_what_waits_for_nothing_is_answered_while_all_threads_are_busy(path: str) -> None:
+    arrived, go = threading.Barrier(5), threading.Event()
+
+    def slow(_: Any) -> dict[str, Any]:
+        arrived.wait(30)
+        assert go.wait(30)
+        return {}
+
+    calls = {"A.Slow": taking(messages.Empty, slow), "A.Fast": taking(messages.Empty, lambda _: {"Value": {}})}
+    with answering(path, calls, "A.Fast"), ThreadPoolExecutor(4) as others:
+        waiting = [others.submit(ask, path, "A.Slow") for _ in range(4)]
+        arrived.wait(30)
+        assert ask(path, "A.Fast") == (200, {"Value": {}})
+        go.set()
+        assert [one.result() for one in waiting] == [(200, {})] * 4

@@ -51,6 +51,7 @@ class Driver:
         assert self.driver.release_pool(PoolRef(pool)) == {}
 
     def held(self) -> list[str]:
+        self.driver.settle()
         found = self.client.list_allocations(pb.ListAllocationsRequest(client=CLIENT))
         return sorted(address.cidr for one in found for address in one.addresses)
 
@@ -81,6 +82,7 @@ def ipam(daemon: Daemon, state: State, routes: list[Route]) -> Iterator[Driver]:
     with daemon.client() as client:
         one = Driver(state, client)
         yield one
+        one.driver.settle()
         for pool in list(state.all(Pool)):
             for held in list(client.list_allocations(pb.ListAllocationsRequest(client=CLIENT))):
                 client.release(held.key)
