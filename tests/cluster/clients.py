@@ -1,6 +1,6 @@
 """A node's clients: allocate and release as fast as they can, and write down when they sent and heard what.
 
-    python -m tests.cluster.clients SOCKET LOG NODE POOL... [--ask-for SUBNET]
+    python -m tests.cluster.clients SOCKET LOG NODE POOL=[SUBNET]...
 
 One thread with a connection of its own for each POOL. It has slots, each with a key that it uses again and again, as
 restarted containers do. It picks a slot at random: an empty one allocates, a held one releases. Now and then it asks
@@ -24,7 +24,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from ipaddress import ip_network
 from pathlib import Path
 
@@ -68,9 +68,9 @@ class Thread:
         self._client = Client(given.socket, timeout_s=given.timeout)
         self._log = log
         self._next = iter(range(index, sys.maxsize, len(given.pools)))
-        self._pool = given.pools[index]
+        self._pool, _, subnet = given.pools[index].partition("=")
         self._random = random.Random(f"{given.node} {index}")
-        self._addresses = ip_network(given.ask_for) if given.ask_for else None
+        self._addresses = ip_network(subnet) if subnet else None
         self._slots = [Slot(f"c{index}-{slot}") for slot in range(given.slots)]
 
     def work(self, stop: threading.Event) -> None:
@@ -149,12 +149,14 @@ class Thread:
 class Clients:
     """The clients of one node, as a process; for the test. They end with the test's process."""
 
-    def __init__(self, node: str, socket: Path, log: Path, pools: Sequence[str], ask_for: str = "") -> None:
+    def __init__(self, node: str, socket: Path, log: Path, pools: Mapping[str, str]) -> None:
+        """`pools`: name → subnet of which they ask for single addresses; "": they do not."""
         self.node = node
         self.log = log
-        argv = [sys.executable, "-m", "tests.cluster.clients", str(socket), str(log), node, *pools]
+        argv = [sys.executable, "-m", "tests.cluster.clients", str(socket), str(log), node]
+        argv += [f"{name}={subnet}" for name, subnet in pools.items()]
         # Real ones share no processor with etcd, whose leader would be lost for want of time.
-        argv = ["setpriv", "--pdeathsig", "KILL", "nice", "-n", "15", *argv, "--ask-for", ask_for]
+        argv = ["setpriv", "--pdeathsig", "KILL", "nice", "-n", "15", *argv]
         self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
     def go(self) -> None:
@@ -193,8 +195,7 @@ def arguments() -> argparse.Namespace:
         parser.add_argument(name)
     parser.add_argument("pools", nargs="+")
     parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument("--timeout", type=float, default=10.0)
-    parser.add_argument("--ask-for", default="")
+    parser.add_argument("--timeout", type=float, default=5.0)  # a plugin's
     return parser.parse_args()
 
 

@@ -11,6 +11,7 @@ Clients keep what they own from one load to the next, and logs go on: the judge 
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -83,7 +84,7 @@ class Fleet:
         count: int,
         pools: Mapping[str, Spec],
         *,
-        ask_for: str = "",
+        ask_for: Mapping[str, str] | None = None,
         environments: Mapping[str, Mapping[str, str]] | None = None,
         config: Mapping[str, Mapping[str, object]] | None = None,
     ) -> None:
@@ -91,7 +92,7 @@ class Fleet:
         self.pools = dict(pools)
         self.nodes: dict[str, Node] = {}
         self._names = [f"n{number}" for number in range(1, count + 1)]
-        self._ask_for = ask_for
+        self._ask_for = ask_for or {}
         self._environments = environments or {}
         self._config = config or {}
         self._stack = ExitStack()
@@ -105,9 +106,8 @@ class Fleet:
                 ipamd = Ipamd(host, self._settings(name))
                 ipamd.env = dict(self._environments.get(name, {}))
                 ipamd.launch()
-                clients = Clients(
-                    name, host.path(ipamd.socket), host.directory / "clients.log", list(self.pools), self._ask_for
-                )
+                pools = {pool: self._ask_for.get(pool, "") for pool in self.pools}
+                clients = Clients(name, host.path(ipamd.socket), host.directory / "clients.log", pools)
                 stack.callback(clients.kill)
                 self.nodes[name] = Node(name, host, ipamd, clients)
             for node in self.nodes.values():
@@ -147,6 +147,8 @@ class Fleet:
         self._until_none("what clients own and what ipamd has", lambda: verdict.compare(self._held()))
         for node in self.nodes.values():
             self._until_none(f"ip check on {node.name}", node.check)
+        # The command itself, once: it looks into the kernel too.
+        next(iter(self.nodes.values())).host.run([sys.executable, "-m", "cli", "ip", "check"])
         return verdict
 
     def _until_none(self, what: str, differences: Callable[[], list[str]]) -> None:

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.kernel
 
 
 def test_one_host_that_is_killed_again_and_again() -> None:
-    with Fleet(None, 1, {"one": pool("10.1.0.0/26", cooldown_ms=10)}, ask_for="10.1.0.0/26") as fleet:
+    with Fleet(None, 1, {"one": pool("10.1.0.0/26", cooldown_ms=10)}, ask_for={"one": "10.1.0.0/26"}) as fleet:
         node = fleet.nodes["n1"]
         with fleet.load(4):
             for _ in range(2):
