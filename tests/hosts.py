@@ -35,7 +35,7 @@ from typing import IO, Any, Self
 ROOT = Path(__file__).resolve().parent.parent
 IPV6 = os.environ.get("NETLOOM_NO_IPV6", "") != "1"
 # Generous: a loaded machine with two cores, or one that emulates its processor.
-PATIENCE_S = 60.0
+PATIENCE_S = float(os.environ.get("NETLOOM_PATIENCE_S", "60"))
 CNI_BIN = "/opt/cni/bin"
 PROGRAM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
