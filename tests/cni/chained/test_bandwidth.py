@@ -434,18 +434,17 @@ def test_both_interfaces_of_the_chain_are_ipv4_and_ipv6(lab: Lab) -> None:
             assert lab.host.ping(address.split("/")[0]) > 0
 
 
-# Sends into the container as much as it can for so many seconds; the round trip is measured meanwhile.
+# Sends into the container as much as it can. Not TCP, which keeps its own queue below a local shaper short.
 _FLOOD = """
-import socket, sys, time
-with socket.create_connection((sys.argv[1], int(sys.argv[2]))) as peer:
-    print("ready", flush=True)
+import socket, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
     while True:
-        peer.sendall(bytes(1 << 16))
+        one.sendto(bytes(1400), (sys.argv[1], 9))
 """
 
 
 def test_fair_queues_keep_the_round_trip_short(lab: Lab) -> None:
-    """A download fills the shaper's queue; who else waits in it, waits for all of that, unless queues are fair."""
+    """A flow fills the shaper's queue; who else waits in it, waits for all of that, unless queues are fair."""
     conf = conf_of(ingressRate=8 * MBIT, ingressBurst=8 * 10 * PACKET)
     python = [sys.executable, "-I", "-S", "-c"]
     with limited(lab, conf) as it:
@@ -455,26 +454,15 @@ def test_fair_queues_keep_the_round_trip_short(lab: Lab) -> None:
             pytest.skip("this kernel has no fq_codel; without it the limit holds, as the other tests show")
 
         def loaded() -> float:
-            """The best of ten round trips while a download runs, in milliseconds."""
+            """The best of ten round trips beside such a flow, in milliseconds."""
             address = it.one.ip()
-            sink = it.one.netns.popen([*python, _RECEIVE, address], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-            assert sink.stdout is not None
-            flood = lab.host.popen(
-                [*python, _FLOOD, address, sink.stdout.readline().strip()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-            )
-            assert flood.stdout is not None
+            flood = lab.host.popen([*python, _FLOOD, address], stdin=subprocess.DEVNULL)
             try:
-                flood.stdout.readline()
-                wait_until(lambda: backlog(lab.host, it.port) > 0, "a queue")
+                wait_until(lambda: backlog(lab.host, it.port) > 50_000, "a queue")
                 return min(lab.host.ping(address) for _ in range(10))
             finally:
-                for process in (flood, sink):
-                    process.kill()
-                    process.wait()
-                    assert process.stdout is not None
-                    process.stdout.close()
+                flood.kill()
+                flood.wait()
 
         fair = loaded()
         lab.host.run(["tc", "qdisc", "delete", "dev", it.port, "parent", "1:1"])
