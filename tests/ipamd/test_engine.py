@@ -22,6 +22,7 @@ class SlowStore(MemoryStore):
         self.gate.set()
         self.begun = 0
         self.commits = 0
+        self.in_loop: list[int] = []  # which of the commits were made by the loop itself
         self.failure: StoreError | None = None
 
     def begin(self) -> None:
@@ -29,7 +30,8 @@ class SlowStore(MemoryStore):
         super().begin()
 
     def commit(self) -> None:
-        assert threading.current_thread() is not threading.main_thread()
+        if threading.current_thread() is threading.main_thread():
+            self.in_loop.append(self.commits)
         assert self.gate.wait(60)
         if self.failure is not None:
             raise self.failure
@@ -55,6 +57,7 @@ class Bench:
         self.transaction = Transaction(self.store)
         self.ballast = FakeBallast()
         self.batches: list[int] = []
+        self.may_commit_in_loop = False
         self.engine = Engine(
             self.transaction, ballast=self.ballast, on_commit=lambda size, _seconds: self.batches.append(size)
         )
@@ -83,6 +86,7 @@ def run(test: Callable[[Bench], Coroutine[Any, Any, None]]) -> None:
         bench = Bench()
         try:
             await asyncio.wait_for(test(bench), 60)
+            assert bench.may_commit_in_loop or not bench.store.in_loop
         finally:
             bench.store.gate.set()
             bench.store.failure = None
@@ -280,6 +284,35 @@ def test_a_client_alone_never_waits_for_others(monkeypatch: pytest.MonkeyPatch) 
         for number in range(20):
             await bench.engine.run(bench.put(str(number)))
         assert bench.batches == [1] * 20
+        bench.may_commit_in_loop = True
+
+    run(test)
+
+
+def test_the_loop_commits_for_a_client_alone_while_the_disk_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick, slow = 3600.0, 0.0
+    monkeypatch.setattr("ipamd.engine._QUICK_ONES", 3)
+    monkeypatch.setattr("ipamd.engine._GATHER_S", 0.0)
+
+    async def test(bench: Bench) -> None:
+        async def alone(count: int) -> list[int]:
+            bench.store.in_loop.clear()
+            first = bench.store.commits
+            for number in range(count):
+                await bench.engine.run(bench.put(f"{first}-{number}"))
+            return [number - first for number in bench.store.in_loop]
+
+        bench.may_commit_in_loop = True
+        monkeypatch.setattr("ipamd.engine._QUICK_S", quick)
+        assert await alone(5) == [3, 4]
+        bench.store.in_loop.clear()
+        await asyncio.gather(*(bench.engine.run(bench.put(name)) for name in "abcd"))
+        assert bench.store.in_loop == []
+        assert await alone(5) == [1, 2, 3, 4]  # the first one might have been one of many still
+        monkeypatch.setattr("ipamd.engine._QUICK_S", slow)
+        assert await alone(5) == [0]
+        monkeypatch.setattr("ipamd.engine._QUICK_S", quick)
+        assert await alone(5) == [3, 4]
 
     run(test)
 
@@ -301,6 +334,7 @@ def test_those_who_were_just_answered_are_waited_for(monkeypatch: pytest.MonkeyP
             if sum(bench.batches) > 100:  # the last ones have nobody to wait for
                 monkeypatch.setattr("ipamd.engine._GATHER_S", 0.0)
                 bench.engine._more.set()
+        bench.may_commit_in_loop = True  # for the last one
         assert sum(bench.batches) == 160
         assert sum(size >= 6 for size in bench.batches[1:12]) >= 10
 
