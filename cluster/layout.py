@@ -9,8 +9,8 @@
     published/<pool>#<cidr>    PublishedRecord: what of the block is in use, as of a few seconds ago
     addresses/<pool>#<ip>      AddressRecord: who holds an address of a pool of mode cluster-address
     owned/<node>/<pool>#<ip>   empty: the addresses of a node
-    freed/<pool>#<ip>          the node's name, under a lease as long as the cool-down
-    networks/<network>         netd's, see `netd`
+    freed/<pool>#<ip>          FreedRecord, under a lease as long as the cool-down
+    networks/<network>         NetworkRecord: what ipamd defined, and netd carries from host to host
     netd/<node>                netd's, see `netd`
 
 Pool and node names have neither "#" nor "/". Whoever changes what a key means raises SCHEMA; whoever must not meet an
@@ -37,6 +37,7 @@ PUBLISHED = "published/"
 ADDRESSES = "addresses/"
 OWNED = "owned/"
 FREED = "freed/"
+NETWORKS = "networks/"
 
 T = TypeVar("T")
 
@@ -81,6 +82,24 @@ class BlockRecord(Struct, frozen=True, omit_defaults=True):
     node_id: str
 
 
+class NetworkRecord(Struct, frozen=True, omit_defaults=True):
+    """A network: its pool has its name, `backend` "" is netd's default, `mtu` 0 what netd works out.
+
+    `open`: everybody may reach its containers, not only its own and those of networks in `connected`.
+    """
+
+    name: str
+    type: str = ""
+    subnets: tuple[str, ...] = ()
+    backend: str = ""
+    bridge: str = ""
+    mtu: int = 0
+    masquerade: bool = True
+    open: bool = False
+    connected: tuple[str, ...] = ()
+    created_unix_s: int = 0
+
+
 class PublishedRow(Struct, frozen=True, array_like=True):
     """One address in use: its allocation, as far as others want to know it."""
 
@@ -99,6 +118,31 @@ class PublishedRow(Struct, frozen=True, array_like=True):
 class PublishedRecord(Struct, frozen=True):
     node: str
     rows: tuple[PublishedRow, ...]
+
+
+class AddressRecord(Struct, frozen=True):
+    """Who holds an address. `allocation` is ipamd's row, with all of its addresses."""
+
+    node: str
+    node_id: str
+    generation: int
+    allocation: msgspec.Raw
+
+
+class AddressHolder(Struct, frozen=True):
+    """An AddressRecord, read for its holder only."""
+
+    node: str
+    node_id: str
+    generation: int
+
+
+class FreedRecord(Struct, frozen=True, omit_defaults=True):
+    """Who had an address last, and for which workload (ipamd's `former_name`)."""
+
+    node: str
+    node_id: str
+    workload: str = ""
 
 
 class LayoutError(ValueError):

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Resp = TypeVar("Resp")
 
 _SERVICE = "/netloom.ipam.v1.Ipam/"
-_SMALL = frozenset({"Allocate", "Release", "Check", "Status"})  # whose answers fit into a stream's first window
+_SMALL = frozenset({"Allocate", "Release", "Check", "GetNetwork", "Status"})  # whose answers fit into a stream's first window
 _LONGEST_SUN_PATH = 107
 _LARGEST_MESSAGE = 64 << 20
 _OPTIONS = (
@@ -181,6 +181,27 @@ class Client:
         """
         request = pb.WatchAllocationsRequest(after=after)
         yield from self._stream("WatchAllocations", request, pb.AllocationEvents, endless=True)
+
+    def create_network(self, request: pb.CreateNetworkRequest) -> pb.Network:
+        """Makes a network with its pool; the same again is no error."""
+        return self._call("CreateNetwork", request, pb.Network)
+
+    def get_network(self, name: str) -> pb.Network:
+        """A network by its name."""
+        return self._call("GetNetwork", pb.GetNetworkRequest(name=name), pb.Network)
+
+    def list_networks(self) -> list[pb.Network]:
+        """Every network, by name."""
+        return list(self._call("ListNetworks", pb.ListNetworksRequest(), pb.ListNetworksResponse).networks)
+
+    def delete_network(self, name: str) -> None:
+        """Ends a network that nobody uses, with its pool."""
+        self._call("DeleteNetwork", pb.DeleteNetworkRequest(name=name), pb.DeleteNetworkResponse)
+
+    def connect_networks(self, one: str, other: str, *, undo: bool = False) -> list[pb.Network]:
+        """Lets the containers of two networks reach one another, or ends that; returns both."""
+        request = pb.ConnectNetworksRequest(one=one, other=other, undo=undo)
+        return list(self._call("ConnectNetworks", request, pb.ConnectNetworksResponse).networks)
 
     def export_store(self) -> Iterator[bytes]:
         """A backup of all that the store holds, in pieces."""

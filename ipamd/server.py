@@ -19,6 +19,7 @@ from ipamd.engine import Engine, Transaction
 from ipamd.errors import IpamdError, StartError
 from ipamd.lease import Ledger
 from ipamd.listen import SocketPlace
+from ipamd.networks import Directory, Networks
 from ipamd.reclaim import Reclaimer
 from ipamd.records import ReleaseRecords
 from ipamd.service import Service
@@ -61,7 +62,7 @@ async def serve(config: Config, stop: asyncio.Event, *, version: str, clock: Clo
                 await engine.run(lambda: _adopt_node(transaction, config.node))
             except IpamdError as error:
                 raise StartError(f"{config.store_path}: the node's name cannot be kept there: {error}") from None
-            daemon = _Daemon(config, clock, store, ledger, engine, metrics, version)
+            daemon = _Daemon(config, clock, transaction, ledger, engine, metrics, version)
             await daemon.run(stop)
         finally:
             await engine.close()
@@ -98,12 +99,13 @@ class _Daemon:
         self,
         config: Config,
         clock: Clock,
-        store: Store,
+        transaction: Transaction,
         ledger: Ledger,
         engine: Engine,
         metrics: IpamdMetrics,
         version: str,
     ) -> None:
+        store = transaction.store
         self._config = config
         self._ledger = ledger
         self._engine = engine
@@ -120,15 +122,21 @@ class _Daemon:
         self._records = ReleaseRecords(
             config.release_dir, engine, ledger, node=config.node, on_release=metrics.released
         )
-        self._checker = Checker(
-            engine, ledger, store, clock, node=config.node, grace_s=config.reclaim_grace_s
+        self._directory = Directory(
+            engine,
+            ledger,
+            Networks(transaction),
+            create_pool=lambda name, spec: engine.run(lambda: ledger.create_pool(name, spec), grows=True),
+            delete_pool=lambda name: engine.run(lambda: ledger.delete_pool(name)),
         )
+        self._checker = Checker(engine, ledger, store, clock, node=config.node, grace_s=config.reclaim_grace_s)
         self._service = Service(
             engine=engine,
             ledger=ledger,
             store=store,
             reclaimer=self._reclaimer,
             checker=self._checker,
+            directory=self._directory,
             clock=clock,
             metrics=metrics,
             node=config.node,

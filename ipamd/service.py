@@ -1,6 +1,6 @@
 """ipamd's API: messages in, values to `engine`, `lease` and `reclaim`, and back. Nothing is decided here.
 
-Each handler waits until what it answers is durable. Exceptions become status codes in one place, `_unary`.
+Each handler waits until what it answers is durable. Exceptions become status codes in one place, `handlers.unary`.
 """
 
 # ruff: noqa: N802 (the handlers bear the names of the RPCs)
@@ -8,12 +8,7 @@ Each handler waits until what it answers is durable. Exceptions become status co
 import asyncio
 import functools
 import logging
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NoReturn, TypeVar
-
-import grpc
-from grpc import aio
+from collections.abc import AsyncIterator
 
 from ipamd import backup, messages
 from ipamd.check import Checker, KernelAddress
@@ -25,12 +20,14 @@ from ipamd.errors import (
     ExhaustedError,
     InvalidArgumentError,
     IpamdError,
-    OutOfRangeError,
     PreconditionError,
     UnavailableError,
 )
 from ipamd.events import Events
+from ipamd.handlers import Context, abort, unary
 from ipamd.lease import Ask, Ledger
+from ipamd.network_handlers import NetworkHandlers
+from ipamd.networks import Directory
 from ipamd.pool import Pool, address_text, parse_address
 from ipamd.pools import check_pool_name
 from ipamd.reclaim import Live, Reclaimer, log_release
@@ -40,15 +37,9 @@ from protos.ipam.v1.ipam_pb2_grpc import IpamServicer
 from telemetry import log
 from telemetry.metrics import AllocationResult, IpamdMetrics
 
-Req = TypeVar("Req")
-Resp = TypeVar("Resp")
-Context = aio.ServicerContext[Any, Any]
-
 _logger = logging.getLogger("ipamd")
 
 _PAGE = 500  # allocations of a list that are read at once: under 10 ms of the event loop
-_LONGEST_REQUEST_ID = 64
-_LONGEST_DETAILS = 2000  # gRPC sends the text as a header, whose whole size is limited to 8 KiB
 
 # How an Allocate that failed is counted.
 _RESULTS: tuple[tuple[type[IpamdError], AllocationResult], ...] = (
@@ -61,35 +52,7 @@ _RESULTS: tuple[tuple[type[IpamdError], AllocationResult], ...] = (
 )
 
 
-def _unary(
-    handler: "Callable[[Service, Req, str], Awaitable[Resp]]",
-) -> "Callable[[Service, Req, Context], Awaitable[Resp]]":
-    """Around a handler, which gets the request's id in place of the context: measures, and answers what it raises."""
-    name = handler.__name__
-
-    @functools.wraps(handler)
-    async def answer(self: "Service", request: Req, context: Context) -> Resp:
-        began = time.perf_counter()
-        request_id = _request_id(context)
-        code = "CANCELLED"
-        self.in_hand += 1
-        try:
-            response = await handler(self, request, request_id)
-            code = "OK"
-        except IpamdError as error:
-            code = error.code
-            log.event(_logger, "info" if code != "INTERNAL" else "error", "refused", method=name, code=code,
-                      error=str(error), request_id=request_id)  # fmt: skip
-            await _abort(context, error)
-        finally:
-            self.in_hand -= 1
-            self.metrics.request(name, code, time.perf_counter() - began)
-        return response
-
-    return answer
-
-
-class Service(IpamServicer):
+class Service(NetworkHandlers, IpamServicer):
     """The handlers. One instance serves all requests, in the event loop. `in_hand`: how many it has yet to answer."""
 
     def __init__(  # noqa: PLR0913 - what the handlers call
@@ -100,13 +63,13 @@ class Service(IpamServicer):
         store: Store,
         reclaimer: Reclaimer,
         checker: Checker,
+        directory: Directory,
         clock: Clock,
         metrics: IpamdMetrics,
         node: str,
         version: str,
     ) -> None:
-        self.metrics = metrics
-        self.in_hand = 0
+        super().__init__(metrics, directory)
         self._engine = engine
         self._ledger = ledger
         self._store = store
@@ -118,7 +81,7 @@ class Service(IpamServicer):
         self._began_ns = clock.now_ns()
         self._events = Events(engine, store)
 
-    @_unary
+    @unary
     async def Allocate(self, request: pb.AllocateRequest, request_id: str) -> pb.AllocateResponse:
         try:
             ask = messages.ask_of(request, self._node)
@@ -135,7 +98,7 @@ class Service(IpamServicer):
             generation=allocation.generation,
         )
 
-    @_unary
+    @unary
     async def Release(self, request: pb.ReleaseRequest, request_id: str) -> pb.ReleaseResponse:
         key = messages.key_of(request.key, self._node)
         before = messages.instant_of(request.before) if request.HasField("before") else None
@@ -146,13 +109,13 @@ class Service(IpamServicer):
         self.metrics.released("request")
         return pb.ReleaseResponse(released=messages.address_messages(held.addresses))
 
-    @_unary
+    @unary
     async def Check(self, request: pb.CheckRequest, _request_id: str) -> pb.CheckResponse:
         key = messages.key_of(request.key, self._node)
         held = await self._engine.run(lambda: self._ledger.check(key, tuple(request.cidrs)))
         return pb.CheckResponse(generation=held.generation)
 
-    @_unary
+    @unary
     async def GarbageCollect(self, request: pb.GarbageCollectRequest, request_id: str) -> pb.GarbageCollectResponse:
         if not request.HasField("before"):
             raise InvalidArgumentError("before: wanted the moment when the client's request began, found nothing")
@@ -171,7 +134,7 @@ class Service(IpamServicer):
             living=[messages.allocation_message(a, "not valid, but its interface lives") for a in found.kept],
         )
 
-    @_unary
+    @unary
     async def ReportLiveness(self, request: pb.ReportLivenessRequest, request_id: str) -> pb.ReportLivenessResponse:
         if not request.HasField("at"):
             raise InvalidArgumentError("at: wanted the moment when the observation began, found nothing")
@@ -183,7 +146,7 @@ class Service(IpamServicer):
             suspected=[messages.allocation_message(a, "its network namespace is missing") for a in found.kept],
         )
 
-    @_unary
+    @unary
     async def Status(self, request: pb.StatusRequest, _request_id: str) -> pb.StatusResponse:
         ask = messages.probe_of(request, self._node)
         return await self._engine.run(lambda: self._status(ask))
@@ -206,7 +169,7 @@ class Service(IpamServicer):
             schema=self._store.schema,
         )
 
-    @_unary
+    @unary
     async def CreatePool(self, request: pb.CreatePoolRequest, request_id: str) -> pb.Pool:
         check_pool_name(request.name)
         spec = messages.spec_of(request.spec)
@@ -216,17 +179,17 @@ class Service(IpamServicer):
         log.event(_logger, "info", "pool created", pool=request.name, spec=spec.encode(), request_id=request_id)
         return answer
 
-    @_unary
+    @unary
     async def GetPool(self, request: pb.GetPoolRequest, _request_id: str) -> pb.Pool:
         return await self._engine.run(lambda: self._describe(self._ledger.pool(request.name)))
 
-    @_unary
+    @unary
     async def ListPools(self, _request: pb.ListPoolsRequest, _request_id: str) -> pb.ListPoolsResponse:
         return await self._engine.run(
             lambda: pb.ListPoolsResponse(pools=[self._describe(pool) for _, pool in sorted(self._ledger.pools.items())])
         )
 
-    @_unary
+    @unary
     async def DeletePool(self, request: pb.DeletePoolRequest, request_id: str) -> pb.DeletePoolResponse:
         await self._engine.run(lambda: self._ledger.delete_pool(request.name))
         log.event(_logger, "info", "pool deleted", pool=request.name, request_id=request_id)
@@ -238,7 +201,7 @@ class Service(IpamServicer):
         try:
             ip = address_text(*parse_address(request.address, "address")) if request.address else ""
         except IpamdError as error:
-            await _abort(context, error)
+            await abort(context, error)
         wanted = Filter(request.node, request.client, request.network, request.container_id, request.pool, ip)
         after = 0
         self.in_hand += 1
@@ -247,7 +210,7 @@ class Service(IpamServicer):
                 try:
                     page = await self._engine.run(functools.partial(self._store.allocations, wanted, after, _PAGE))
                 except IpamdError as error:
-                    await _abort(context, error)
+                    await abort(context, error)
                 for allocation in page:
                     yield messages.allocation_message(allocation)
                 if len(page) < _PAGE:
@@ -264,9 +227,9 @@ class Service(IpamServicer):
             async for revision, events in self._events.follow(request.after):
                 yield messages.events_message(revision, events)
         except IpamdError as error:
-            await _abort(context, error)
+            await abort(context, error)
 
-    @_unary
+    @unary
     async def CheckStore(self, request: pb.CheckStoreRequest, request_id: str) -> pb.CheckStoreResponse:
         kernel = [KernelAddress(one.address, one.netns_inode, one.ifname) for one in request.kernel]
         at = messages.instant_of(request.at) if request.HasField("at") else None
@@ -290,7 +253,7 @@ class Service(IpamServicer):
             try:
                 snapshot = await self._engine.run_alone(self._store.snapshot)
             except IpamdError as error:
-                await _abort(context, error)
+                await abort(context, error)
             try:
                 copy = snapshot.copy()
                 head = backup.Head(backup.VERSION, self._store.kind, self._node, self._clock.unix_s(),
@@ -308,7 +271,7 @@ class Service(IpamServicer):
         """What the cluster knows; nothing where there is none."""
         return []
 
-    @_unary
+    @unary
     async def Reserve(self, request: pb.ReserveRequest, request_id: str) -> pb.Reservation:
         messages.check_name(request.note, "note")
         made = await self._engine.run(
@@ -317,13 +280,13 @@ class Service(IpamServicer):
         log.event(_logger, "info", "reserved", pool=made.pool, address=made.ip, note=made.note, request_id=request_id)
         return pb.Reservation(pool=made.pool, address=made.ip, note=made.note)
 
-    @_unary
+    @unary
     async def Unreserve(self, request: pb.UnreserveRequest, request_id: str) -> pb.UnreserveResponse:
         await self._engine.run(lambda: self._ledger.unreserve(request.pool, request.address))
         log.event(_logger, "info", "unreserved", pool=request.pool, address=request.address, request_id=request_id)
         return pb.UnreserveResponse()
 
-    @_unary
+    @unary
     async def ListReservations(
         self, request: pb.ListReservationsRequest, _request_id: str
     ) -> pb.ListReservationsResponse:
@@ -350,18 +313,3 @@ def _log_allocated(allocation: Allocation, created: bool, request_id: str) -> No
         generation=allocation.generation,
         request_id=request_id,
     )
-
-
-async def _abort(context: Context, error: IpamdError) -> NoReturn:
-    """Ends the call. The mark tells an UNAVAILABLE of ours from one that gRPC made of a lost connection."""
-    text = str(error)[:_LONGEST_DETAILS]
-    more = (("x-newest-revision", str(error.newest)),) if isinstance(error, OutOfRangeError) else ()
-    await context.abort(grpc.StatusCode[error.code], text, (("x-answered-by", "ipamd"), *more))
-    raise AssertionError("abort returned")  # its stub does not say that it never does
-
-
-def _request_id(context: Context) -> str:
-    for key, value in context.invocation_metadata() or ():
-        if key == "x-request-id":
-            return str(value)[:_LONGEST_REQUEST_ID]
-    return ""
