@@ -26,7 +26,8 @@ from ipamd.errors import (
     PreconditionError,
 )
 from ipamd.pool import Pool, address_number, address_text, parse_address
-from ipamd.pools import NetworkSpec, Number, Pools, listed, refuse_outside
+from ipamd.pools import NetworkSpec, Number, listed, refuse_outside
+from ipamd.shared import SharedPools
 from ipamd.store.base import (
     Address,
     Allocation,
@@ -57,7 +58,7 @@ class Ask(Struct, frozen=True):
     workload: str = ""
 
 
-class Ledger(Pools):
+class Ledger(SharedPools):
     """See the top of this file."""
 
     # --- allocations
@@ -70,11 +71,14 @@ class Ledger(Pools):
             return self._again(held, ask, pools), False
         if self.refusal is not None and any(pool.spec.mode != "local" for pool in pools):
             raise self.refusal()
+        claims = self._claims(pools) if self.node else ()
         mark = self._transaction.mark()
         try:
             new = Allocation(ask.key, self._pick_all(pools, ask), ask.netns, self._when(ask.at),
                              self._clock.unix_s(), 0, ask.workload)  # fmt: skip
-            generation = self._transaction.apply(Grant(new))
+            generation = self._transaction.apply(Grant(new, claims))
+            if claims:
+                self._await_confirmation(generation)
         except Exception:
             self._transaction.unwind(mark)
             raise
@@ -110,18 +114,25 @@ class Ledger(Pools):
             now = self._now()
             freed: list[Freed] = []
             forgotten: list[Change] = []
+            claims: list[str] = []
             for address in held.addresses:
                 pool = self.pools.get(address.pool)
                 place = pool.locate(*address_number(address.ip)) if pool else None
                 if pool is None or place is None:
                     continue
                 self._count(pool.allocated, place[0], -1)
+                if pool.is_shared:
+                    self._leave(pool, address.ip)
+                    claims.append(pool.name)
+                    continue
                 if pool.has_blocks and not self._leave_block(pool, place):
                     continue
                 self._count(pool.freed, place[0], 1)
                 freed.append(Freed(pool.name, place[0], address.ip, now))
                 forgotten += self._shorten_queue(pool, place[0])
-            self._transaction.apply(*forgotten, Drop(held, tuple(freed), unix_s=self._clock.unix_s()))
+            self._transaction.apply(*forgotten, Drop(held, tuple(freed), tuple(claims), self._clock.unix_s()))
+            if claims:
+                self._confirmed(held.generation)
         except Exception:
             self._transaction.unwind(mark)
             raise
@@ -199,6 +210,8 @@ class Ledger(Pools):
 
     def _pick_oldest(self, pool: Pool, index: int) -> tuple[int, int]:
         oldest = self._store.oldest_freed(pool.name, index)
+        if pool.is_shared:
+            raise self._nothing_cold(pool, index)
         if oldest is None:
             raise ExhaustedError(
                 f"pool {pool.name} has no free address in {pool.describe(index)}: {pool.allocated[index]} of "
@@ -229,6 +242,8 @@ class Ledger(Pools):
         else:
             ip = address_text(version, number)
             self.refuse_held(pool, ip)
+            if pool.is_shared:
+                self._refuse_resting(pool, ip)
             freed = self._store.find_freed(pool.name, ip)
             if freed is not None:
                 left_s = self._left_s(pool, freed)
@@ -245,7 +260,7 @@ class Ledger(Pools):
 
     def _pick_former(self, pool: Pool, index: int, name: str) -> Address | None:
         """The address that this workload had last, also while it cools down: nobody else had it since."""
-        ip = self._store.former(pool.name, index, name)
+        ip = self._former_of(pool, index, name) if pool.is_shared else self._store.former(pool.name, index, name)
         place = pool.locate(*address_number(ip)) if ip else None
         if place is None or place[0] != index:
             return None
@@ -258,7 +273,7 @@ class Ledger(Pools):
             self._transaction.on_undo(block.untouch, number)
         elif self._store.find_freed(pool.name, ip) is not None:
             self._count(pool.freed, index, -1)
-        else:
+        elif not pool.is_shared:
             return None  # held
         self._count(pool.allocated, index, 1)
         if pool.has_blocks:

@@ -272,6 +272,7 @@ class Pool:
         "allocated",
         "asked",
         "cidrs",
+        "elsewhere",
         "freed",
         "layout",
         "managed",
@@ -297,6 +298,12 @@ class Pool:
         self.allocated = [0] * len(self.sets)  # by range set, like the two below
         self.reserved = [0] * len(self.sets)
         self.freed = [0] * len(self.sets)
+        self.elsewhere = [0] * len(self.sets)  # cluster-address: held by other nodes
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether each of its addresses is claimed in the cluster."""
+        return self.spec.mode == "cluster-address"
 
     @property
     def has_blocks(self) -> bool:

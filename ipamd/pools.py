@@ -49,6 +49,7 @@ class Usage(Struct, frozen=True):
     """How full a range set is. `free` can be handed out now.
 
     Of a node-block pool all but the last two are of this node's `blocks`; `blocks_claimed` are all nodes' together.
+    Of a cluster-address pool other nodes hold those `elsewhere`.
     """
 
     family: Literal["ipv4", "ipv6"]
@@ -60,6 +61,7 @@ class Usage(Struct, frozen=True):
     blocks: int = 0
     blocks_claimed: int = 0
     blocks_total: int = 0
+    elsewhere: int = 0
 
 
 class Pools:
@@ -129,14 +131,15 @@ class Pools:
         found = []
         for index in range(len(pool.sets)):
             size, allocated, reserved = pool.sets[index].size, pool.allocated[index], pool.reserved[index]
-            if now.boottime_ns < cooldown_ns:
+            if now.boottime_ns < cooldown_ns or pool.is_shared:
                 cooling = pool.freed[index]  # what an earlier boot freed cools down from this boot's start
             else:
                 since = Instant(now.boot_id, now.boottime_ns - cooldown_ns + 1)
                 cooling = self._store.count_freed(pool.name, index, since) if pool.freed[index] else 0
-            free = size - allocated - reserved - cooling
+            elsewhere = pool.elsewhere[index]
+            free = size - allocated - reserved - cooling - elsewhere
             blocks = self._count_blocks(pool, index) if pool.has_blocks else (0, 0, 0)
-            found.append(Usage(pool.family(index), size, allocated, reserved, cooling, free, *blocks))
+            found.append(Usage(pool.family(index), size, allocated, reserved, cooling, free, *blocks, elsewhere))
         return found
 
     def _count_blocks(self, pool: Pool, index: int) -> tuple[int, int, int]:
@@ -179,11 +182,15 @@ class Pools:
         place = pool.locate(*number)
         mark = self._transaction.mark()
         try:
+            kept = place is not None and not pool.is_shared
             if place is not None:
                 self._count(pool.reserved, place[0], -1)
-                self._count(pool.freed, place[0], 1)
+                self._count(pool.freed, place[0], int(kept))
             self._transaction.apply(Unreserve(Freed(name, place[0] if place else 0, ip, self._now())),
-                                    *(() if place else (Forget(name, (ip,)),)))  # fmt: skip
+                                    *(() if kept else (Forget(name, (ip,)),)))  # fmt: skip
+            if place is not None and not kept:
+                self._cool(name, number)
+                self._transaction.on_undo(pool.sets[place[0]].blocks[place[1]].touch, number[1])
         except Exception:
             self._transaction.unwind(mark)
             raise
@@ -223,8 +230,15 @@ class Pools:
             self._fill(wanted)
         return (wanted,)
 
+    def _paint(self, pool: Pool) -> None:
+        """Of `shared`: sets the bitmaps and counts to what other nodes hold."""
+
+    def _cool(self, name: str, number: Number) -> None:
+        """Of `shared`: makes an address of a cluster-address pool cold unless another node has a reason against it."""
+
     def _add_pool(self, pool: Pool) -> Pool:
         self._transaction.apply(PutPool(PoolRow(pool.name, pool.spec.encode(), pool.managed), new=True))
+        self._paint(pool)
         self.pools[pool.name] = pool
         self._transaction.on_undo(self.pools.pop, pool.name)
         return pool
@@ -271,6 +285,7 @@ class Pools:
         """Sets the bitmaps and counts of a new pool from the rows."""
         if pool.has_blocks:
             self._add_blocks(pool)
+        self._paint(pool)
         newest: dict[tuple[int, int], tuple[int, int]] = {}
         for ip, generation in self._store.taken(pool.name):
             number = address_number(ip)
