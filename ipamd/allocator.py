@@ -145,6 +145,12 @@ class Block:
         """Puts the cursor behind an address of this block (after a restart: behind the last one handed out)."""
         self._cursor = address + 1
 
+    def open(self) -> None:
+        """The inverse of being closed."""
+        self.closed = False
+        if self.spent is not None:
+            self.spent[0].discard(self.spent[1])
+
     def has_cold(self) -> bool:
         """Whether `take_cold` would find one."""
         return self._next_cold() is not None

@@ -195,6 +195,10 @@ class Pools:
             self._transaction.unwind(mark)
             raise
 
+    def check_place(self, name: str, text: str) -> None:
+        """Raises where an address cannot be one of the pool's."""
+        self._place(name, text)
+
     def _place(self, name: str, text: str) -> tuple[Pool, tuple[int, int] | None, Number]:
         """The pool, range set and block of an address; no place for one in a block that this node does not hold."""
         pool = self.pool(name)
@@ -320,6 +324,14 @@ class Pools:
             raise AlreadyExistsError(
                 f"{ip} of pool {pool.name} is reserved{note}; unreserve it first, or ask for another"
             )
+
+    def is_cooling(self, pool: Pool, freed: Freed) -> bool:
+        """Whether a freed address is not to be handed out yet."""
+        return self._left_s(pool, freed) > 0
+
+    def count_free(self, pool: Pool, index: int) -> int:
+        """How many addresses of a range set can be handed out now."""
+        return self.usage(pool)[index].free
 
     def _left_s(self, pool: Pool, freed: Freed) -> float:
         """Seconds until a freed address has cooled down; 0 or less where it has."""

@@ -1,0 +1,496 @@
+"""Claims blocks for node-block pools, gives empty ones back, and keeps what this node holds in step with etcd.
+
+- A block is this node's where etcd's record names its id. It is put by a transaction that wants it absent and the pool
+  unchanged; then the store keeps it, and only then is an address of it handed out.
+- Requests that want a block of one range set at the same time share one claim. Where addresses become scarce the next
+  block is claimed before anybody waits for it, and several at once where the last one came a moment ago.
+- It is given back in the other order: first the store forgets it, then etcd. What a crash leaves is found when the
+  records are listed: ours but unknown here is adopted, ours here but missing there is put there again if something of
+  it is in use, somebody else's is frozen: it hands nothing out until an operator has seen to it.
+"""
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from msgspec import Struct
+
+from cluster import layout
+from cluster.errors import EtcdError
+from cluster.etcd import Delete, Etcd, Event, Get, Pair, Put, TxnResult, absent, equals, unchanged
+from cluster.layout import BlockRecord, LayoutError, PoolRecord, ReservationRecord
+from ipamd.engine import Engine
+from ipamd.errors import CoolingError, ExhaustedError, IpamdError, NeedsBlockError, PreconditionError, UnavailableError
+from ipamd.lease import Ledger
+from ipamd.member.follow import Follower
+from ipamd.member.holdings import Held, Holdings
+from ipamd.member.mirror import Known, Mirror
+from ipamd.pool import Pool
+from ipamd.store.base import Reservation
+from telemetry import log
+
+_logger = logging.getLogger("ipamd.member")
+
+_TRIES = 20
+_REREAD_AFTER = 3  # conflicts in a row: what is known of the others is too old
+_MOST_AT_ONCE = 16
+_SOON_S = 1.0  # a claim so soon after the last one: there is a rush
+_GIVE_BACK_INTERVAL_S = 2.0
+_LOOK_AGAIN_S = 0.25
+
+Place = tuple[str, int, str]  # pool, range set, block ("": any)
+
+
+class Counts(Protocol):
+    """What is measured."""
+
+    def claimed(self, blocks: int, conflicts: int, seconds: float) -> None:
+        """One claim that succeeded."""
+
+
+class _Flow:
+    """How fast blocks of a range set are wanted."""
+
+    __slots__ = ("at_once", "claimed_s", "enough_s")
+
+    def __init__(self) -> None:
+        self.at_once = 1
+        self.claimed_s = float("-inf")
+        self.enough_s = float("-inf")
+
+
+class Claim(Struct, frozen=True):
+    """Whose a block is, and since which revision of etcd."""
+
+    node: str
+    node_id: str
+    revision: int
+
+
+class Frozen(Struct, frozen=True):
+    """A block that two nodes believe to be theirs."""
+
+    pool: str
+    cidr: str
+    reason: str
+
+
+class Blocks:
+    """See the top of this file. `identity` is put into each record of this node."""
+
+    def __init__(
+        self,
+        etcd: Etcd,
+        engine: Engine,
+        ledger: Ledger,
+        holdings: Holdings,
+        mirror: Mirror,
+        identity: BlockRecord,
+        counts: Counts,
+    ) -> None:
+        self.draining = False
+        self.claims: dict[str, dict[str, Claim]] = {}  # by pool and CIDR, as etcd has them
+        self._etcd = etcd
+        self._engine = engine
+        self._ledger = ledger
+        self._holdings = holdings
+        self._mirror = mirror
+        self._identity = identity
+        self._record = layout.encode(identity)
+        self._counts = counts
+        self._flights: dict[Place, asyncio.Task[None]] = {}
+        self._flows: dict[tuple[str, int], _Flow] = {}
+        self._returns: dict[tuple[str, str], None] = {}  # given up here, yet to be deleted there
+        self._resting: set[tuple[str, str]] = set()  # empty at the last look
+        self._claiming: set[tuple[str, str]] = set()
+        self._wake = asyncio.Event()
+        self.follower = Follower(etcd, layout.BLOCKS, self._listed, self._changed)
+        ledger.count_claimed = self.count_others
+        engine.after_commit(self._after_commit)
+
+    # --- claiming
+
+    async def provide(self, need: NeedsBlockError) -> None:
+        """Claims what the ledger wants; raises what the client is to be told where that cannot be."""
+        try:
+            await self.claim(need.pool, need.range_set, need.cidr)
+        except (ExhaustedError, UnavailableError) as error:
+            if isinstance(need.otherwise, CoolingError):
+                raise CoolingError(f"{need.otherwise}; no further block: {error}") from None
+            raise
+
+    async def claim(self, pool: str, range_set: int, cidr: str = "") -> None:
+        """Returns when this node holds a block more of the range set (this one, if it is named).
+
+        Raises ExhaustedError (none is left, or this node has as many as it may), PreconditionError (the named one is
+        another node's), UnavailableError (etcd is away).
+        """
+        place = pool, range_set, cidr
+        flight = self._flights.get(place)
+        if flight is None:
+            flight = asyncio.create_task(self._claim(*place))
+            self._flights[place] = flight
+            flight.add_done_callback(lambda done: self._landed(place, done))
+        await asyncio.shield(flight)
+
+    def _landed(self, place: Place, done: "asyncio.Task[None]") -> None:
+        del self._flights[place]
+        if not done.cancelled():
+            done.exception()  # seen, also where nobody waits any more
+
+    async def _claim(self, name: str, index: int, wanted: str) -> None:
+        began = time.monotonic()
+        conflicts = 0
+        while conflicts < _TRIES:
+            pool = self._ledger.pool(name)
+            known = self._mirror.pools.get(name)
+            if known is None or known.record.deleting:
+                why = "is being deleted" if known else "is not known to the cluster yet"
+                raise UnavailableError(f"pool {name} {why}; ask again later")
+            cidrs = [wanted] if wanted else self._choose(pool, index, conflicts)
+            if wanted:
+                self._refuse_wanted(pool, index, wanted)
+            try:
+                self._claiming.update((name, cidr) for cidr in cidrs)
+                got = await self._try_claim(name, known, cidrs)
+                if got:
+                    await self._keep(name, got)
+                    self._counts.claimed(len(got), conflicts, time.monotonic() - began)
+                    log.event(_logger, "info", "blocks claimed", pool=name, blocks=",".join(got), conflicts=conflicts)
+                    return
+            except EtcdError as error:
+                raise UnavailableError(
+                    f"pool {name} wants a block more, and the cluster cannot be asked for one: {error}"
+                ) from None
+            finally:
+                self._claiming.difference_update((name, cidr) for cidr in cidrs)
+            conflicts += 1
+            if conflicts % _REREAD_AFTER == 0:
+                await self._reread(name)
+        raise UnavailableError(f"pool {name}: other nodes took each block that this one chose; ask again")
+
+    def _choose(self, pool: Pool, index: int, conflicts: int) -> list[str]:
+        grid, have = pool.whole.grids[index], len(pool.cidrs[index])
+        room = pool.spec.blocks_per_node - have if pool.spec.blocks_per_node else _MOST_AT_ONCE
+        if room <= 0:
+            raise ExhaustedError(
+                f"pool {pool.name} has no free address in {pool.describe(index)} here: this node holds {have} blocks, "
+                "as many as blocks_per_node lets it; release some addresses, or make the pool anew with more"
+            )
+        claimed = {*self.claims.get(pool.name, ()), *pool.cidrs[index]}
+        free = grid.total - len(claimed)
+        many = 1 if conflicts else max(1, min(self._at_once(pool.name, index), room, free // 16))
+        found: list[str] = []
+        for number in range(many):
+            seed = self._seed(pool.name, index) + have + number
+            cidr = grid.choose(seed, claimed, spread=bool(conflicts))
+            if not cidr:
+                break
+            found.append(cidr)
+            claimed.add(cidr)
+        if not found:
+            raise ExhaustedError(
+                f"pool {pool.name} has no free address in {pool.describe(index)} here, and all of its {grid.total} "
+                "blocks are claimed by nodes (netloom node list); widen the pool, or remove nodes that are gone"
+            )
+        return found
+
+    def _seed(self, pool: str, index: int) -> int:
+        text = f"{self._identity.node_id} {pool} {index}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+    def _at_once(self, pool: str, index: int) -> int:
+        flow = self._flows.setdefault((pool, index), _Flow())
+        now = time.monotonic()
+        flow.at_once = min(2 * flow.at_once, _MOST_AT_ONCE) if now - flow.claimed_s < _SOON_S else 1
+        flow.claimed_s = now
+        return flow.at_once
+
+    def _refuse_wanted(self, pool: Pool, index: int, cidr: str) -> None:
+        owner = self.claims.get(pool.name, {}).get(cidr)
+        if owner is not None and owner.node_id != self._identity.node_id:
+            raise PreconditionError(
+                f"block {cidr} of pool {pool.name} is node {owner.node}'s, which alone hands its addresses out; ask "
+                "for another address"
+            )
+        limit = pool.spec.blocks_per_node
+        if limit and len(pool.cidrs[index]) >= limit and pool.find_block(cidr) is None:
+            raise ExhaustedError(
+                f"pool {pool.name}: this node holds {limit} blocks, as many as blocks_per_node lets it"
+            )
+
+    async def _try_claim(self, name: str, known: Known, cidrs: Sequence[str]) -> list[str]:
+        """The blocks that became ours; none where somebody was faster, who is known then."""
+        pool_key = layout.POOLS + name
+        keys = [layout.BLOCKS + layout.place(name, cidr) for cidr in cidrs]
+        done = await self._etcd.txn(
+            [unchanged(pool_key, known.revision), *map(absent, keys)],
+            [Put(key, self._record) for key in keys],
+            [Get(pool_key), *map(Get, keys)],
+            repeatable=True,
+        )
+        if done.succeeded:
+            for cidr in cidrs:
+                self._note_own(name, cidr, done.revision)
+            return list(cidrs)
+        self._learn_pool(name, done)
+        got = []
+        for cidr, pair in zip(cidrs, done.pairs[1:], strict=True):
+            if pair is not None:
+                self._note(pair)
+                if self.claims[name][cidr].node_id == self._identity.node_id:
+                    got.append(cidr)  # the answer to an earlier try was lost
+        return got
+
+    def _learn_pool(self, name: str, done: TxnResult) -> None:
+        pair = done.pairs[0]
+        if pair is None:
+            self._mirror.pools.pop(name, None)
+        else:
+            self._mirror.pools[name] = Known(layout.decode(PoolRecord, pair.key, pair.value), pair.mod_revision)
+
+    async def _keep(self, name: str, cidrs: Sequence[str]) -> None:
+        """Has the ledger hold blocks that etcd says are ours."""
+        reserved: list[Reservation] = []
+        prefix = layout.RESERVATIONS + layout.place(name, "")
+        async for page in self._etcd.walk(prefix):
+            for pair in page.pairs:
+                note = layout.decode(ReservationRecord, pair.key, pair.value).note
+                reserved.append(Reservation(name, pair.key.removeprefix(prefix), note))
+        for cidr in cidrs:
+            self._returns.pop((name, cidr), None)
+        await self._engine.run(lambda: self._holdings.add(name, cidrs, reserved), grows=True)
+
+    async def _reread(self, name: str) -> None:
+        prefix = layout.BLOCKS + layout.place(name, "")
+        pairs: list[Pair] = []
+        revision = 0
+        try:
+            async for page in self._etcd.walk(prefix):
+                pairs += page.pairs
+                revision = page.revision
+        except EtcdError as error:
+            raise UnavailableError(f"the cluster cannot be asked for blocks of pool {name}: {error}") from None
+        known = self.claims.get(name, {})
+        self.claims[name] = {cidr: claim for cidr, claim in known.items() if claim.revision > revision}
+        for pair in pairs:
+            self._note(pair)
+
+    # --- claiming ahead
+
+    def _after_commit(self) -> None:
+        if self._ledger.scarce:
+            self._wake.set()
+
+    async def keep_ahead(self) -> None:
+        """Claims before it is wanted. Never returns."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            places, later = list(self._ledger.scarce), False
+            self._ledger.scarce.clear()
+            for place in places:
+                flow = self._flows.setdefault(place, _Flow())
+                if time.monotonic() - flow.enough_s < _LOOK_AGAIN_S:
+                    self._ledger.scarce[place] = None
+                    later = True
+                elif not self.draining:
+                    await self._claim_ahead(*place, flow)
+            if later:
+                await asyncio.sleep(_LOOK_AGAIN_S)
+                self._wake.set()
+
+    async def _claim_ahead(self, name: str, index: int, flow: _Flow) -> None:
+        try:
+            pool = self._ledger.pool(name)
+            if await self._engine.run(lambda: self._ledger.count_free(pool, index)) > pool.ahead(index):
+                flow.enough_s = time.monotonic()
+                return
+            await self.claim(name, index)
+        except IpamdError as error:
+            # Whoever needs it will be told.
+            flow.enough_s = time.monotonic()
+            log.event(_logger, "debug", "no block could be claimed ahead", pool=name, error=str(error))
+
+    # --- giving back
+
+    async def keep_tidy(self) -> None:
+        """Gives empty blocks back. Never returns."""
+        while True:
+            await asyncio.sleep(_GIVE_BACK_INTERVAL_S)
+            try:
+                await self.tidy()
+            except EtcdError as error:
+                log.event(_logger, "debug", "blocks could not be given back", error=str(error))
+            except IpamdError as error:
+                log.event(_logger, "warning", "blocks could not be given back", error=str(error))
+
+    async def tidy(self) -> None:
+        """One round: what was empty at the last look too, and is not needed."""
+        for name, cidr in list(self._returns):
+            await self._give_back(name, cidr)
+        resting = set()
+        for pool in list(self._ledger.pools.values()):
+            known = self._mirror.pools.get(pool.name)
+            leaving = self.draining or (known is not None and known.record.deleting)
+            for index in range(len(pool.cidrs)):
+                for cidr in self._spare(pool, index, leaving):
+                    place = pool.name, cidr
+                    if not leaving and place not in self._resting:
+                        resting.add(place)
+                        continue
+                    hot = known is not None and known.record.deleting
+                    if await self._engine.run(lambda p=place, h=hot: self._holdings.retire(*p, hot=h)):  # type: ignore[misc]
+                        self._returns[place] = None
+                        await self._give_back(*place)
+        self._resting = resting
+
+    def _spare(self, pool: Pool, index: int, leaving: bool) -> list[str]:
+        """Empty blocks that may go, the newest first."""
+        blocks = pool.sets[index].blocks
+        empty = [(cidr, block) for cidr, block in zip(pool.cidrs[index], blocks, strict=True) if not block.held]
+        if leaving:
+            return [cidr for cidr, _ in empty]
+        spare: list[str] = []
+        # What stays has room for twice as much as makes the next block be claimed.
+        free = pool.sets[index].size - pool.allocated[index] - pool.reserved[index]
+        for cidr, block in reversed(empty):
+            free -= block.size
+            if len(spare) + 1 == len(blocks) or free < 2 * pool.ahead(index):
+                break
+            spare.append(cidr)
+        return spare
+
+    async def _give_back(self, name: str, cidr: str) -> None:
+        ending = layout.place(name, cidr)
+        key = layout.BLOCKS + ending
+        done = await self._etcd.txn(
+            [equals(key, self._record)], [Delete(key), Delete(layout.PUBLISHED + ending)], repeatable=True
+        )
+        self._returns.pop((name, cidr), None)
+        self._note_free(name, cidr, done.revision)
+        log.event(_logger, "info", "block given back", pool=name, block=cidr)
+
+    # --- keeping in step
+
+    def count_others(self, name: str, index: int) -> int:
+        """How many blocks of a range set other nodes hold."""
+        pool = self._ledger.pools.get(name)
+        if pool is None:
+            return 0
+        mine = self._identity.node_id
+        others = (cidr for cidr, record in self.claims.get(name, {}).items() if record.node_id != mine)
+        if len(pool.cidrs) == 1:
+            return sum(1 for _ in others)
+        return sum(1 for cidr in others if pool.home(cidr) == index)
+
+    def _note(self, pair: Pair) -> tuple[str, str]:
+        name, cidr = layout.split(pair.key.removeprefix(layout.BLOCKS))
+        try:
+            record = layout.decode(BlockRecord, pair.key, pair.value)
+        except LayoutError as error:
+            record = BlockRecord("?", "?")
+            log.event(_logger, "error", "a block of the cluster cannot be read", error=str(error))
+        known = self.claims.setdefault(name, {})
+        if cidr not in known or known[cidr].revision <= pair.mod_revision:
+            known[cidr] = Claim(record.node, record.node_id, pair.mod_revision)
+        return name, cidr
+
+    def _note_own(self, name: str, cidr: str, revision: int) -> None:
+        self.claims.setdefault(name, {})[cidr] = Claim(self._identity.node, self._identity.node_id, revision)
+
+    def _note_free(self, name: str, cidr: str, revision: int) -> None:
+        known = self.claims.get(name, {})
+        if cidr in known and known[cidr].revision <= revision:
+            del known[cidr]
+
+    async def _listed(self, pairs: Sequence[Pair], revision: int) -> None:
+        # What a claim found out meanwhile is newer than the list.
+        newer = {n: {c: k for c, k in known.items() if k.revision > revision} for n, known in self.claims.items()}
+        self.claims = {name: known for name, known in newer.items() if known}
+        for pair in pairs:
+            self._note(pair)
+        for held in self._holdings.all():
+            await self._settle(held.pool, held.cidr)
+        await self._adopt((name, cidr) for name, cidrs in self.claims.items() for cidr in cidrs)
+
+    async def _changed(self, events: Sequence[Event]) -> None:
+        places = []
+        for event in events:
+            if event.kind == "put":
+                places.append(self._note(event.pair))
+            else:
+                name, cidr = layout.split(event.pair.key.removeprefix(layout.BLOCKS))
+                self._note_free(name, cidr, event.pair.mod_revision)
+                places.append((name, cidr))
+        for place in places:
+            await self._settle(*place)
+        await self._adopt(places)
+
+    async def _adopt(self, places: Iterable[tuple[str, str]]) -> None:
+        """Takes blocks that etcd says are ours, and the ledger does not know: the answer to a claim was lost."""
+        for name, cidr in places:
+            record = self.claims.get(name, {}).get(cidr)
+            pool = self._ledger.pools.get(name)
+            if record is None or record.node_id != self._identity.node_id or pool is None:
+                continue
+            if (name, cidr) in self._claiming or (name, cidr) in self._returns or pool.find_block(cidr) is not None:
+                continue
+            if pool.home(cidr) is None:
+                log.event(_logger, "error", "a block of this node does not fit its pool", pool=name, block=cidr)
+                continue
+            await self._keep(name, [cidr])
+            log.event(_logger, "info", "a block of this node was not known here, and is now", pool=name, block=cidr)
+
+    async def _settle(self, name: str, cidr: str) -> None:
+        """Brings one block of ours in step with etcd's record of it."""
+        held = self._holdings.one(name, cidr)
+        if held is None or (name, cidr) in self._claiming:
+            return
+        record = self.claims.get(name, {}).get(cidr)
+        if record is None:
+            if not await self._retire_quietly(held):
+                await self._put_again(held)
+        elif record.node_id == self._identity.node_id:
+            if held.closed and await self._engine.run(lambda: self._holdings.thaw(name, cidr)):
+                log.event(_logger, "warning", "the block is this node's again", pool=name, block=cidr)
+        elif not await self._retire_quietly(held):
+            reason = f"node {record.node} ({record.node_id}) claims it, too"
+            await self._freeze(held, reason)
+
+    async def _put_again(self, held: Held) -> None:
+        key = layout.BLOCKS + layout.place(held.pool, held.cidr)
+        done = await self._etcd.txn([absent(key)], [Put(key, self._record)], [Get(key)], repeatable=True)
+        self._ledger.changed[held.pool, held.cidr] = None
+        if done.succeeded:
+            log.event(_logger, "warning", "etcd had lost a block of this node, and has it again", pool=held.pool,
+                      block=held.cidr)  # fmt: skip
+            self._note_own(held.pool, held.cidr, done.revision)
+        elif done.pairs[0] is not None:
+            self._note(done.pairs[0])
+            await self._settle(held.pool, held.cidr)
+
+    async def _retire_quietly(self, held: Held) -> bool:
+        """Forgets a block that etcd no longer says is ours, if nothing of it is in use or was lately."""
+        if held.held or not await self._engine.run(lambda: self._holdings.retire(held.pool, held.cidr)):
+            return False
+        log.event(_logger, "warning", "a block is no longer this node's, and was empty", pool=held.pool,
+                  block=held.cidr)  # fmt: skip
+        return True
+
+    async def _freeze(self, held: Held, reason: str) -> None:
+        if await self._engine.run(lambda: self._holdings.freeze(held.pool, held.cidr, reason)):
+            log.event(_logger, "error", "a block is claimed by two nodes: it hands nothing out here any more, and its "
+                      "addresses may be in use twice (netloom ip check)", pool=held.pool, block=held.cidr,
+                      reason=reason)  # fmt: skip
+
+    def frozen(self) -> list[Frozen]:
+        """Blocks that hand nothing out. Inside a batch of the engine."""
+        return [
+            Frozen(held.pool, held.cidr, self._holdings.frozen(held.pool, held.cidr))
+            for held in self._holdings.all()
+            if held.closed
+        ]

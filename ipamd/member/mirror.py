@@ -1,0 +1,304 @@
+"""Pools and reservations of the cluster, brought into the ledger; and how they are made, changed and deleted.
+
+etcd has the truth, and the store a copy, with which ipamd serves while etcd is down. A pool that is to be deleted is
+marked first: from then on no node claims a block or an address of it, and each gives its empty blocks back.
+"""
+
+import asyncio
+import functools
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from msgspec import Struct
+
+from cluster import layout
+from cluster.errors import EtcdError
+from cluster.etcd import Compare, Delete, Etcd, Event, Get, Pair, Put, TxnResult, absent, unchanged
+from cluster.layout import BlockRecord, LayoutError, PoolRecord, ReservationRecord
+from ipamd.engine import Engine
+from ipamd.errors import AlreadyExistsError, IpamdError, NotFoundError, PreconditionError, UnavailableError
+from ipamd.lease import Ledger
+from ipamd.member.follow import Follower
+from ipamd.member.holdings import Holdings
+from ipamd.pool import Pool, PoolSpec, address_text, parse_address
+from ipamd.store.base import Allocation, Reservation, Store
+from telemetry import log
+
+_logger = logging.getLogger("ipamd.member")
+
+# How long the others have to give their empty blocks of a pool back that is being deleted.
+_GIVE_BACK_S = 10.0
+_POLL_S = 0.25
+
+
+class Known(Struct, frozen=True):
+    """A pool as it stands in etcd."""
+
+    record: PoolRecord
+    revision: int
+
+
+class Mirror:
+    """See the top of this file."""
+
+    def __init__(self, etcd: Etcd, engine: Engine, ledger: Ledger, store: Store, holdings: Holdings, node: str) -> None:
+        self.pools: dict[str, Known] = {}
+        self.reservations: dict[str, dict[str, str]] = {}
+        self._etcd = etcd
+        self._engine = engine
+        self._ledger = ledger
+        self._store = store
+        self._holdings = holdings
+        self._node = node
+        self.followers = (
+            Follower(etcd, layout.POOLS, self._list_pools, self._change_pools),
+            Follower(etcd, layout.RESERVATIONS, self._list_reservations, self._change_reservations),
+        )
+
+    # --- what etcd says
+
+    async def _list_pools(self, pairs: Sequence[Pair], _revision: int) -> None:
+        found = {pair.key.removeprefix(layout.POOLS): pair for pair in pairs}
+        self.pools.clear()
+        for name, pair in found.items():
+            await self._take_pool(name, pair)
+        for pool in list(self._ledger.pools.values()):
+            if pool.spec.mode != "local" and pool.name not in found:
+                await self._lost_pool(pool)
+
+    async def _change_pools(self, events: Sequence[Event]) -> None:
+        for event in events:
+            name = event.pair.key.removeprefix(layout.POOLS)
+            if event.kind == "put":
+                await self._take_pool(name, event.pair)
+                continue
+            self.pools.pop(name, None)
+            pool = self._ledger.pools.get(name)
+            if pool is not None and pool.spec.mode != "local":
+                await self._lost_pool(pool)
+
+    async def _take_pool(self, name: str, pair: Pair) -> None:
+        try:
+            record = layout.decode(PoolRecord, pair.key, pair.value)
+            self.pools[name] = Known(record, pair.mod_revision)
+            spec = PoolSpec.decode(record.spec)
+            there = self._ledger.pools.get(name)
+            if there is not None and there.spec == spec:
+                return
+            await self._engine.run(lambda: self._ledger.create_pool(name, spec), grows=True)
+        except (LayoutError, IpamdError, ValueError) as error:
+            log.event(_logger, "error", "a pool of the cluster cannot be used here", pool=name, error=str(error))
+            return
+        log.event(_logger, "info", "the cluster has a pool", pool=name, spec=record.spec)
+        await self._take_reservations(name)
+
+    async def _lost_pool(self, pool: Pool) -> None:
+        """It is not in etcd: deleted elsewhere, unless something of it is in use here, which only a loss explains."""
+        try:
+            await self._engine.run(lambda: self._ledger.delete_pool(pool.name))
+        except PreconditionError:
+            pass
+        else:
+            log.event(_logger, "info", "the cluster no longer has a pool", pool=pool.name)
+            return
+        log.event(_logger, "error", "etcd lost a pool of which addresses are in use here; it is put there again",
+                  pool=pool.name)  # fmt: skip
+        record = PoolRecord(pool.spec.encode())
+        key = layout.POOLS + pool.name
+        try:
+            await self._etcd.txn([absent(key)], [Put(key, layout.encode(record))], repeatable=True)
+        except EtcdError as error:
+            log.event(_logger, "warning", "the pool could not be put there", pool=pool.name, error=str(error))
+
+    async def _list_reservations(self, pairs: Sequence[Pair], _revision: int) -> None:
+        self.reservations.clear()
+        for pair in pairs:
+            self._note_reservation(pair)
+        for name in list(self._ledger.pools):
+            await self._take_reservations(name)
+
+    async def _change_reservations(self, events: Sequence[Event]) -> None:
+        pools = set()
+        for event in events:
+            pool, ip = layout.split(event.pair.key.removeprefix(layout.RESERVATIONS))
+            pools.add(pool)
+            if event.kind == "put":
+                self._note_reservation(event.pair)
+            else:
+                self.reservations.get(pool, {}).pop(ip, None)
+        for pool in pools:
+            await self._take_reservations(pool)
+
+    def _note_reservation(self, pair: Pair) -> None:
+        pool, ip = layout.split(pair.key.removeprefix(layout.RESERVATIONS))
+        try:
+            note = layout.decode(ReservationRecord, pair.key, pair.value).note
+        except LayoutError as error:
+            note = "?"
+            log.event(_logger, "error", "a reservation of the cluster cannot be read", error=str(error))
+        self.reservations.setdefault(pool, {})[ip] = note
+
+    async def _take_reservations(self, name: str) -> None:
+        """Makes the ledger's reservations of a pool what they are in etcd."""
+        pool = self._ledger.pools.get(name)
+        if pool is None or pool.spec.mode == "local":
+            return
+        wanted = self.reservations.get(name, {})
+        have = {row.ip: row.note for row in await self._engine.run(lambda: list(self._store.reservations(name)))}
+        for ip in have.keys() - wanted.keys():
+            await self._try(functools.partial(self._ledger.unreserve, name, ip))
+        for ip in wanted.keys() - have.keys():
+            await self._try(functools.partial(self._ledger.reserve, name, ip, wanted[ip]))
+
+    async def _try(self, change: Callable[[], object]) -> None:
+        try:
+            await self._engine.run(change)
+        except IpamdError as error:
+            log.event(_logger, "error", "a reservation of the cluster does not fit to what is here", error=str(error))
+
+    # --- what an operator asks
+
+    async def create_pool(self, name: str, spec: PoolSpec) -> Pool:
+        """As `Ledger.create_pool`, for all nodes."""
+        Pool(name, spec, managed=False)
+        there = self._ledger.pools.get(name)
+        if there is None or there.spec.mode == "local":
+            if there is not None:
+                raise AlreadyExistsError(f"this node has a pool {name} of its own; take another name")
+            key = layout.POOLS + name
+            done = await self._txn([absent(key)], [Put(key, layout.encode(PoolRecord(spec.encode())))], [Get(key)])
+            found = done.pairs[0] if done.pairs else None
+            if found is not None:
+                record = layout.decode(PoolRecord, key, found.value)
+                if record.deleting:
+                    raise UnavailableError(f"pool {name} is being deleted; ask again, or delete it again")
+                if PoolSpec.decode(record.spec) != spec:
+                    raise AlreadyExistsError(
+                        f"the cluster has a pool {name} with another spec; delete it first, or take another name"
+                    )
+        return await self._engine.run(lambda: self._ledger.create_pool(name, spec), grows=True)
+
+    async def delete_pool(self, name: str) -> None:
+        """As `Ledger.delete_pool`, for all nodes."""
+        key = layout.POOLS + name
+        pair = await self._get(key)
+        if pair is None:
+            raise NotFoundError(f"the cluster has no pool {name}")
+        record = layout.decode(PoolRecord, key, pair.value)
+        marked = layout.encode(PoolRecord(record.spec, deleting=True))
+        done = await self._txn([unchanged(key, pair.mod_revision)], [Put(key, marked)], [Get(key)])
+        if not done.succeeded:
+            raise UnavailableError(f"pool {name} was changed by another node at the same moment; ask again")
+        in_use = ""
+        deadline = time.monotonic() + _GIVE_BACK_S
+        while time.monotonic() < deadline:
+            in_use = await self._in_use(name)
+            if not in_use:
+                break
+            await asyncio.sleep(_POLL_S)
+        if in_use:
+            # Its first node may still be there, and gave nothing back because an address is in use.
+            await self._txn([unchanged(key, done.revision)], [Put(key, layout.encode(PoolRecord(record.spec)))])
+            raise PreconditionError(f"pool {name} is in use: {in_use}; release its addresses first")
+        done = await self._txn(
+            [unchanged(key, done.revision)], [Delete(key), Delete(layout.RESERVATIONS + layout.place(name, ""), True)]
+        )
+        if not done.succeeded:
+            raise UnavailableError(f"pool {name} was changed by another node at the same moment; ask again")
+        if name in self._ledger.pools:
+            await self._engine.run(lambda: self._ledger.delete_pool(name))
+
+    async def _in_use(self, name: str) -> str:
+        try:
+            blocks = await self._etcd.range(layout.BLOCKS + layout.place(name, ""), limit=5)
+            addresses = await self._etcd.range(layout.ADDRESSES + layout.place(name, ""), limit=5, keys_only=True)
+        except EtcdError as error:
+            raise UnavailableError(str(error)) from None
+        found = [
+            f"block {layout.split(pair.key)[1]} by node {layout.decode(BlockRecord, pair.key, pair.value).node}"
+            for pair in blocks.pairs
+        ] + [layout.split(pair.key)[1] for pair in addresses.pairs]
+        return ", ".join(found) + (", ..." if blocks.more or addresses.more else "")
+
+    async def reserve(self, name: str, text: str, note: str) -> Reservation:
+        """As `Ledger.reserve`, for all nodes."""
+        pool = self._ledger.pool(name)
+        ip = address_text(*parse_address(text, "address"))
+        key = layout.RESERVATIONS + layout.place(name, ip)
+        there = await self._engine.run(lambda: self._reservable(pool, ip))
+        if there is not None:
+            await self._engine.run(lambda: self._ledger.refuse_held(pool, ip))
+        conditions = [absent(key), absent(layout.ADDRESSES + layout.place(name, ip))]
+        conditions += self._unowned(pool, ip)
+        record = ReservationRecord(note)
+        done = await self._txn(conditions, [Put(key, layout.encode(record))], [Get(c.key) for c in conditions])
+        if not done.succeeded:
+            self._refuse(pool, ip, key, [pair for pair in done.pairs if pair is not None])
+        try:
+            return await self._engine.run(lambda: self._reserve_here(pool, ip, note), grows=True)
+        except IpamdError:
+            await self._txn([unchanged(key, done.revision)], [Delete(key)])
+            raise
+
+    def _reservable(self, pool: Pool, ip: str) -> Allocation | Reservation | None:
+        self._ledger.check_place(pool.name, ip)
+        return self._store.holder(pool.name, ip)
+
+    def _reserve_here(self, pool: Pool, ip: str, note: str) -> Reservation:
+        holder = self._store.holder(pool.name, ip)
+        if isinstance(holder, Reservation):
+            return holder  # the watch was faster
+        return self._ledger.reserve(pool.name, ip, note)
+
+    def _unowned(self, pool: Pool, ip: str) -> list[Compare]:
+        """Of a block that another node holds only that node can say whether the address is in use."""
+        number = parse_address(ip, "address")
+        found = pool.block_for(*number) if pool.has_blocks else None
+        if found is None or pool.find_block(found[1]) is not None:
+            return []
+        return [absent(layout.BLOCKS + layout.place(pool.name, found[1]))]
+
+    def _refuse(self, pool: Pool, ip: str, key: str, found: Sequence[Pair]) -> None:
+        for pair in found:
+            if pair.key.startswith(layout.BLOCKS):
+                node = layout.decode(BlockRecord, pair.key, pair.value).node
+                cidr = layout.split(pair.key)[1]
+                if node == self._node:
+                    raise UnavailableError(f"block {cidr} is coming to this node; ask again")
+                raise PreconditionError(
+                    f"{ip} of pool {pool.name} lies in block {cidr} of node {node}, which alone knows whether it is in "
+                    "use; reserve it there"
+                )
+            if pair.key == key:
+                note = layout.decode(ReservationRecord, pair.key, pair.value).note
+                raise AlreadyExistsError(f"{ip} of pool {pool.name} is reserved ({note}); unreserve it first")
+            raise AlreadyExistsError(f"{ip} of pool {pool.name} is held by an allocation of another node")
+        raise UnavailableError(f"{ip} of pool {pool.name} changed hands at this moment; ask again")
+
+    async def unreserve(self, name: str, text: str) -> None:
+        """As `Ledger.unreserve`, for all nodes."""
+        ip = address_text(*parse_address(text, "address"))
+        try:
+            gone = await self._etcd.delete(layout.RESERVATIONS + layout.place(name, ip))
+        except EtcdError as error:
+            raise UnavailableError(f"the cluster cannot be told: {error}") from None
+        try:
+            await self._engine.run(lambda: self._ledger.unreserve(name, ip))
+        except NotFoundError:
+            if not gone:
+                raise
+
+    async def _txn(
+        self, compares: Sequence[Compare], then: Sequence[Put | Delete | Get], otherwise: Sequence[Get] = ()
+    ) -> TxnResult:
+        try:
+            return await self._etcd.txn(compares, then, otherwise)
+        except EtcdError as error:
+            raise UnavailableError(f"the cluster cannot be told: {error}") from None
+
+    async def _get(self, key: str) -> Pair | None:
+        try:
+            return await self._etcd.get(key)
+        except EtcdError as error:
+            raise UnavailableError(f"the cluster cannot be asked: {error}") from None
