@@ -98,7 +98,7 @@ async def _run(arguments: argparse.Namespace) -> None:
     network = NetworkDriver(
         state, staging, own.session, tuple(arguments.cni_path.split(os.pathsep)), arguments.conf_dir
     )
-    ipam = IpamDriver(state, own.client, own.session, arguments.default_pool or DEFAULT_POOLS)
+    ipam = IpamDriver(state, own.client, own.session, arguments.default_pool or DEFAULT_POOLS, network.settle)
     with contextlib.suppress(DriverError):  # ipamd may start after us
         await asyncio.to_thread(ipam.recover)
     reconciler = reconcile.Reconciler(
@@ -107,6 +107,7 @@ async def _run(arguments: argparse.Namespace) -> None:
     with ThreadPoolExecutor(_THREADS, "netloom-call") as executor, contextlib.ExitStack() as stack:
         stack.callback(state.close)
         stack.callback(ipam.close)
+        stack.callback(network.close)
         runner = web.AppRunner(
             http.application(_calls(network, ipam, reconciler), executor, _IMMEDIATE),
             access_log=None,
@@ -122,6 +123,7 @@ async def _run(arguments: argparse.Namespace) -> None:
             listening.bind(place.address)
             await web.SockSite(runner, listening).start()
             place.publish(0o600, None, None)
+        network.end()
         reconciler.start()
         log.event(_logger, "info", "serving Docker", socket=arguments.socket)
         await stop.wait()

@@ -56,14 +56,17 @@ class IpamDriver:
         client: Callable[[], Client],
         session: Callable[[], Session],
         default_pools: Iterable[str] = DEFAULT_POOLS,
+        before_release: Callable[[], None] = lambda: None,
     ) -> None:
-        """`client` and `session` are the calling thread's; `default_pools`: "CIDR", or "CIDR,prefix length of a part".
+        """`client` and `session` are the calling thread's; `default_pools`: "CIDR", or "CIDR,prefix length of a part";
+        `before_release` returns when nobody has an address any more that Docker gives back.
 
         Raises DriverError for a default pool that is none.
         """
         self._state = state
         self._client = client
         self._session = session
+        self._before_release = before_release
         self._default_pools = tuple(pool for text in default_pools for pool in _default(text))
         self._turn = threading.Lock()
         # After our own restart dockerd does not ask again: everything is somebody's.
@@ -284,6 +287,8 @@ class IpamDriver:
     def _take_back(self, pool: Pool, address: str = "") -> bool:
         """Take back what ended (this address alone), and Docker did not release. True where there was something."""
         found = [ended for ended in self._ended(pool) if address in ("", ended.address)]
+        if found:
+            self._before_release()
         for ended in found:
             name, bare = self._where(pool, ended.address)
             log.event(_logger, "warning", "address taken back, its release did not get here", address=bare)
@@ -314,6 +319,7 @@ class IpamDriver:
         return {}
 
     def _released(self, name: str, address: str, known: Holder | None, ended: Ended | None) -> None:
+        self._before_release()
         began = time.monotonic()
         try:
             self._release(name, address, known)

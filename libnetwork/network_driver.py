@@ -7,7 +7,9 @@ The way of a container, in Docker's order
 - Program/RevokeExternalConnectivity: portmap alone, as its own chained ADD and DEL: which endpoint publishes changes
   while a container runs.
 - Leave: Docker has yet to move the interface back, so nothing happens here.
-- DeleteEndpoint: DEL of all plugins, then whatever is left of the interface.
+- DeleteEndpoint: written down, and answered. Then DEL of all plugins, then whatever is left of the interface. Docker
+  has no use for the outcome; what could meet with that DEL waits for it: the address's release, the network's next
+  endpoint, published ports, the network's end.
 
 When a call fails, Docker only releases the address after CreateEndpoint, and calls DeleteEndpoint after Join; errors of
 Leave and DeleteEndpoint it ignores.
@@ -20,6 +22,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from ipaddress import ip_interface, ip_network
 from typing import Any
 
@@ -50,6 +53,7 @@ _PORTMAP = "com.docker.network.portmap"
 _PROTOCOLS = {6: "tcp", 17: "udp", 132: "sctp"}
 
 _PORT_TRIES = 32
+_ENDERS = 8  # threads; the plugins of one endpoint keep one worker busy
 
 Answer = dict[str, Any]
 
@@ -67,6 +71,19 @@ class NetworkDriver:
         self._path = path
         self._conf_dir = conf_dir
         self._locks = Locks()
+        self._ender = ThreadPoolExecutor(_ENDERS, "netloom-end")
+        self._ending_mutex = threading.Lock()
+        self._ending: dict[str, tuple[str, Future[None]]] = {}  # endpoint → its network, and its DEL
+
+    def close(self) -> None:
+        """Returns when nothing is under way."""
+        self._ender.shutdown()
+
+    def settle(self, network_id: str = "") -> None:
+        """Returns when the DEL of every endpoint (of a network) that had ended is over."""
+        with self._ending_mutex:
+            ending = [future for one, future in self._ending.values() if network_id in ("", one)]
+        wait(ending)
 
     def capabilities(self, _: Empty) -> Answer:
         """Local: Docker refuses global outside a swarm."""
@@ -107,6 +124,7 @@ class NetworkDriver:
         network = self._state.find(Network, asked.network_id)
         if network is None:
             return {}
+        self.settle(network.id)
         left = [endpoint.id for endpoint in self._state.all(Endpoint) if endpoint.network_id == network.id]
         if left:
             raise DriverError(f"network {network.id[:12]} still has {len(left)} endpoints, such as {left[0][:12]}")
@@ -129,8 +147,15 @@ class NetworkDriver:
     # What nobody owns
 
     def owned(self) -> tuple[set[str], set[str]]:
-        """The ids of all endpoints and of all networks."""
-        return {one.id for one in self._state.all(Endpoint)}, {one.id for one in self._state.all(Network)}
+        """The ids of all endpoints but those that have ended, and of all networks."""
+        endpoints = {one.id for one in self._state.all(Endpoint) if not one.ended}
+        return endpoints, {one.id for one in self._state.all(Network)}
+
+    def end(self) -> None:
+        """Detach what Docker has deleted, where that failed, or ended with an earlier shim."""
+        for endpoint in list(self._state.all(Endpoint)):
+            if endpoint.ended:
+                self._end(endpoint)
 
     def discard_endpoint(self, id: str) -> None:  # noqa: A002 - Docker's word
         """Remove an endpoint that Docker does not have."""
@@ -148,6 +173,7 @@ class NetworkDriver:
     def create_endpoint(self, asked: CreateEndpoint) -> Answer:
         """Settles addresses and MAC."""
         network = self._state.get(Network, asked.network_id)
+        self.settle(network.id)
         wanted = asked.interface
         addresses = tuple(a for a in (wanted.address, wanted.address_ipv6) if a) if wanted else ()
         self._end_holders(asked, addresses)
@@ -273,19 +299,36 @@ class NetworkDriver:
         return {}
 
     def delete_endpoint(self, asked: EndpointRef) -> Answer:
-        """Detaches, and forgets the endpoint. What fails is told and kept for the next start to finish."""
+        """Forgets the endpoint, as far as Docker is concerned."""
         with self._locks.held(asked.endpoint_id):
             endpoint = self._state.find(Endpoint, asked.endpoint_id)
-            if endpoint is not None:
-                self._note_ended(endpoint)
-                try:
-                    self._detach(endpoint)
-                except DriverError as error:
-                    # Docker ignores what we say now, and gives the address back next. A worker that was killed in the
-                    # middle is the likely cause, and the next one does it.
-                    log.event(_logger, "warning", "detaching again", endpoint=endpoint.id, error=str(error))
-                    self._detach(self._state.get(Endpoint, endpoint.id))
+            if endpoint is None:
+                return {}
+            self._note_ended(endpoint)
+            self._state.put(msgspec.structs.replace(endpoint, ended=True))
+        self._end(endpoint)
         return {}
+
+    def _end(self, endpoint: Endpoint) -> None:
+        """Detach beside other work, unless that is under way."""
+        with self._ending_mutex:
+            if endpoint.id not in self._ending:
+                self._ending[endpoint.id] = endpoint.network_id, self._ender.submit(self._finish, endpoint.id)
+
+    def _finish(self, id: str) -> None:  # noqa: A002 - Docker's word
+        """What fails is told and kept for the next comparison to finish."""
+        try:
+            try:
+                self.discard_endpoint(id)
+            except DriverError as error:
+                # A worker that was killed in the middle is the likely cause, and the next one does it.
+                log.event(_logger, "warning", "detaching again", endpoint=id, error=str(error))
+                self.discard_endpoint(id)
+        except Exception as error:  # noqa: BLE001 - nobody else hears of it
+            log.event(_logger, "warning", "not detached", endpoint=id, error=str(error))
+        finally:
+            with self._ending_mutex:
+                del self._ending[id]
 
     def _note_ended(self, endpoint: Endpoint) -> None:
         """Docker gives the addresses back next; where they are ipamd's, that is not to depend on its reaching us."""
@@ -338,6 +381,8 @@ class NetworkDriver:
         """Publishes the endpoint's ports: it has the container's default route."""
         network = self._state.get(Network, asked.network_id)
         bindings = _bindings(asked.options)
+        if bindings:
+            self.settle()
         with self._locks.held(asked.endpoint_id):
             endpoint = self._state.get(Endpoint, asked.endpoint_id)
             if not bindings or network.options.type == "macvlan":

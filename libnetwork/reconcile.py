@@ -112,6 +112,8 @@ class Reconciler:
             DockerAwayError: nothing was removed, and what was missing counts anew.
         """
         with self._turn:
+            if not dry_run:
+                self._network.end()
             try:
                 return self._compare(dry_run)
             except docker.DockerAwayError:

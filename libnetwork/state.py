@@ -58,6 +58,7 @@ class Endpoint(msgspec.Struct, frozen=True):
         staging: path of the namespace in which ADD ran; "" before.
         result: of the ADD, as printed; None before.
         ports: what is published now; None while nothing is.
+        ended: Docker has deleted it, and its DEL is to come.
     """
 
     id: str
@@ -68,6 +69,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     staging: str = ""
     result: dict[str, Any] | None = None
     ports: tuple[PortBinding, ...] | None = None
+    ended: bool = False
 
 
 class Pool(msgspec.Struct, frozen=True):

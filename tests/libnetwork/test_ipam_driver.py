@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from ipaddress import ip_network
 from typing import Any
@@ -14,7 +15,7 @@ from ipamd.client import Client
 from libnetwork.errors import DriverError
 from libnetwork.ipam_driver import CLIENT, DEFAULT_POOLS, IpamDriver
 from libnetwork.messages import Empty, PoolRef, ReleaseAddress, RequestAddress, RequestPool
-from libnetwork.state import Pool, State
+from libnetwork.state import Ended, Pool, State
 from protos.ipam.v1 import ipam_pb2 as pb
 from tests.ipamd.daemon import Daemon
 
@@ -299,6 +300,89 @@ def test_a_dockerd_that_starts_while_ipamd_is_away(
             driver.address(pool, given.partition("/")[0])
         driver.driver._client = lambda: ipam.client
         assert driver.address(pool, given.partition("/")[0]) == given
+
+
+def ended(pool: str, address: str) -> Ended:
+    return Ended(f"{pool}.{address}", pool, address)
+
+
+def test_what_docker_could_not_give_back_is_taken_back_by_who_wants_it(ipam: Driver, state: State) -> None:
+    pool = ipam.pool("10.8.0.0/24", "10.8.0.8/31")
+    assert {ipam.address(pool), ipam.address(pool)} == {"10.8.0.8/24", "10.8.0.9/24"}
+    with pytest.raises(DriverError):
+        ipam.address(pool)
+    state.put(ended(pool, "10.8.0.9"))
+    assert ipam.address(pool) == "10.8.0.9/24"  # as no other is left
+    with pytest.raises(DriverError):
+        ipam.address(pool)
+    state.put(ended(pool, "10.8.0.8"))
+    assert ipam.address(pool, "10.8.0.8") == "10.8.0.8/24"  # as this one is asked for
+    with pytest.raises(DriverError):
+        ipam.address(pool, "10.8.0.8")
+    assert list(state.all(Ended)) == []
+    # By another shim, which has not given them.
+    again = Driver(state, ipam.client)
+    state.put(ended(pool, "10.8.0.8"))
+    assert again.address(pool) == "10.8.0.8/24"
+
+
+def test_a_release_that_comes_after_the_address_was_taken_back_is_the_old_ones(ipam: Driver, state: State) -> None:
+    pool = ipam.pool("10.8.0.0/24")
+    ipam.address(pool, "10.8.0.5")
+    state.put(ended(pool, "10.8.0.5"))
+    ipam.address(pool, "10.8.0.5")
+    ipam.release(pool, "10.8.0.5")
+    assert ipam.held() == ["10.8.0.5/24"]
+    state.put(ended(pool, "10.8.0.5"))  # the new one's endpoint
+    ipam.release(pool, "10.8.0.5")
+    assert ipam.held() == []
+    assert list(state.all(Ended)) == []
+    # One that ended without a late release: the next is its own.
+    for _ in range(2):
+        ipam.address(pool, "10.8.0.5")
+        state.put(ended(pool, "10.8.0.5"))
+    ipam.address(pool, "10.8.0.5")
+    state.put(ended(pool, "10.8.0.5"))
+    ipam.release(pool, "10.8.0.5")
+    assert ipam.held() == []
+
+
+def test_what_was_released_otherwise_is_not_taken_from_who_has_it_now(ipam: Driver, state: State) -> None:
+    pool = ipam.pool("10.8.0.0/24", "10.8.0.8/32")
+    state.put(ended(pool, "10.8.0.8"))
+    assert ipam.address(pool) == "10.8.0.8/24"
+    with pytest.raises(DriverError):
+        ipam.address(pool)
+
+
+def test_an_address_is_released_when_nobody_has_it_any_more(ipam: Driver, state: State) -> None:
+    """And whoever asks for one waits for that."""
+    gone = threading.Event()
+    driver = Driver(state, ipam.client)
+    driver.driver._before_release = lambda: None if gone.wait(30) else pytest.fail("never")
+    pool = driver.pool("10.8.0.0/24", "10.8.0.8/32")
+    driver.address(pool)
+    driver.release(pool, "10.8.0.8")
+    with ThreadPoolExecutor(1) as executor:
+        waiting = executor.submit(driver.address, pool)
+        assert wait([waiting], timeout=0.2).done == set()
+        gone.set()
+        assert waiting.result(30) == "10.8.0.8/24"
+
+
+def test_a_release_that_fails_is_told(
+    ipam: Driver, daemon: Daemon, state: State, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = ipam.pool("10.8.0.0/24")
+    ipam.address(pool)
+    state.put(ended(pool, "10.8.0.1"))
+    with Client(f"{daemon.directory}/nobody.sock", timeout_s=0.2) as away:
+        ipam.driver._client = lambda: away
+        ipam.release(pool, "10.8.0.1")
+        ipam.driver.settle()
+    ipam.driver._client = lambda: ipam.client
+    assert "not released" in caplog.text
+    assert ipam.address(pool, "10.8.0.1") == "10.8.0.1/24"  # it is known all the same
 
 
 def test_what_the_comparison_removes(ipam: Driver) -> None:
