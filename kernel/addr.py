@@ -79,15 +79,20 @@ def add(door: Door, index: int, interface: AnyInterface, *, dad: bool = False) -
 
 def delete(door: Door, index: int, interface: AnyInterface) -> bool:
     """Remove an address; False where it was not there."""
+    try:
+        door.rtnl.execute([delete_message(index, interface)])
+    except NotFound:
+        return False
+    return True
+
+
+def delete_message(index: int, interface: AnyInterface) -> Message:
+    """The request that removes an address from a link."""
     family = socket.AF_INET if interface.version == 4 else socket.AF_INET6
     packed = interface.ip.packed
     body = _IFADDR.pack(family, interface.network.prefixlen, 0, 0, index)
     body += attr(_IFA_LOCAL, packed) + attr(_IFA_ADDRESS, packed)
-    try:
-        door.rtnl.execute([Message(_DELADDR, 0, body, f"remove address {interface} from link {index}")])
-    except NotFound:
-        return False
-    return True
+    return Message(_DELADDR, 0, body, f"remove address {interface} from link {index}")
 
 
 def all_addresses(door: Door, index: int = 0, family: int = 0) -> list[Address]:

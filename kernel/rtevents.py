@@ -27,6 +27,7 @@ _ADD_MEMBERSHIP = 1
 _GROUPS = (1, 3, 5, 7, 9, 11)  # RTNLGRP_LINK, NEIGH, IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE
 _NEWLINK, _DELLINK, _NEWADDR, _DELADDR, _NEWROUTE, _DELROUTE = 16, 17, 20, 21, 24, 25
 _IFLA_IFNAME = 3
+_IFF_UP = 0x1
 _SO_RCVBUFFORCE = 33
 _BUFFER = 1 << 24
 _HEADER = struct.Struct("=IHHII")
@@ -37,11 +38,12 @@ _INDEX_AT = 4  # of ifinfomsg, ifaddrmsg and ndmsg alike
 
 @dataclass(frozen=True, slots=True)
 class LinkChange:
-    """A link came, went or changed."""
+    """A link came, went or changed. `up`: administratively."""
 
     index: int
     name: str
     gone: bool
+    up: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class AddressChange:
     """An address of a link came or went."""
 
     index: int
+    gone: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +157,10 @@ class RouteEvents:
                 for forward in fdb.parse(body):
                     yield ForwardChange(forward, gone)
         elif kind in (_NEWLINK, _DELLINK):
-            index = _IFINFO.unpack_from(body)[2]
+            _family, _hardware, index, link_flags, _change = _IFINFO.unpack_from(body)
             # Bridges tell of their ports with RTM_DELLINK, too, of their own family.
             if body[0] == socket.AF_UNSPEC:
-                yield LinkChange(index, text(attributes(body, _IFINFO.size).get(_IFLA_IFNAME)), kind == _DELLINK)
+                name = text(attributes(body, _IFINFO.size).get(_IFLA_IFNAME))
+                yield LinkChange(index, name, kind == _DELLINK, bool(link_flags & _IFF_UP))
         elif kind in (_NEWADDR, _DELADDR):
-            yield AddressChange(_IFADDR.unpack_from(body)[4])
+            yield AddressChange(_IFADDR.unpack_from(body)[4], kind == _DELADDR)

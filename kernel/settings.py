@@ -43,12 +43,14 @@ class Schema:
         lists: the keys of each table that may be there several times, written [[name]].
         others: tables of other daemons, which are left to them.
         flags: what a flag sets: the name that overrides have it by → (key, flag).
+        hyphens: whether a key may be written with hyphens, as flags are.
     """
 
     tables: Mapping[str, Sequence[str]]
     lists: Mapping[str, Sequence[str]]
     others: Sequence[str]
     flags: Mapping[str, tuple[str, str]]
+    hyphens: bool = False
 
 
 def ipamd_socket(environment: Mapping[str, str]) -> str:
@@ -102,6 +104,7 @@ class Settings:
             raise ConfigError(_syntax_error(file, text, str(error))) from None
         except RecursionError:
             raise ConfigError(f"{file}: nested too deeply for a configuration") from None
+        self._document: Mapping[str, object] = document
         self._flags: dict[str, str] = {}
         self._entries: dict[str, int] = {}
         self._lines: dict[tuple[str, ...], int] | None = None
@@ -127,6 +130,11 @@ class Settings:
     def refuse(self, key: str, what: str) -> NoReturn:
         """Raises ConfigError for a key whose value was fine by itself; `what` says what was found and what to do."""
         self._refuse(tuple(key.split(".")), what)
+
+    def other(self, table: str, key: str) -> object:
+        """What stands in a table that is another daemon's, unchecked; None where nothing does."""
+        content = self._document.get(table)
+        return content.get(key) if isinstance(content, dict) else None
 
     def _known_values(self, document: Mapping[str, object]) -> dict[str, object]:
         tables, lists, others = self._schema.tables, self._schema.lists, self._schema.others
@@ -158,10 +166,15 @@ class Settings:
     def _table_values(
         self, where: tuple[str, ...], known: Sequence[str], content: Mapping[str, object]
     ) -> dict[str, object]:
-        for name, value in content.items():
+        values: dict[str, object] = {}
+        for written, value in content.items():
+            name = written.replace("-", "_") if self._schema.hyphens else written
             if name not in known:
-                self._refuse_name((*where, name), known, value)
-        return {".".join((*where, name)): value for name, value in content.items()}
+                self._refuse_name((*where, written), known, value)
+            if f"{'.'.join((*where, name))}" in values:
+                self._refuse((*where, written), "it is there twice, once with a hyphen; keep one")
+            values[".".join((*where, name))] = value
+        return values
 
     def _refuse_name(self, parts: tuple[str, ...], known: Sequence[str], value: object) -> NoReturn:
         name = parts[-1]
@@ -183,6 +196,9 @@ class Settings:
         if self._lines is None:
             self._lines = key_lines(self._text)
         lines = self._lines
+        if parts not in lines:
+            parts_written = (*parts[:-1], parts[-1].replace("_", "-"))
+            parts = parts_written if parts_written in lines else parts
         line = next((lines[parts[:n]] for n in range(len(parts), 0, -1) if parts[:n] in lines), None)
         place = self._file if line is None else f"{self._file}:{line}"
         raise ConfigError(f"{place}: {_visible(key)}: {what}")

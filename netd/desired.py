@@ -1,7 +1,7 @@
 """What this host's kernel should hold, kept so that one host's change costs what that host has, however many others.
 
-Pure: no I/O. Whoever wants an entry is its owner: a peer by its name, this host as "". Where two want entries of one key
-that differ, the first keeps it and the other is told; when the first leaves, the other gets it.
+Pure: no I/O. Whoever wants an entry is its owner: a peer by its name, this host as "". Where two want entries of one
+key that differ, the first keeps it and the other is told; when the first leaves, the other gets it.
 """
 
 from __future__ import annotations

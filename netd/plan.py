@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
-from netd.values import DEVICE, ROUTE, Device, Entry, Key
+from netd.values import ROUTE, Device, Entry, Key
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +43,10 @@ def plan(keys: Iterable[Key], desired: Callable[[Key], Entry | None], found: Cal
         want, have = desired(key), found(key)
         if want == have:
             continue
-        if key[0] == DEVICE:
-            assert want is None or isinstance(want, Device)
-            assert have is None or isinstance(have, Device)
-            if want is not None:
-                made.devices.append((want, have))
-            elif have is not None:
-                made.drop_devices.append(have)
+        if isinstance(want, Device):
+            made.devices.append((want, have if isinstance(have, Device) else None))
+        elif isinstance(have, Device):
+            made.drop_devices.append(have)
         elif want is not None:
             made.put.append((want, have))
         elif have is not None:

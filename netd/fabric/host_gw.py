@@ -38,6 +38,6 @@ def gateway(place: Place, peer: Node, subnet: AnyNetwork) -> AnyAddress:
             return address
     known = ", ".join(str(one) for one in place.underlay.addresses) or "no address"
     raise UnreachableError(
-        f"{subnet} of {peer.name}: {addresses[0]} is not on the segment of {place.underlay.link} ({known}), so it can be"
-        " no gateway; use the backend direct or vxlan"
+        f"{subnet} of {peer.name}: {addresses[0]} is not on the segment of {place.underlay.link} ({known}), so it is no"
+        " gateway; use the backend direct or vxlan"
     )

@@ -53,8 +53,8 @@ def towards(place: Place, peer: Node, subnets: Sequence[AnyNetwork]) -> Iterable
     outer = peer.address(version)
     if outer is None:
         raise UnreachableError(
-            f"{subnets[0]} of {peer.name}: tunnels begin at {place.underlay.local[0]} here, and that host has no IPv{version}"
-            " address; give it one, or set public_ip here to an address of the other family"
+            f"{subnets[0]} of {peer.name}: tunnels begin at {place.underlay.local[0]} here, and that host has no"
+            f" IPv{version} address; give it one, or set public_ip here to an address of the other family"
         )
     entries: list[Entry] = [Forward(name, peer.mac, outer)]
     for one in subnets:

@@ -190,7 +190,7 @@ def read(events: RouteEvents, wanted: Callable[[Change], bool]) -> Change:
 
 def test_events(events: RouteEvents, session: Session, device: int) -> None:
     found = read(events, lambda one: isinstance(one, LinkChange) and one.name == "vx7")
-    assert found == LinkChange(device, "vx7", gone=False)
+    assert found == LinkChange(device, "vx7", gone=False, up=False)
     neighbour, forward = Neighbour(device, ip_address("10.2.1.0"), MAC), Forward(device, MAC, ip_address("10.0.0.9"))
     session.rtnl.execute([neigh.set_message(neighbour), fdb.set_message(forward)])
     time.sleep(0.05)
@@ -211,6 +211,7 @@ def test_events(events: RouteEvents, session: Session, device: int) -> None:
     assert isinstance(other, RouteChange)
     assert other.replaced
     spaces.run("ip", "address", "add", "10.2.0.0/32", "dev", "vx7")
-    assert read(events, lambda one: isinstance(one, AddressChange)) == AddressChange(device)
+    assert read(events, lambda one: isinstance(one, AddressChange)) == AddressChange(device, gone=False)
     spaces.run("ip", "link", "delete", "vx7")
-    assert read(events, lambda one: isinstance(one, LinkChange) and one.gone) == LinkChange(device, "vx7", gone=True)
+    went = read(events, lambda one: isinstance(one, LinkChange) and one.gone)
+    assert went == LinkChange(device, "vx7", gone=True, up=False)

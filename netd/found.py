@@ -1,0 +1,188 @@
+"""What of ours is in the kernel: read once as a whole, then kept by events, so that one change costs one change.
+
+Ours are routes of the protocol PROTOCOL in the main table, VXLAN devices with the alias ALIAS, and on those devices
+every address, permanent neighbour and forwarding entry. For one thread.
+"""
+
+from __future__ import annotations
+
+from kernel import addr, fdb, link, neigh, route, vxlan
+from kernel.errors import NotFound
+from kernel.rtevents import AddressChange, Change, ForwardChange, LinkChange, Lost, NeighbourChange, RouteChange
+from kernel.session import Door
+from netd.values import Address, Device, Entry, Forward, Key, Neighbour, Route, route_key
+
+PROTOCOL = 110  # rtm_protocol: nobody's in /etc/iproute2/rt_protos
+ALIAS = "netloom netd"
+_IPV6_METRIC = 1024  # IP6_RT_PRIO_USER: what an IPv6 route without one gets
+
+
+class Found:
+    """Entries by key, and which index a link has."""
+
+    def __init__(self) -> None:
+        self.entries: dict[Key, Entry] = {}
+        self.indexes: dict[str, int] = {}  # of our devices
+        self.fresh: set[str] = set()  # devices that were just made
+        self._names: dict[int, str] = {}
+
+    def get(self, key: Key) -> Entry | None:
+        """What is there of this key."""
+        return self.entries.get(key)
+
+    def links(self) -> dict[str, int]:
+        """The index of each link that ours are on, or lead to."""
+        return {name: index for index, name in self._names.items()}
+
+    def read(self, door: Door) -> None:
+        """Read all of it."""
+        self.entries, self.indexes, self._names = {}, {}, {}
+        for one in vxlan.all_vxlans(door):
+            if one.vxlan is not None and one.vxlan.alias == ALIAS:
+                self._read_device(door, one)
+        for version in (4, 6):
+            for entry in route.all_routes(door, version, protocol=PROTOCOL):
+                if _counts(entry):
+                    self.put(self.route(door, entry))
+
+    def read_device(self, door: Door, name: str) -> None:
+        """Read a device of ours anew, with what is on it; what was known of it and of routes over it is dropped."""
+        self.forget_device(name)
+        one = vxlan.find(door, name)
+        if one is not None and one.vxlan is not None and one.vxlan.alias == ALIAS:
+            self._read_device(door, one)
+
+    def forget_device(self, name: str) -> None:
+        """The device is gone, and all that was on it."""
+        index = self.indexes.pop(name, 0)
+        self._names.pop(index, None)
+        gone = [key for key, entry in self.entries.items() if name in (key[1], getattr(entry, "device", ""))]
+        for key in gone:
+            del self.entries[key]
+
+    def put(self, entry: Entry) -> None:
+        """An entry is there now."""
+        self.entries[entry.key] = entry
+
+    def drop(self, key: Key) -> None:
+        """An entry is there no more."""
+        self.entries.pop(key, None)
+
+    def note(self, door: Door, change: Change) -> set[Key] | None:
+        """Take over what an event tells; the keys that it is about, or None where all has to be read again."""
+        if isinstance(change, RouteChange):
+            return self._note_route(door, change)
+        if isinstance(change, NeighbourChange):
+            return self._note_neighbour(change)
+        if isinstance(change, ForwardChange):
+            return self._note_forward(change)
+        if isinstance(change, Lost):
+            return None
+        return self._note_link(door, change)
+
+    def _note_link(self, door: Door, change: LinkChange | AddressChange) -> set[Key] | None:
+        name = self._names.get(change.index, "")
+        if name not in self.indexes:
+            return set()
+        if isinstance(change, AddressChange):
+            return None if change.gone else set()
+        if name in self.fresh:  # its own making is told step by step
+            if change.up:
+                self.fresh.discard(name)
+            return set()
+        if change.gone or not change.up or change.name != name:
+            return None
+        known = self.entries.get((0, name, b""))
+        one = vxlan.find(door, name)
+        return set() if one is not None and one.index == change.index and _device(one) == known else None
+
+    def _note_route(self, door: Door, change: RouteChange) -> set[Key]:
+        if not _counts(change.route):
+            return set()
+        key = route_key(change.route.dst)
+        known = self.entries.get(key)
+        if change.route.protocol == PROTOCOL:
+            entry = self.route(door, change.route)
+            if not change.gone:
+                self.entries[key] = entry
+            elif known == entry:
+                del self.entries[key]
+        elif change.replaced:
+            self.entries.pop(key, None)
+        return {key}
+
+    def _note_neighbour(self, change: NeighbourChange) -> set[Key]:
+        one = change.neighbour
+        entry = Neighbour(self._names.get(one.index, ""), one.address, one.mac)
+        key = entry.key
+        if change.gone or not one.permanent:
+            known = self.entries.get(key)
+            # The event of an exchange that is known already may come late.
+            if known is not None and (one.mac in ("", "00:00:00:00:00:00") or known == entry):
+                del self.entries[key]
+        else:
+            self.entries[key] = entry
+        return {key}
+
+    def _note_forward(self, change: ForwardChange) -> set[Key]:
+        one = change.forward
+        entry = Forward(self._names.get(one.index, ""), one.mac, one.dst)
+        if not change.gone:
+            self.entries[entry.key] = entry
+        elif self.entries.get(entry.key) == entry:
+            del self.entries[entry.key]
+        return {entry.key}
+
+    def _read_device(self, door: Door, one: vxlan.Found) -> None:
+        device = _device(one)
+        if device is None:  # gone meanwhile
+            return
+        name, index = device.name, one.index
+        self.indexes[name], self._names[index] = index, name
+        self.put(device)
+        for address in addr.all_addresses(door, index):
+            if not address.interface.is_link_local:
+                self.put(Address(name, address.interface))
+        for neighbour in neigh.all_neighbours(door, index):
+            if neighbour.permanent:
+                self.put(Neighbour(name, neighbour.address, neighbour.mac))
+        for forward in fdb.all_forwards(door, index):
+            if not forward.dst.is_unspecified:
+                self.put(Forward(name, forward.mac, forward.dst))
+
+    def route(self, door: Door, one: route.Route) -> Route:
+        """The route as an entry."""
+        if one.index not in self._names:
+            try:
+                self._names[one.index] = link.by_index(door, one.index).name
+            except NotFound:
+                self._names[one.index] = ""
+        return Route(self._names[one.index], one.dst, one.gateway, one.onlink)
+
+
+def _counts(one: route.Route) -> bool:
+    """Whether a route has the table and the metric of ours, so that it and ours exclude one another."""
+    return one.table == route.MAIN and one.priority == (0 if one.dst.version == 4 else _IPV6_METRIC)
+
+
+def _device(one: vxlan.Found) -> Device | None:
+    """As the plan compares it; None where it is none, or went."""
+    spec = one.vxlan
+    if spec is None or spec.local is None:
+        return None
+    try:
+        tx_checksum = vxlan.tx_checksum(spec.name)
+    except NotFound:
+        return None
+    return Device(
+        spec.name,
+        spec.vni,
+        spec.local,
+        spec.port,
+        spec.link,
+        spec.mac,
+        spec.mtu,
+        tx_checksum,
+        spec.udp_checksum,
+        one.up,
+    )

@@ -1,0 +1,197 @@
+"""Puts the daemon together and serves until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+
+from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from ipamd.errors import StartError
+from ipamd.listen import SocketPlace
+from kernel.errors import KernelError
+from kernel.settings import ConfigError
+from netd.agent import Agent
+from netd.config import Config
+from netd.metrics import NetdMetrics, Sample
+from netd.reconcile import Reconciler
+from netd.service import Service, Source
+from protos.node.v1 import node_pb2
+from protos.node.v1.node_pb2_grpc import add_NodeServicer_to_server
+from telemetry import log
+from telemetry.health import Health, HealthServer, parse_listen
+from telemetry.metrics import CONTENT_TYPE
+
+_logger = logging.getLogger("netd")
+
+_SERVICE = node_pb2.DESCRIPTOR.services_by_name["Node"].full_name
+_SAMPLE_INTERVAL_S = 5.0
+_DRAIN_S = 5.0
+
+
+async def serve(
+    config: Config, reload: Callable[[], Config], stop: asyncio.Event, changed: asyncio.Event, *, version: str
+) -> None:
+    """Serves until `stop` is set; reads the configuration again when `changed` is. Raises StartError before the first
+    request only."""
+    agent = Agent(config.node, config.choice, config.networks, config.peers, config.resync_s)
+    loop = asyncio.get_running_loop()
+    try:
+        await loop.run_in_executor(None, agent.start)
+    except KernelError as error:
+        raise StartError(f"the kernel cannot be spoken to: {error}; netd runs as root") from None
+    try:
+        daemon = _Daemon(config, agent, Source(), version)
+        await daemon.run(reload, stop, changed)
+    finally:
+        await loop.run_in_executor(None, agent.stop)
+    log.event(_logger, "info", "netd stopped; what it made stays")
+
+
+class _Daemon:
+    def __init__(self, config: Config, agent: Agent, source: Source, version: str) -> None:
+        self._config = config
+        self._agent = agent
+        self._source = source
+        self._service = Service(agent, source, version)
+        self._sample = Sample()
+        self._unwell = ""
+        self._metrics = NetdMetrics(version, config.node.name, lambda: self._sample)
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stubs leave it out
+        self._written = ""
+
+    async def run(self, reload: Callable[[], Config], stop: asyncio.Event, changed: asyncio.Event) -> None:
+        """Listens, serves, and drains."""
+        config = self._config
+        async with contextlib.AsyncExitStack() as stack:
+            place = stack.enter_context(SocketPlace(config.socket, "netd"))
+            server = self._server()
+            try:
+                server.add_insecure_port(f"unix:{place.address}")
+            except RuntimeError as error:
+                raise StartError(f"{config.socket}: cannot be bound: {error}") from None
+            await self._look()
+            if config.http_listen:
+                await stack.enter_async_context(self._pages(config.http_listen))
+            await server.start()
+            place.publish(config.socket_mode, config.socket_owner, config.socket_group)
+            await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+            await self._health.set(_SERVICE, health_pb2.HealthCheckResponse.SERVING)
+            log.event(_logger, "info", "netd serves", socket=config.socket, node=config.node.name)
+            try:
+                await self._until(stop, changed, reload)
+            finally:
+                place.remove()
+                await self._health.enter_graceful_shutdown()
+                await server.stop(_DRAIN_S)
+
+    async def _until(self, stop: asyncio.Event, changed: asyncio.Event, reload: Callable[[], Config]) -> None:
+        """Waits for `stop`; meanwhile looks after the configuration and the snapshot."""
+        while not stop.is_set():
+            waits = [asyncio.create_task(event.wait()) for event in (stop, changed)]
+            await asyncio.wait(waits, timeout=_SAMPLE_INTERVAL_S, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
+            if changed.is_set():
+                changed.clear()
+                await self._reload(reload)
+            await self._look()
+
+    async def _reload(self, reload: Callable[[], Config]) -> None:
+        try:
+            config = reload()
+        except ConfigError as error:
+            log.event(_logger, "error", "the configuration is not taken; the one before stays", error=str(error))
+            return
+        changed = await asyncio.wrap_future(self._agent.call(lambda reconciler: _take(reconciler, config)))
+        log.event(_logger, "info", "the configuration was read again", changed=changed)
+
+    async def _look(self) -> None:
+        """A snapshot for /metrics, /healthz and the state file; each is made without waiting for the thread then."""
+        self._sample, self._unwell, document = await asyncio.wrap_future(self._agent.call(self._snapshot))
+        if document != self._written:
+            try:
+                _write(f"{os.path.dirname(self._config.socket)}/netd.json", document)
+                self._written = document
+            except OSError as error:
+                log.event(_logger, "error", "the state file cannot be written", error=str(error))
+
+    def _snapshot(self, reconciler: Reconciler) -> tuple[Sample, str, str]:
+        counts, problems = reconciler.counts, [*self._source.problems(), *reconciler.problems()]
+        kinds = Counter(type(entry).__name__.lower() for entry in reconciler.found.entries.values())
+        states = Counter(self._source.peer_state(name) for name in reconciler.peers)
+        sample = Sample(
+            counts.full, counts.changes, counts.repairs, counts.full_s, len(problems), dict(kinds), dict(states)
+        )
+        unwell = problems[0] if reconciler.underlay is None and problems else ""
+        return sample, unwell, json.dumps(_document(reconciler), indent=1) + "\n"
+
+    def _server(self) -> aio.Server:
+        server = aio.server(options=[("grpc.so_reuseport", 0)])
+        add_NodeServicer_to_server(self._service, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        return server
+
+    @contextlib.asynccontextmanager
+    async def _pages(self, listen: str) -> AsyncIterator[None]:
+        pages = HealthServer(
+            parse_listen(listen, self._config.http_allow_remote),
+            metrics=self._metrics.render,
+            health=lambda: Health(not self._unwell, self._unwell),
+            content_type=CONTENT_TYPE,
+        )
+        try:
+            await pages.start()
+        except OSError as error:
+            raise StartError(
+                f"http_listen {listen}: {error.strerror or error}; free the port or name another"
+            ) from None
+        try:
+            yield
+        finally:
+            await pages.close()
+
+
+def _take(reconciler: Reconciler, config: Config) -> int:
+    """In the thread: from now on this configuration."""
+    reconciler.configure(config.node, config.choice, config.networks)
+    wanted = {one.name: one for one in config.peers}
+    for name in [name for name in reconciler.peers if name not in wanted]:
+        reconciler.drop_peer(name)
+    for peer in wanted.values():
+        if reconciler.peers.get(peer.name) != peer:
+            reconciler.put_peer(peer)
+    return reconciler.full()
+
+
+def _document(reconciler: Reconciler) -> dict[str, object]:
+    """What plugins and scripts of this host want to know of its networks, without asking."""
+    return {
+        "node": reconciler.node.name,
+        "networks": {
+            one.name: {
+                "backend": one.backend,
+                "mtu": reconciler.mtu(one),
+                "subnets": [str(subnet) for subnet in one.subnets],
+                "own": [str(subnet) for subnet in reconciler.node.subnets if reconciler.network_of(subnet) is one],
+            }
+            for one in reconciler.networks
+        },
+    }
+
+
+def _write(path: str, text: str) -> None:
+    """Whoever reads it finds the old one or the new one."""
+    fresh = f"{path}.new"
+    with open(fresh, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.chmod(fresh, 0o644)
+    os.rename(fresh, path)
