@@ -196,6 +196,7 @@ class _Daemon:
             options=[
                 ("grpc.max_receive_message_length", _LARGEST_MESSAGE),
                 ("grpc.so_reuseport", 0),
+                ("grpc.http2.bdp_probe", 0),  # a ping with each request, to learn how fast the line is
             ]
         )
         add_IpamServicer_to_server(self._service, server)
