@@ -178,15 +178,19 @@ class Endpoint:
 class _Tries:
     """What one call has met so far."""
 
-    __slots__ = ("changes", "deadline", "failures", "repeatable", "tokens", "unsure")
+    __slots__ = ("changes", "deadline", "failed", "reasons", "repeatable", "tokens", "unsure")
 
-    def __init__(self, deadline: float, changes: bool, repeatable: bool) -> None:
+    def __init__(self, deadline: float, changes: bool = False, repeatable: bool = True) -> None:
         self.deadline = deadline
         self.changes = changes
         self.repeatable = repeatable
-        self.failures: dict[str, str] = {}  # by endpoint, of this round
+        self.failed: set[Endpoint] = set()  # of this round
+        self.reasons: dict[str, str] = {}  # the last of each endpoint, of all rounds
         self.unsure = ""  # why a change may have been made
         self.tokens = 0
+
+    def told(self) -> str:
+        return "; ".join(f"{name}: {reason}" for name, reason in sorted(self.reasons.items())) or "no answer"
 
 
 class Endpoints:
@@ -221,13 +225,13 @@ class Endpoints:
         tries = _Tries(time.monotonic() + (limit_s or self._config.timeout_s), changes, repeatable)
         while True:
             endpoint = self._current
-            if tries.failures or not self._logged_in or not endpoint.ready():
+            if tries.failed or not self._logged_in or not endpoint.ready():
                 endpoint = await self._prepare(method, tries)
             left = tries.deadline - time.monotonic()
             metadata = self._metadata
             try:
                 answer = await endpoint.methods[method](
-                    request, timeout=self._share(left, tries.failures) if repeatable else left, metadata=metadata
+                    request, timeout=self._share(left, tries) if repeatable else left, metadata=metadata
                 )
             except aio.AioRpcError as error:
                 await self._failed(error, endpoint, metadata, tries)
@@ -246,9 +250,7 @@ class Endpoints:
         try:
             if not self._logged_in and method != "Authenticate":
                 await self._renew_token(self._metadata, tries.deadline)
-            endpoint = await self._next(tries.failures, tries.deadline)
-            if time.monotonic() >= tries.deadline:
-                raise UnavailableError(f"etcd: {endpoint.name} was connected only when the time was over")
+            endpoint = await self._next(tries)
         except EtcdError as error:
             if not tries.unsure:
                 raise
@@ -266,7 +268,7 @@ class Endpoints:
             if tries.unsure:
                 raise UnknownOutcomeError(f"{tries.unsure}; then: {meaning}")
             raise meaning
-        self._leave(endpoint, str(meaning), tries.failures)
+        self._leave(endpoint, str(meaning), tries)
         if verdict is Verdict.UNSURE and tries.changes:
             tries.unsure = f"etcd at {endpoint.name} did not answer a change, which may have been made: {meaning}"
             if not tries.repeatable:
@@ -291,8 +293,7 @@ class Endpoints:
     async def stream(self, limit_s: float = 0.0) -> AsyncIterator[tuple[Endpoint, Metadata, Callable[[str], None]]]:
         """A connected endpoint for a stream, its metadata, and what to call when the stream failed there."""
         deadline = time.monotonic() + (limit_s or self._config.timeout_s)
-        failures: dict[str, str] = {}
-        endpoint = await self._next(failures, deadline)
+        endpoint = await self._next(_Tries(deadline))
         if not self._logged_in:
             await self._renew_token(self._metadata, deadline)
         yield endpoint, self._metadata, lambda reason: self._turn_from(endpoint, reason)
@@ -301,48 +302,44 @@ class Endpoints:
         """For a stream whose token was refused."""
         await self._renew_token(used, time.monotonic() + self._config.timeout_s)
 
-    async def _next(self, failures: dict[str, str], deadline: float) -> Endpoint:
+    async def _next(self, tries: _Tries) -> Endpoint:
         """The endpoint for the next try, connected or refusing. After a round without success it waits a little."""
         while True:
             if self._closed:
                 raise EtcdError("etcd: this client is closed")
+            left = tries.deadline - time.monotonic()
+            if left <= 0:
+                raise UnavailableError(f"etcd: no endpoint answered in time: {tries.told()}")
             endpoint = self._current
-            if endpoint.name not in failures and endpoint.ready():
-                return endpoint
-            if endpoint.name in failures:
-                untried = [one for one in self.all if one.name not in failures]
+            if endpoint in tries.failed:
+                untried = [one for one in self.all if one not in tries.failed]
                 if not untried:
-                    await self._pause(failures, deadline)
+                    await self._pause(tries, left)
                     continue
-                endpoint = next((one for one in untried if one.ready()), untried[0])
-                self._current = endpoint
+                endpoint = self._current = next((one for one in untried if one.ready()), untried[0])
+            if endpoint.ready():
+                return endpoint
             try:
-                if await endpoint.connect(self._share(deadline - time.monotonic(), failures)):
+                if await endpoint.connect(self._share(left, tries)):
                     return endpoint
             except (OSError, EtcdConfigError) as error:
                 raise EtcdError(str(error)) from None
-            self._leave(endpoint, "no connection: no answer", failures)
+            self._leave(endpoint, "no connection: no answer", tries)
 
-    async def _pause(self, failures: dict[str, str], deadline: float) -> None:
-        """Between two rounds. Raises where the time is over, or where waiting would not help."""
-        left = deadline - time.monotonic()
-        told = "; ".join(f"{name}: {reason}" for name, reason in sorted(failures.items()))
-        if all(is_tls(reason) for reason in failures.values()):
-            raise DeniedError(
-                f"etcd: no endpoint could be reached with these certificates: {told}; check [etcd] ca, cert, key"
-            )
-        if left <= 0.02:
-            raise UnavailableError(f"etcd: no endpoint answered in time: {told}")
+    async def _pause(self, tries: _Tries, left: float) -> None:
+        """Between two rounds. Raises where waiting would not help."""
+        if all(is_tls(reason) for reason in tries.reasons.values()):
+            raise DeniedError(f"etcd: no connection with [etcd] ca, cert and key: {tries.told()}")
         await asyncio.sleep(min(left, random.uniform(0.3, 1.0) * _LONGEST_PAUSE_S))  # noqa: S311 - no secret
-        for endpoint in self.all:
-            failures.pop(endpoint.name, None)
+        tries.failed.clear()
 
-    def _share(self, left: float, failures: dict[str, str]) -> float:
+    def _share(self, left: float, tries: _Tries) -> float:
         """What one try may take: the rest of the time, divided among the endpoints not tried yet."""
-        return max(0.02, left / max(1, len(self.all) - len(failures)))
+        return max(0.02, left / max(1, len(self.all) - len(tries.failed)))
 
-    def _leave(self, endpoint: Endpoint, reason: str, failures: dict[str, str]) -> None:
-        failures[endpoint.name] = reason
+    def _leave(self, endpoint: Endpoint, reason: str, tries: _Tries) -> None:
+        tries.failed.add(endpoint)
+        tries.reasons[endpoint.name] = reason
         self._turn_from(endpoint, reason)
         if is_tls(reason):
             endpoint.forget()  # the next try reads the certificates anew

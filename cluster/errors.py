@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Callable
 
 import grpc
@@ -66,6 +67,8 @@ def judge(error: aio.AioRpcError) -> tuple[Verdict, EtcdError]:
     for parts, verdict, meaning in _TEXTS:
         if any(part in details for part in parts):
             return verdict, meaning(text)
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return Verdict.UNSURE, UnavailableError("no answer in time")
     if code in _UNSURE:
         return Verdict.UNSURE, UnavailableError(text or code.name)
     return Verdict.FINAL, EtcdError(f"etcd: {text} ({code.name})")
@@ -74,7 +77,6 @@ def judge(error: aio.AioRpcError) -> tuple[Verdict, EtcdError]:
 _UNSURE = frozenset(
     (
         grpc.StatusCode.UNAVAILABLE,
-        grpc.StatusCode.DEADLINE_EXCEEDED,
         grpc.StatusCode.CANCELLED,
         grpc.StatusCode.INTERNAL,
         grpc.StatusCode.UNKNOWN,
@@ -88,8 +90,16 @@ def is_tls(text: str) -> bool:
     return any(part in text for part in _TLS)
 
 
+_SYSTEM = re.compile(
+    r"Connection refused|Connection reset by peer|Connection timed out|No such file or directory|Network is unreachable"
+    r"|No route to host|Host is unreachable|Broken pipe|ping timeout|connection attempt timed out"
+)
+
+
 def plain(text: str) -> str:
     """gRPC's or etcd's text without what says nothing to an operator."""
+    if (found := _SYSTEM.search(text)) and not is_tls(text):
+        return "no answer to pings" if found[0] == "ping timeout" else found[0].lower()
     text = text.removeprefix("etcdserver: ")
     if "last error: " in text:
         text = text.rpartition("last error: ")[2]
