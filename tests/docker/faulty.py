@@ -1,6 +1,7 @@
 """The shim, as systemd runs it: started again at once when it is killed. And it kills itself where a test says.
 
-/run/fault names the place, `CALL:POINT`, once: the file is removed first. CALL is Docker's, as "Join". POINT is
+/run/fault names the place, `CALL:POINT`, once: the file is removed first. CALL is Docker's, as "Join"; what follows
+after its answer belongs to it. POINT is
 
 - before, after: the call was not begun; it is done, and not answered;
 - added, deleted: the plugins have run ADD, or DEL;
@@ -66,7 +67,14 @@ def _serve() -> None:
         reached("after")
         return found
 
+    finished = NetworkDriver._finish
+
+    def finish(self: NetworkDriver, id: str) -> None:  # noqa: A002
+        _call.name = "DeleteEndpoint"
+        finished(self, id)
+
     http._call = call  # type: ignore[assignment]
+    NetworkDriver._finish = finish  # type: ignore[method-assign]
     _around(Chain, "add", after="added")
     _around(Chain, "delete", after="deleted")
     _around(NetworkDriver, "_move_out", after="moved")
