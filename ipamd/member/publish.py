@@ -1,0 +1,96 @@
+"""Tells the cluster what of this node's blocks is in use: one value for each block, soon after something changed."""
+
+import asyncio
+import logging
+
+from cluster import layout
+from cluster.errors import EtcdError
+from cluster.etcd import Etcd, Put, equals
+from cluster.layout import BlockRecord, PublishedRecord, PublishedRow
+from ipamd.engine import Engine
+from ipamd.errors import IpamdError
+from ipamd.lease import Ledger
+from ipamd.member.holdings import Holdings
+from telemetry import log
+
+_logger = logging.getLogger("ipamd.member")
+
+# A block that changes all the time is told of so often; what changes seldom waits at most so long.
+_INTERVAL_S = 1.0
+_PAUSE_S = 1.0
+_AT_ONCE = 8
+
+Place = tuple[str, str]  # pool, block
+
+
+class Publisher:
+    """See the top of this file."""
+
+    def __init__(self, etcd: Etcd, engine: Engine, ledger: Ledger, holdings: Holdings, identity: BlockRecord) -> None:
+        self._etcd = etcd
+        self._engine = engine
+        self._changed = ledger.changed
+        self._holdings = holdings
+        self._identity = identity
+        self._on_the_way: dict[Place, None] = {}
+        # What a process before this one told is not known: these are compared first.
+        self._unsure = dict.fromkeys((held.pool, held.cidr) for held in holdings.all())
+
+    @property
+    def unpublished(self) -> int:
+        """How many blocks have changes that the cluster does not know yet."""
+        return len(self._changed.keys() | self._on_the_way.keys() | self._unsure.keys())
+
+    async def run(self) -> None:
+        """Never returns."""
+        while True:
+            await asyncio.sleep(_INTERVAL_S)
+            try:
+                await self.flush()
+            except (EtcdError, IpamdError) as error:
+                log.event(_logger, "debug", "blocks could not be published", error=str(error))
+                await asyncio.sleep(_PAUSE_S)
+
+    async def flush(self) -> None:
+        """Publishes all that changed so far; raises EtcdError, and what is left will come in the next round."""
+        places = list({**self._unsure, **self._changed})
+        for start in range(0, len(places), _AT_ONCE):
+            await self._some(places[start : start + _AT_ONCE])
+
+    async def _some(self, places: list[Place]) -> None:
+        unsure = [place in self._unsure and place not in self._changed for place in places]
+        for place in places:
+            self._unsure.pop(place, None)
+            self._changed.pop(place, None)
+            self._on_the_way[place] = None
+        try:
+            rows = await self._engine.run(lambda: [self._holdings.rows(*place) for place in places])
+            done = await asyncio.gather(*map(self._publish, places, rows, unsure), return_exceptions=True)
+        except BaseException:
+            self._take_back(places)
+            raise
+        failed = [place for place, result in zip(places, done, strict=True) if isinstance(result, BaseException)]
+        self._take_back(failed)
+        for place in places:
+            self._on_the_way.pop(place, None)
+        for result in done:
+            if isinstance(result, BaseException):
+                raise result
+
+    def _take_back(self, places: list[Place]) -> None:
+        for place in places:
+            self._changed[place] = None
+            self._on_the_way.pop(place, None)
+
+    async def _publish(self, place: Place, rows: tuple[PublishedRow, ...] | None, unsure: bool) -> None:
+        if rows is None:
+            return  # given back meanwhile, and its value with it
+        ending = layout.place(*place)
+        key = layout.PUBLISHED + ending
+        value = layout.encode(PublishedRecord(self._identity.node, rows))
+        if unsure:
+            there = await self._etcd.get(key)
+            if there is not None and there.value == value:
+                return
+        ours = equals(layout.BLOCKS + ending, layout.encode(self._identity))
+        await self._etcd.txn([ours], [Put(key, value)], repeatable=True)
