@@ -43,8 +43,10 @@ test-cluster: ## several nodes and a real etcd (root)
 test-docker: ## dockerd with the Docker shim (root)
 test-hosts: ## several hosts, joined by an underlay (root)
 test-vm: ## what needs a kernel that this machine lacks, in a virtual machine (root)
+$(addprefix test-,$(GROUPS)): suite = $(PYTEST) "tests/$(@:test-%=%)"
+test-vm: suite = sh tests/vm/suite
 $(addprefix test-,$(GROUPS)):
-	@if test -d "tests/$(@:test-%=%)"; then $(RUN) $(@:test-%=%) $(PYTEST) "tests/$(@:test-%=%)" $(ARGS); \
+	@if test -d "tests/$(@:test-%=%)"; then $(RUN) $(@:test-%=%) $(suite) $(ARGS); \
 	else echo "$@: there are no tests in tests/$(@:test-%=%) yet"; fi
 
 demo: ## one host from end to end: two containers get addresses, ping each other, and go away again (root)

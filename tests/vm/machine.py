@@ -15,6 +15,7 @@ import argparse
 import lzma
 import os
 import platform
+import re
 import selectors
 import shlex
 import shutil
@@ -29,6 +30,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent.parent
+ROOTS = (PROJECT / "out/vm", Path("/"))  # with boot/ and lib/modules/ in them
 PASSED = ("CI", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV")
 CANNOT, TIME_OVER, DIED = 77, 124, 125
 
@@ -67,9 +69,9 @@ class Kernel:
             if done.returncode != 0:
                 raise CannotError(f"kernel {self.modules.name} has no module {name}: {done.stderr.strip()}")
             for line in done.stdout.splitlines():
-                what, _, path = line.partition(" ")
-                if what == "insmod":
-                    found[Path(path.strip().split(" ")[0])] = None
+                # Some are built in. Options may follow; the path may have spaces.
+                if loaded := re.match(r"insmod (.+?\.ko(?:\.\w+)?)(?: |$)", line):
+                    found[Path(loaded[1])] = None
         return list(found)
 
 
@@ -117,7 +119,7 @@ def check_programs() -> None:
 def find_kernel() -> tuple[Kernel, list[Path]]:
     """The newest kernel that has what booting takes, and those modules. Raises CannotError."""
     problems = []
-    for root in (PROJECT / "out/vm", Path("/")):
+    for root in ROOTS:
         for image in sorted((root / "boot").glob("vmlinuz-*"), key=lambda path: path.stat().st_mtime, reverse=True):
             kernel = Kernel(image, root / "lib/modules" / image.name.removeprefix("vmlinuz-"))
             try:
@@ -171,7 +173,7 @@ def unpacked(module: Path) -> bytes:
 
 
 def settings(kernel: Kernel) -> str:
-    return f"PROJECT={shlex.quote(str(PROJECT))}\nMODULES={shlex.quote(str(kernel.modules))}\n"
+    return f"PROJECT={shlex.quote(str(PROJECT))}\nMODULES={shlex.quote(str(kernel.modules.resolve()))}\n"
 
 
 def script(command: Sequence[str]) -> str:
@@ -272,7 +274,7 @@ class Channel:
         self._connection: socket.socket | None = None
 
     def options(self, name: str) -> list[str]:
-        chardev = f"socket,id={name},path={self._path}"
+        chardev = f"socket,id={name},path={str(self._path).replace(',', ',,')}"
         return ["-chardev", chardev, "-device", f"virtserialport,chardev={name},name={name}"]
 
     def accepted(self) -> socket.socket:
