@@ -1,0 +1,115 @@
+"""tests/vm/run: statuses, output, and what the command finds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.hosts import ROOT
+from tests.vm import machine
+
+pytestmark = pytest.mark.kernel
+
+RUN = str(ROOT / "tests/vm/run")
+
+
+def run(*argv: str, env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Skips where there can be no virtual machine."""
+    environment = {**os.environ, **(env or {})}
+    done = subprocess.run([RUN, *argv], env=environment, cwd=cwd, capture_output=True, text=True, check=False)
+    if done.returncode == machine.CANNOT and env is None:
+        pytest.skip(done.stderr)
+    return done
+
+
+def test_the_command_and_its_status(tmp_path: Path) -> None:
+    """One boot for all that a command may look at."""
+    looks = """
+        echo "$0 $1"; pwd; id -u; uname -r; echo "$NETLOOM_WORD"; echo complaint >&2
+        tc qdisc add dev lo root fq_codel && tc qdisc show dev lo | cut -d " " -f 2
+        ip netns add inner && ip netns exec inner ip link set lo up && echo nested
+        mount -t overlay -o lowerdir=/etc,upperdir=$(mktemp -d),workdir=$(mktemp -d) none /mnt && echo overlay
+        python3 -c 'import socket; socket.socket(socket.AF_UNIX).bind("/run/here")' && ls /run/here
+        echo gone >README.md; echo changed >/usr/mark; ls -A /tmp | grep -c pytest
+        seq 20000
+        sleep 1000 &
+        exit 5
+    """
+    before = (ROOT / "README.md").read_text(encoding="utf-8")
+    word = """it's "a word" $HOME"""
+    os.environ["NETLOOM_WORD"] = word
+    try:
+        done = run("--", "sh", "-c", looks, "one two", "three")
+    finally:
+        del os.environ["NETLOOM_WORD"]
+    assert done.returncode == 5, done
+    lines = done.stdout.splitlines()
+    assert lines[:3] == ["one two three", str(ROOT), "0"]
+    assert lines[3].endswith("-amd64")
+    assert lines[4:11] == [word, "complaint", "fq_codel", "nested", "overlay", "/run/here", "0"]
+    assert lines[11:] == [str(number) for number in range(1, 20001)]
+    assert done.stderr == ""
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == before
+    assert not Path("/usr/mark").exists()
+
+
+def test_a_command_that_takes_too_long_is_ended() -> None:
+    done = run("-t", "3", "--", "sh", "-c", "echo begun; sleep 1000")
+    assert (done.returncode, done.stdout) == (machine.TIME_OVER, "begun\n")
+    assert "did not end within 3 s" in done.stderr
+
+
+def test_a_machine_that_dies_is_told() -> None:
+    done = run("--", "sh", "-c", "echo last words >/dev/console; sleep 2; echo b >/proc/sysrq-trigger; sleep 1000")
+    assert done.returncode == machine.DIED
+    assert "ended by itself" in done.stderr
+    assert "last words" in done.stderr
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "dirname").symlink_to(str(shutil.which("dirname")))
+    (tmp_path / "sh").symlink_to("/bin/sh")
+    done = run("--", "true", env={"PATH": str(tmp_path), "NETLOOM_PYTHON": sys.executable})
+    assert done.returncode == machine.CANNOT
+    assert "missing: qemu-system-x86_64 (package qemu-system-x86), modprobe (package kmod)" in done.stderr
+
+
+def test_no_kernel_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(machine, "ROOTS", (tmp_path,))
+    with pytest.raises(machine.CannotError, match="no kernel in out/vm or /boot: sh build/setup vm"):
+        machine.find_kernel()
+    (tmp_path / "boot").mkdir()
+    (tmp_path / "boot/vmlinuz-1.2-cloud").touch()
+    with pytest.raises(machine.CannotError, match=r"kernel 1\.2-cloud has no module virtio_pci"):
+        machine.find_kernel()
+
+
+def test_a_clone_below_tmp(tmp_path: Path) -> None:
+    """/tmp is empty inside, but for the clone."""
+    clone = tmp_path / 'a folder, it\'s "so"'
+    (clone / "tests").mkdir(parents=True)
+    (clone / "out").mkdir()
+    (clone / "out/vm").symlink_to(ROOT / "out/vm")
+    subprocess.run(["cp", "-a", str(ROOT / "tests/vm"), str(clone / "tests")], check=True)
+    (clone / "hello").write_text("from below\n")
+    argv = [str(clone / "tests/vm/run"), "--", "cat", "hello"]
+    done = subprocess.run(argv, cwd=clone, capture_output=True, text=True, check=False)
+    if done.returncode == machine.CANNOT:
+        pytest.skip(done.stderr)
+    assert (done.returncode, done.stdout) == (0, "from below\n"), done
+
+
+def test_every_listed_test_exists() -> None:
+    """Where a parameter is named, it is compared by the test's function alone."""
+    listed = [line.split("#")[0].strip() for line in (ROOT / "tests/vm/inside").read_text().splitlines()]
+    for node in filter(None, listed):
+        path, _, name = node.partition("::")
+        assert (ROOT / path).exists(), node
+        if name:
+            assert f"def {name.partition('[')[0]}(" in (ROOT / path).read_text(encoding="utf-8"), node
