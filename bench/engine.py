@@ -4,8 +4,9 @@ and go, and where the shim's time goes.
 - Only with --only, as it starts dockerd, and takes minutes. Both sides are asked of the same dockerd in turn.
 - A run is `docker run --rm --network NETWORK IMAGE true`, from the start of the docker command to its end. Ours is a
   network of type bridge with ipamd's addresses; the peer a network of Docker's driver bridge with Docker's addresses.
-- The shim's time is what it logs of each call. Moving an interface between namespaces and deleting a link wait for the
-  kernel (`dev_change_net_namespace`, `netdev_run_todo`): what is left is our own share, plugins included.
+- The shim's time is what it logs of each call. Moving an interface between namespaces waits for the kernel
+  (`dev_change_net_namespace`): what is left is our own share, plugins included. What the shim does after an answer, DEL
+  and the release of the address, nobody waits for; it has rows of its own, and the next run begins after it.
 - The shim, the workers and ipamd run from the checkout.
 """
 
@@ -22,7 +23,7 @@ from bench.host import BenchError, Plan, finished
 from bench.stats import Row, Spec, absent, row
 from bench.warm import _compiled
 from tests.docker.engine import Docker
-from tests.hosts import HostError
+from tests.hosts import HostError, wait_until
 from tests.runtimes import images
 
 RUN = Spec("docker run --rm of a no-op", "ms", "lower", 1.10, 1.0, "peer: Docker's driver bridge")
@@ -30,6 +31,7 @@ NETWORK = Spec("docker network create and rm", "ms", "lower", 1.2, None, RUN.not
 OWN = Spec(
     "docker run: the shim's own share", "ms", "lower", 15.0, None, "all calls of a run, but what waits for the kernel"
 )
+AFTER = Spec("docker run: the shim's work after its answers", "ms", note="DEL, and the release of the address")
 ALL = Spec("docker run: all calls of the shim", "ms")
 PARTS = {
     name: Spec(f"docker run: {title}", "ms")
@@ -44,20 +46,23 @@ PARTS = {
         "RevokeExternalConnectivity": "RevokeExternalConnectivity",
         "Leave": "Leave",
         "DeleteEndpoint": "DeleteEndpoint",
-        "detached plugins": "DeleteEndpoint, the plugins",
-        "detached link": "DeleteEndpoint, deleting the interface",
         "ReleaseAddress": "ReleaseAddress",
+        "detached plugins": "after DeleteEndpoint, the plugins",
+        "detached link": "after DeleteEndpoint, what is left of the interface",
+        "released": "after ReleaseAddress, ipamd",
     }.items()
 }
 _RUNS, _NETWORKS = 5, 3
 _CALL = re.compile(r"netloom-docker: (?:NetworkDriver|IpamDriver)\.(\w+) +took_ms=([\d.]+)")
 _STEP = re.compile(r"netloom-docker: (attached|detached) .*plugins_ms=([\d.]+) link_ms=([\d.]+)")
-_WAITS = ("attached link", "detached link")
+_RELEASED = re.compile(r"netloom-docker: (released) .*took_ms=([\d.]+)")
+_WAIT = "attached link"
+_AFTER = ("detached plugins", "detached link", "released")
 
 
 def specs() -> list[Spec]:
     """All rows of this file, in their order."""
-    return [RUN, NETWORK, OWN, ALL, *PARTS.values()]
+    return [RUN, NETWORK, OWN, ALL, AFTER, *PARTS.values()]
 
 
 class _Engine(Docker):
@@ -105,7 +110,7 @@ def _measure(plan: Plan, docker: Docker) -> Iterable[Row]:
                 before = len(docker.shim_log())
                 runs[name][-1].append(_run(docker, name))
                 if name == "ours":
-                    calls.append(_parts(docker.shim_log()[before:]))
+                    calls.append(_parts(_log_of_run(docker, before)))
         for sample in range(plan.samples(_NETWORKS)):
             for name in _order(number + sample):
                 networks[name][-1].append(_network(docker, name))
@@ -114,15 +119,14 @@ def _measure(plan: Plan, docker: Docker) -> Iterable[Row]:
     per = len(calls) // rounds
     grouped = [calls[start : start + per] for start in range(0, len(calls), per)]
     totals = [[sum(took for name, took in one.items() if name in _OUTER) for one in group] for group in grouped]
-    waits = [[sum(one[name] for name in _WAITS) for one in group] for group in grouped]
-    own = [[all_ - wait for all_, wait in zip(*pair, strict=True)] for pair in zip(totals, waits, strict=True)]
-    yield row(OWN, own)
+    yield row(OWN, [[sum(one[name] for name in _OUTER) - one[_WAIT] for one in group] for group in grouped])
     yield row(ALL, totals)
+    yield row(AFTER, [[sum(one[name] for name in _AFTER) for one in group] for group in grouped])
     for name, spec in PARTS.items():
         yield row(spec, [[one[name] for one in group] for group in grouped])
 
 
-_OUTER = frozenset(name for name in PARTS if " " not in name)
+_OUTER = frozenset(name for name in PARTS if name[0].isupper())  # Docker's calls
 
 
 def _order(number: int) -> tuple[str, str]:
@@ -145,10 +149,16 @@ def _network(docker: Docker, side: str) -> float:
     return (time.monotonic() - began) * 1000
 
 
+def _log_of_run(docker: Docker, before: int) -> str:
+    """What the shim wrote from there on, to the end of what it does after its last answer."""
+    wait_until(lambda: _RELEASED.search(docker.shim_log(), before), "the end of a run", docker.shim_log)
+    return docker.shim_log()[before:]
+
+
 def _parts(text: str) -> Mapping[str, float]:
     """What one run's calls took. Raises BenchError where a call is missing, or one was refused."""
     took: dict[str, float] = defaultdict(float)
-    for name, milliseconds in _CALL.findall(text):
+    for name, milliseconds in _CALL.findall(text) + _RELEASED.findall(text):
         took[name] += float(milliseconds)
     for what, plugins, link in _STEP.findall(text):
         took[f"{what} plugins"] += float(plugins)
