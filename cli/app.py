@@ -15,6 +15,7 @@ from cli.completion import PROGRAM, VARIABLE, completion
 from cli.failure import EPILOG, Failure, Status
 from cli.gc import gc
 from cli.import_host_local import imports
+from cli.networks import networks
 from cli.options import common
 from cli.pools import pools
 from cli.status import status
@@ -35,7 +36,7 @@ def netloom() -> None:
     """
 
 
-for _command in (status, gc, trace, attach, detach, addresses, pools, store, completion):
+for _command in (status, gc, trace, attach, detach, addresses, pools, networks, store, completion):
     netloom.add_command(_command)
 addresses.add_command(imports)
 addresses.add_command(check)

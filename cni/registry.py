@@ -34,6 +34,7 @@ _ENTRIES = (
     Entry("bridge", "cni.interface.bridge", "interface"),
     Entry("ptp", "cni.interface.ptp", "interface"),
     Entry("macvlan", "cni.interface.macvlan", "interface"),
+    Entry("netloom", "cni.interface.netloom", "interface"),
     Entry("loopback", "cni.interface.loopback", "interface"),
     Entry("portmap", "cni.chained.portmap", "chained"),
     Entry("firewall", "cni.chained.firewall", "chained", oldest="0.4.0"),

@@ -275,9 +275,9 @@ def masquerade(address: str, owner: str) -> Element:
     return Element(f"masq{ip_address(address).version}", (address,), owner)
 
 
-def no_masquerade(network: str) -> Element:
-    """What exempts the traffic within a network ("10.1.0.0/16") from masquerade."""
-    return Element(f"nomasq{ip_network(network).version}", (network, network))
+def no_masquerade(network: str, destination: str = "") -> Element:
+    """What exempts the traffic within a network ("10.1.0.0/16"), or from it to another, from masquerade."""
+    return Element(f"nomasq{ip_network(network).version}", (network, destination or network))
 
 
 def spoof_check(port: str, mac: str, owner: str) -> list[Element]:

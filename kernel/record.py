@@ -22,9 +22,9 @@ import fcntl
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -176,6 +176,31 @@ class Records:
         """Take the attachment's own elements and chains from the kernel. The record stays, and a rebuild heeds it."""
         nft.delete(session, record.elements)
         nft.delete_chains(session, (chain.name for chain in record.chains))
+
+    def change_shared(self, session: Session, having: Element, shared: Sequence[Element]) -> int:
+        """Let the attachments whose shared elements include one want these shared elements from now on, and have the
+        kernel hold them. Nothing is done where they want them already.
+
+        Returns:
+            How many attachments there are.
+        """
+        with self._locked(fcntl.LOCK_EX):
+            found = [record for record in self.all() if having in record.shared]
+            changed = [record for record in found if set(record.shared) != set(shared)]
+            for record in changed:
+                _write(self._root, self._path(record.key), msgspec.json.encode(replace(record, shared=tuple(shared))))
+            for network in {record.key.network for record in changed}:
+                self._mark_anew(network)
+        if changed:
+            self.rebuild(session)
+        return len(found)
+
+    def _mark_anew(self, network: str) -> None:
+        self._unmark(network)
+        for record in self.all():
+            if record.key.network == network:
+                for element in record.shared:
+                    self._mark(element, network)
 
     def rebuild(self, session: Session) -> tuple[int, int]:
         """Make our nftables tables hold exactly what the records want.

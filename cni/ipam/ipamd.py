@@ -382,6 +382,21 @@ def status(request: Request, host: Session) -> None:
         raise CniError(Code.NOT_AVAILABLE, "no address could be given now", _error(request, error).args[1]) from error
 
 
+def network(request: Request, name: str) -> "pb.Network":
+    """What ipamd knows of a network, over the connection that the `ipam` object names.
+
+    Raises:
+        CniError: 7, there is none of that name; 11, ipamd is away.
+    """
+    from ipamd.client import IpamError  # noqa: PLC0415
+
+    try:
+        with _using(request, config.convert(request.config.get("ipam", {}), IpamConf, "$.ipam")) as client:
+            return client.get_network(name)
+    except IpamError as error:
+        raise _error(request, error) from error
+
+
 # Towards ipamd
 
 

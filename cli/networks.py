@@ -1,0 +1,239 @@
+"""`netloom network`: networks that containers are attached to by name, defined once for all nodes."""
+
+import os
+from collections.abc import Iterable
+from typing import TypedDict
+
+import click
+from click.shell_completion import CompletionItem
+
+from cli import output
+from cli.daemon import connected
+from cli.failure import Failure, Status
+from cli.options import Choices, command, pass_choices
+from cni.interface.netloom import shared_elements
+from kernel import nft, paths
+from kernel.errors import KernelError
+from kernel.record import Records
+from kernel.session import Session
+from protos.ipam.v1 import ipam_pb2
+
+_MODES = ("local", "node-block", "cluster-address")
+_BACKENDS = ("host-gw", "vxlan", "direct", "none")
+_COMPLETION_TIMEOUT_S = 1.0
+
+
+class NetworkDocument(TypedDict):
+    name: str
+    type: str
+    subnets: list[str]
+    backend: str
+    bridge: str
+    mtu: int
+    masquerade: bool
+    open: bool
+    connected: list[str]
+    pool: str
+
+
+def _complete(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+    choices = ctx.find_object(Choices) or Choices()
+    try:
+        with connected(choices.socket_path(), _COMPLETION_TIMEOUT_S) as ipamd:
+            found = ipamd.list_networks()
+    except Failure:
+        return []
+    return [CompletionItem(network.name) for network in found if network.name.startswith(incomplete)]
+
+
+@click.group("network", short_help="Networks: defined once, for all nodes.")
+def networks() -> None:
+    """Networks that containers are attached to by name, defined once for all nodes."""
+
+
+@command(networks, "list")
+@pass_choices
+def list_(choices: Choices) -> None:
+    """List the networks."""
+    with choices.ipamd() as ipamd:
+        found = [_document(network) for network in ipamd.list_networks()]
+    if choices.as_json:
+        output.document({"networks": found})
+        return
+    output.table(
+        ("NETWORK", "SUBNETS", "BACKEND", "BRIDGE", "MTU", "CONNECTED"),
+        [
+            (
+                one["name"],
+                ",".join(one["subnets"]),
+                one["backend"] or "default",
+                one["bridge"],
+                str(one["mtu"] or "auto"),
+                ",".join(one["connected"]),
+            )
+            for one in found
+        ],
+    )
+
+
+@command(networks, "show")
+@click.argument("name", shell_complete=_complete)
+@pass_choices
+def show(choices: Choices, name: str) -> None:
+    """Show a network."""
+    with choices.ipamd() as ipamd:
+        found = _document(ipamd.get_network(name))
+    if choices.as_json:
+        output.document(dict(found))
+    else:
+        output.facts(_facts(found))
+
+
+@command(networks, "create")
+@click.argument("name")
+@click.option(
+    "--subnet", "subnets", metavar="CIDR", multiple=True, required=True, help="One of a family; IPv4 and IPv6."
+)
+@click.option("--backend", type=click.Choice(_BACKENDS), default=None, help="Between hosts.  [default: netd's]")
+@click.option("--block", "block_v4", metavar="BITS", type=click.IntRange(22, 32), help="Prefix of an IPv4 block.")
+@click.option("--block6", "block_v6", metavar="BITS", type=click.IntRange(118, 128), help="Prefix of an IPv6 block.")
+@click.option(
+    "--mode", type=click.Choice(_MODES), default=None, help="Of the pool.  [default: node-block in a cluster]"
+)
+@click.option("--exclude", "excludes", metavar="ADDRESS|CIDR", multiple=True, help="Never handed out; several.")
+@click.option("--bridge", metavar="NAME", default="", help="Its bridge on every host.  [default: nl-NAME]")
+@click.option("--mtu", metavar="BYTES", type=click.IntRange(1280, 65521), help="[default: what the hosts allow]")
+@click.option("--no-masquerade", is_flag=True, help="Leave with the containers' own addresses.")
+@click.option("--open", "is_open", is_flag=True, help="Let everybody reach its containers.")
+@pass_choices
+def create(  # noqa: PLR0913, PLR0917 - a command's options
+    choices: Choices,
+    name: str,
+    subnets: tuple[str, ...],
+    backend: str | None,
+    block_v4: int | None,
+    block_v6: int | None,
+    mode: str | None,
+    excludes: tuple[str, ...],
+    bridge: str,
+    mtu: int | None,
+    no_masquerade: bool,
+    is_open: bool,
+) -> None:
+    """Define a network, with a pool of its name. The configuration on every host is then only its name.
+
+    \b
+    netloom network create pods --subnet 10.2.0.0/16 --block 24 --backend vxlan
+    echo '{"cniVersion": "1.0.0", "name": "pods", "plugins": [{"type": "netloom",
+        "capabilities": {"portMappings": true, "bandwidth": true}}]}' > /etc/cni/net.d/10-pods.conflist
+    """
+    request = ipam_pb2.CreateNetworkRequest(
+        network=ipam_pb2.Network(
+            name=name,
+            subnets=subnets,
+            backend=backend or "",
+            bridge=bridge,
+            mtu=mtu or 0,
+            no_masquerade=no_masquerade,
+            open=is_open,
+        ),
+        mode=mode or "",
+        block_v4=block_v4 or 0,
+        block_v6=block_v6 or 0,
+        excludes=excludes,
+    )
+    with choices.ipamd() as ipamd:
+        made = _document(ipamd.create_network(request))
+    if choices.as_json:
+        output.document(dict(made))
+    else:
+        output.line(f"created network {made['name']} ({', '.join(made['subnets'])}), bridge {made['bridge']}")
+
+
+@command(networks, "delete")
+@click.argument("name", shell_complete=_complete)
+@pass_choices
+def delete(choices: Choices, name: str) -> None:
+    """Delete a network that nobody uses, with its pool."""
+    with choices.ipamd() as ipamd:
+        ipamd.delete_network(name)
+    if choices.as_json:
+        output.document({"name": name})
+    else:
+        output.line(f"deleted network {name}")
+
+
+@command(networks, "connect")
+@click.argument("one", shell_complete=_complete)
+@click.argument("other", shell_complete=_complete)
+@pass_choices
+def connect(choices: Choices, one: str, other: str) -> None:
+    """Let the containers of two networks reach one another."""
+    _connect(choices, one, other, undo=False)
+
+
+@command(networks, "disconnect")
+@click.argument("one", shell_complete=_complete)
+@click.argument("other", shell_complete=_complete)
+@pass_choices
+def disconnect(choices: Choices, one: str, other: str) -> None:
+    """End what connect began. Connections that stand go on until they end."""
+    _connect(choices, one, other, undo=True)
+
+
+def _connect(choices: Choices, one: str, other: str, *, undo: bool) -> None:
+    with choices.ipamd() as ipamd:
+        answer = ipamd.connect_networks(one, other, undo=undo)
+    changed = [_document(network) for network in answer]
+    here = os.geteuid() == 0
+    if here:
+        _tell_kernel(answer)
+    if choices.as_json:
+        output.document({"networks": changed, "applied": here})
+        return
+    for network in changed:
+        output.line(f"{network['name']} is connected with: {', '.join(network['connected']) or 'none'}")
+    if not here:
+        output.line("this host's containers learn of it from netd, or by a connect as root")
+
+
+def _tell_kernel(networks: Iterable[ipam_pb2.Network]) -> None:
+    """Have what is attached on this host now heed it; other hosts' netd does the same there."""
+    try:
+        records = Records(paths.run_dir(os.environ))
+        with Session() as host:
+            for network in networks:
+                wanted = shared_elements(network.subnets, network.reachable, is_open=network.open)
+                records.change_shared(host, nft.no_masquerade(network.subnets[0]), wanted)
+    except KernelError as error:
+        raise Failure(f"the network is changed, but this host's kernel refused: {error}; run it again") from None
+    except paths.PathError as error:
+        raise Failure(str(error), Status.USAGE) from None
+
+
+def _document(message: ipam_pb2.Network) -> NetworkDocument:
+    return {
+        "name": message.name,
+        "type": message.type,
+        "subnets": list(message.subnets),
+        "backend": message.backend,
+        "bridge": message.bridge,
+        "mtu": message.mtu,
+        "masquerade": not message.no_masquerade,
+        "open": message.open,
+        "connected": list(message.connected),
+        "pool": message.pool,
+    }
+
+
+def _facts(one: NetworkDocument) -> list[tuple[str, str]]:
+    return [
+        ("network", one["name"]),
+        *(("subnet", subnet) for subnet in one["subnets"]),
+        ("pool", one["pool"]),
+        ("backend", one["backend"] or "netd's default"),
+        ("bridge", one["bridge"]),
+        ("mtu", str(one["mtu"] or "what the hosts allow")),
+        ("masquerade", "yes" if one["masquerade"] else "no"),
+        ("reached by", "everybody" if one["open"] else ", ".join(("its own", *one["connected"]))),
+    ]

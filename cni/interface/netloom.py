@@ -1,0 +1,272 @@
+"""The netloom plugin: attaches a container to a network that ipamd knows by name, with all that belongs to it.
+
+Only the network's name stands in the configuration; what it is, ipamd says. One execution does what otherwise a chain
+of four does, by their own code: bridge with masquerade, portmap, firewall, bandwidth. Each of them keeps its own record
+of the attachment; this plugin's own record has what all attachments of the network want together: no masquerade between
+hosts, and who may reach whom.
+
+An ADD, in this order: the network's definition; its own record; bridge; portmap and bandwidth where the runtime gives
+ports or limits; firewall. A DEL goes by the records, the other way round, and asks nobody for the definition.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from ipaddress import ip_network
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from cni import attachment, config
+from cni import check as verify
+from cni.chained import bandwidth, firewall, portmap
+from cni.errors import CniError, Code
+from cni.failures import Failures
+from cni.interface import bridge, veth
+from cni.ipam import ipamd
+from cni.request import Request
+from cni.result import DNS, Result
+from cni.undo import Undo
+from kernel import leftovers, netns, nft, paths
+from kernel.nft import Element
+from kernel.record import Record, Records
+from kernel.session import Session
+from telemetry import trace
+
+if TYPE_CHECKING:
+    from protos.ipam.v1 import ipam_pb2 as pb
+
+_LEAST_MTU = 68  # RFC 791
+
+# What comes after the bridge, and the capability without which it is left out.
+_CHAIN: tuple[tuple[str, ModuleType], ...] = (("portmap", portmap), ("firewall", firewall), ("bandwidth", bandwidth))
+_CAPABILITY = {"portmap": "portMappings", "firewall": "", "bandwidth": "bandwidth"}
+
+
+class NetloomConf(msgspec.Struct, frozen=True, rename="camel"):
+    """The plugin's keys. `network`: its name for ipamd, if it is not the configuration's own."""
+
+    network: str = ""
+    is_default_gateway: bool = True
+    mtu: int = 0
+    sticky: bool | str = False
+    socket: str = ""
+    timeout: float = ipamd.DEADLINE_S
+    dns: DNS = DNS()
+
+
+class _Fabric(msgspec.Struct, frozen=True):
+    """What netd says of a network."""
+
+    mtu: int = 0
+
+
+class _Fabrics(msgspec.Struct, frozen=True):
+    networks: dict[str, _Fabric] = {}
+
+
+def parse(request: Request) -> NetloomConf:
+    """The configuration, checked as far as it needs nobody else.
+
+    Raises:
+        CniError: 7, naming key and value.
+    """
+    conf = config.convert(request.config, NetloomConf)
+    if conf.mtu and not _LEAST_MTU <= conf.mtu <= 65521:
+        raise config.refused("mtu", conf.mtu, f"want {_LEAST_MTU} to 65521, or 0 for the network's own")
+    if request.config.get("ipam"):
+        raise config.refused("ipam", request.config["ipam"], "the network has its own pool; leave the key out")
+    return conf
+
+
+def _name(request: Request, conf: NetloomConf) -> str:
+    return conf.network or request.network
+
+
+def _with(request: Request, plugin: str, keys: Mapping[str, object], result: Result | None) -> Request:
+    """The request as another plugin would get it: what all plugins of a list see, and its own keys."""
+    common = {name: value for name, value in request.config.items() if name in ("name", "runtimeConfig", "args")}
+    return msgspec.structs.replace(request, plugin=plugin, config={**common, **keys}, prev_result=result)
+
+
+def _for_bridge(request: Request, conf: NetloomConf, network: "pb.Network", result: Result | None) -> Request:
+    keys: dict[str, object] = {
+        "bridge": network.bridge,
+        "isGateway": True,
+        "isDefaultGateway": conf.is_default_gateway,
+        "ipMasq": not network.no_masquerade,
+        "mtu": conf.mtu or network.mtu or _fabric_mtu(request, network.name),
+        "ipam": _ipam(conf, network.pool),
+    }
+    if conf.dns:
+        keys["dns"] = conf.dns
+    return _with(request, "bridge", keys, result)
+
+
+def _ipam(conf: NetloomConf, pool: str) -> dict[str, object]:
+    keys: dict[str, object] = {"type": "ipamd", "pool": pool, "sticky": conf.sticky, "timeout": conf.timeout}
+    if conf.socket:
+        keys["socket"] = conf.socket
+    return keys
+
+
+def _fabric_mtu(request: Request, network: str) -> int:
+    """What netd worked out for the network; 0, the kernel's default, where no netd runs."""
+    try:
+        with open(os.path.join(paths.run_dir(request.environment), "fabric.json"), "rb") as stream:
+            known = msgspec.json.decode(stream.read(), type=_Fabrics)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return 0
+    return known.networks.get(network, _Fabric()).mtu
+
+
+@trace.step("network")
+def _definition(request: Request, conf: NetloomConf) -> "pb.Network":
+    """What ipamd knows of the network.
+
+    Raises:
+        CniError: 7, there is none of that name; 11, ipamd is away.
+    """
+    asked = _with(request, request.plugin, {"ipam": _ipam(conf, "")}, None)
+    return ipamd.network(asked, _name(request, conf))
+
+
+def shared_elements(subnets: Iterable[str], reachable: Sequence[str], *, is_open: bool) -> list[Element]:
+    """What all attachments of a network want of the host's kernel: who may reach them, and that packets between hosts
+    keep their source."""
+    elements = []
+    for subnet in subnets:
+        elements.append(nft.no_masquerade(subnet))
+        if not is_open:
+            elements += [nft.keep_apart(subnet), nft.join(subnet, subnet)]
+        for other in reachable:
+            if ip_network(other).version == ip_network(subnet).version:
+                # Both ways, so that it does not matter which of the networks learns of it first.
+                elements += [nft.no_masquerade(subnet, other), nft.no_masquerade(other, subnet)]
+                elements += [nft.join(other, subnet), nft.join(subnet, other)]
+    return elements
+
+
+def _shared(network: "pb.Network") -> list[Element]:
+    return shared_elements(network.subnets, network.reachable, is_open=network.open)
+
+
+# ADD
+
+
+def add(request: Request, host: Session, undo: Undo) -> Result:
+    """Attach the container to the network.
+
+    Raises:
+        CniError, KernelError: and `undo` holds the inverse of everything that was done.
+    """
+    conf = parse(request)
+    _check_early(request)
+    network = _definition(request, conf)
+    records = Records(paths.run_dir(request.environment))
+    with netns.opened(request.netns) as sandbox:
+        record = Record(
+            attachment.key(request),
+            netns=request.netns,
+            netns_inode=sandbox.identity.inode,
+            netns_cookie=netns.cookie_at(sandbox, host.home_fd),
+            shared=tuple(_shared(network)),
+        )
+    left = records.read(record.key)
+    if left is not None:
+        leftovers.discard(host, records, left)
+    attachment.write_record(host, records, record, undo)
+    with trace.step("nftables"):
+        records.apply(host, record)
+    result = bridge.add(_for_bridge(request, conf, network, None), host, undo)
+    for name, module in _wanted(request):
+        with trace.step(name):
+            result = module.add(_with(request, name, {}, result), host, undo)
+    return result
+
+
+def _check_early(request: Request) -> None:
+    """Refuse ports and limits that cannot be before anything is done."""
+    portmap.parse(_with(request, "portmap", {}, None))
+    bandwidth.parse(_with(request, "bandwidth", {}, None))
+
+
+def _wanted(request: Request) -> list[tuple[str, ModuleType]]:
+    """The plugins that come after the bridge, in the order of a list."""
+    asked = request.config.get("runtimeConfig")
+    given = asked if isinstance(asked, Mapping) else {}
+    return [(name, module) for name, module in _CHAIN if _CAPABILITY[name] in given or not _CAPABILITY[name]]
+
+
+# DEL
+
+
+def delete(request: Request, host: Session) -> None:
+    """Detach the container; success where there is nothing left to do."""
+    records = Records(paths.run_dir(request.environment))
+    with Failures() as failures:
+        for name, module in reversed(_CHAIN):
+            if records.read(attachment.key(_with(request, name, {}, None))) is not None:
+                failures.attempt(module.delete, _with(request, name, {}, request.prev_result), host)
+        failures.attempt(veth.delete, _for_release(request), host)
+        own = records.read(attachment.key(request))
+        if own is not None:
+            failures.attempt(leftovers.discard, host, records, own)
+
+
+def _for_release(request: Request) -> Request:
+    """For what the bridge plugin removes, which needs no definition."""
+    try:
+        conf = parse(request)
+    except CniError:
+        conf = NetloomConf()  # an ADD with it was refused
+    return _with(request, "bridge", {"ipam": _ipam(conf, _name(request, conf))}, request.prev_result)
+
+
+# CHECK
+
+
+def check(request: Request, host: Session) -> None:
+    """Verify what each of the parts made.
+
+    Raises:
+        CniError: names the first thing that is wrong.
+    """
+    conf = parse(request)
+    result = verify.required_result(request)
+    network = _definition(request, conf)
+    verify.elements(host, _shared(network))
+    bridge.check(_for_bridge(request, conf, network, result), host)
+    for name, module in _wanted(request):
+        module.check(_with(request, name, {}, result), host)
+
+
+# GC and STATUS
+
+
+def gc(request: Request, host: Session) -> None:
+    """Remove what attachments left that the runtime does not know any more."""
+    with Failures() as failures:
+        for name, _ in reversed(_CHAIN):
+            attachment.collect(_with(request, name, {}, None), host, failures)
+        used = veth.collect(_for_release(request), host, failures)
+        records = Records(paths.run_dir(request.environment))
+        for name in sorted({record.bridge for record in used}):
+            failures.attempt(leftovers.delete_idle_bridge, host, records, name)
+        attachment.collect(request, host, failures)
+
+
+def status(request: Request, host: Session) -> None:
+    """Whether an ADD could be served now.
+
+    Raises:
+        CniError: 50, with what is missing.
+    """
+    conf = parse(request)
+    try:
+        network = _definition(request, conf)
+    except CniError as error:
+        raise CniError(Code.NOT_AVAILABLE, f"network {_name(request, conf)} cannot be used now", str(error)) from error
+    bridge.status(_for_bridge(request, conf, network, None), host)
+    for name, module in _CHAIN:
+        module.status(_with(request, name, {}, None), host)
