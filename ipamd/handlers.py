@@ -10,6 +10,7 @@ import grpc
 from grpc import aio
 
 from ipamd.errors import IpamdError, OutOfRangeError
+from ipamd.pool import Mode
 from telemetry import log
 from telemetry.metrics import IpamdMetrics
 
@@ -25,11 +26,15 @@ _logger = logging.getLogger("ipamd")
 
 
 class Handlers:
-    """A group of handlers. `in_hand`: how many requests they have yet to answer."""
+    """A group of handlers.
+
+    `in_hand`: how many requests they have yet to answer. `mode`: of named pools whose spec names none.
+    """
 
     def __init__(self, metrics: IpamdMetrics) -> None:
         self.metrics = metrics
         self.in_hand = 0
+        self.mode: Mode = "local"
 
 
 def unary(

@@ -81,8 +81,8 @@ def pools_of(names: Iterable[str], own: pb.NetworkPool | None) -> tuple[tuple[st
     return pools, NetworkSpec(spec.SerializeToString(deterministic=True), lambda: spec_of(spec))
 
 
-def spec_of(message: pb.PoolSpec) -> PoolSpec:
-    """The spec as it was asked for; `pool.validate` judges it."""
+def spec_of(message: pb.PoolSpec, mode: Mode = "local") -> PoolSpec:
+    """The spec as it was asked for, with this mode where it names none; `pool.validate` judges it."""
     return PoolSpec(
         tuple(
             tuple(RangeSpec(r.subnet, r.start, r.end, r.gateway) for r in range_set.ranges)
@@ -90,16 +90,18 @@ def spec_of(message: pb.PoolSpec) -> PoolSpec:
         ),
         tuple(message.excludes),
         message.cooldown_ms if message.HasField("cooldown_ms") else None,
-        _mode_of(message.mode),
+        _mode_of(message.mode, mode),
         message.block_v4 or 26,
         message.block_v6 or 122,
         message.blocks_per_node,
     )
 
 
-def _mode_of(text: str) -> Mode:
+def _mode_of(text: str, default: Mode) -> Mode:
+    if not text:
+        return default
     for mode in MODES:
-        if text in ("", mode):
+        if text == mode:
             return mode
     raise InvalidArgumentError(f"mode: wanted one of {', '.join(MODES)}, found {text[:80]!r}")
 
@@ -134,6 +136,9 @@ def pool_message(pool: Pool, usage: Iterable[Usage]) -> pb.Pool:
                 reserved=u.reserved,
                 cooling=u.cooling,
                 free=str(u.free),
+                blocks=u.blocks,
+                blocks_claimed=u.blocks_claimed,
+                blocks_total=str(u.blocks_total),
             )
             for u in usage
         ],

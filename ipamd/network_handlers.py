@@ -47,7 +47,8 @@ class NetworkHandlers(Handlers):
                 block_v4=request.block_v4,
                 block_v6=request.block_v6,
                 blocks_per_node=request.blocks_per_node,
-            )
+            ),
+            self.mode,
         )
         made = await self._directory.create(record, spec)
         log.event(_logger, "info", "network created", network=made.name, subnets=",".join(made.subnets),

@@ -15,15 +15,19 @@ from ipamd.ballast import BallastFile
 from ipamd.check import Checker
 from ipamd.clock import BootClock, Clock
 from ipamd.config import Config
+from ipamd.desk import Desk
 from ipamd.engine import Engine, Transaction
 from ipamd.errors import IpamdError, StartError
 from ipamd.lease import Ledger
 from ipamd.listen import SocketPlace
+from ipamd.member.identity import is_of_cluster, on_disk
+from ipamd.member.member import Member
 from ipamd.networks import Directory, Networks
 from ipamd.reclaim import Reclaimer
 from ipamd.records import ReleaseRecords
 from ipamd.service import Service
 from ipamd.store.base import Rename, Store, StoreError
+from ipamd.store.cluster import ClusterStore
 from ipamd.store.memory import MemoryStore
 from ipamd.store.sqlite import SqliteStore
 from protos.ipam.v1 import ipam_pb2
@@ -51,24 +55,77 @@ async def serve(config: Config, stop: asyncio.Event, *, version: str, clock: Clo
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     clock = clock or BootClock()
     metrics = IpamdMetrics(version, config.node)
-    store: Store = SqliteStore(config.store_path) if config.store_kind == "sqlite" else MemoryStore()
+    store = _store(config)
     try:
         transaction = Transaction(store)
         ledger = _load(transaction, clock, config)
-        ballast = BallastFile(f"{config.store_path}.ballast") if config.store_kind == "sqlite" else None
+        ballast = BallastFile(f"{config.store_path}.ballast") if config.store_kind != "memory" else None
         engine = Engine(transaction, ballast=ballast, on_commit=metrics.commit)
         try:
+            member = await _member(config, transaction, ledger, engine, clock, metrics, version)
             try:
-                await engine.run(lambda: _adopt_node(transaction, config.node))
-            except IpamdError as error:
-                raise StartError(f"{config.store_path}: the node's name cannot be kept there: {error}") from None
-            daemon = _Daemon(config, clock, transaction, ledger, engine, metrics, version)
-            await daemon.run(stop)
+                daemon = _Daemon(config, clock, transaction, ledger, engine, metrics, version, member)
+                if member is not None:
+                    await member.start()
+                await daemon.run(stop)
+            finally:
+                if member is not None:
+                    await member.close()
         finally:
             await engine.close()
     finally:
         store.close()
     log.event(_logger, "info", "ipamd stopped")
+
+
+def _store(config: Config) -> Store:
+    match config.store_kind:
+        case "etcd":
+            return ClusterStore(config.store_path)
+        case "sqlite":
+            return SqliteStore(config.store_path)
+        case "memory":
+            return MemoryStore()
+
+
+async def _member(
+    config: Config,
+    transaction: Transaction,
+    ledger: Ledger,
+    engine: Engine,
+    clock: Clock,
+    metrics: IpamdMetrics,
+    version: str,
+) -> Member | None:
+    """This node as one of its cluster, where it is to be; else the store must not be of one."""
+    try:
+        if config.cluster is None:
+            await engine.run(lambda: _adopt_node(transaction, config.node))
+            _refuse_cluster(transaction.store, ledger, config)
+            return None
+        identity = await engine.run(lambda: on_disk(transaction, config.node))
+        await engine.run(lambda: _adopt_node(transaction, config.node))
+    except IpamdError as error:
+        raise StartError(f"{config.store_path}: the node's name cannot be kept there: {error}") from None
+    return Member(
+        config.cluster,
+        identity,
+        version=version,
+        engine=engine,
+        ledger=ledger,
+        transaction=transaction,
+        clock=clock,
+        counts=metrics,
+    )
+
+
+def _refuse_cluster(store: Store, ledger: Ledger, config: Config) -> None:
+    shared = sorted(pool.name for pool in ledger.pools.values() if pool.spec.mode != "local")
+    if is_of_cluster(store) and shared:
+        raise StartError(
+            f'{config.store_path}: this node is one of a cluster, with pools {", ".join(shared)}: set kind = "etcd" '
+            "under [store]; to take it out of the cluster, see docs/operations.md"
+        )
 
 
 def _load(transaction: Transaction, clock: Clock, config: Config) -> Ledger:
@@ -104,7 +161,10 @@ class _Daemon:
         engine: Engine,
         metrics: IpamdMetrics,
         version: str,
+        member: Member | None,
     ) -> None:
+        desk = Desk(engine, ledger, member.mirror if member else None)
+        self._member = member
         store = transaction.store
         self._config = config
         self._ledger = ledger
@@ -126,8 +186,8 @@ class _Daemon:
             engine,
             ledger,
             Networks(transaction),
-            create_pool=lambda name, spec: engine.run(lambda: ledger.create_pool(name, spec), grows=True),
-            delete_pool=lambda name: engine.run(lambda: ledger.delete_pool(name)),
+            create_pool=desk.create_pool,
+            delete_pool=desk.delete_pool,
         )
         self._checker = Checker(engine, ledger, store, clock, node=config.node, grace_s=config.reclaim_grace_s)
         self._service = Service(
@@ -137,6 +197,8 @@ class _Daemon:
             reclaimer=self._reclaimer,
             checker=self._checker,
             directory=self._directory,
+            desk=desk,
+            member=member,
             clock=clock,
             metrics=metrics,
             node=config.node,
@@ -226,7 +288,9 @@ class _Daemon:
     def _state(self) -> Health:
         if self._engine.disk_full:
             return Health(False, "the disk of the database is full: new allocations are refused")
-        return Health(True)
+        if self._member is not None and self._member.refusal:
+            return Health(False, self._member.refusal)
+        return Health(True, self._member.trouble() if self._member is not None else "")
 
     async def _sample_pools(self) -> None:
         """A scrape happens beside the batches and must not use the store, so it gets what was read a moment ago."""

@@ -11,8 +11,10 @@ import logging
 from collections.abc import AsyncIterator
 
 from ipamd import backup, messages
+from ipamd.allocate import allocate
 from ipamd.check import Checker, KernelAddress
 from ipamd.clock import Clock
+from ipamd.desk import Desk
 from ipamd.engine import Engine
 from ipamd.errors import (
     AlreadyExistsError,
@@ -20,13 +22,15 @@ from ipamd.errors import (
     ExhaustedError,
     InvalidArgumentError,
     IpamdError,
+    NeedsBlockError,
     PreconditionError,
     UnavailableError,
 )
 from ipamd.events import Events
 from ipamd.handlers import Context, abort, unary
 from ipamd.lease import Ask, Ledger
-from ipamd.network_handlers import NetworkHandlers
+from ipamd.member.handlers import NodeHandlers, add_state
+from ipamd.member.member import Member
 from ipamd.networks import Directory
 from ipamd.pool import Pool, address_text, parse_address
 from ipamd.pools import check_pool_name
@@ -52,7 +56,7 @@ _RESULTS: tuple[tuple[type[IpamdError], AllocationResult], ...] = (
 )
 
 
-class Service(NetworkHandlers, IpamServicer):
+class Service(NodeHandlers, IpamServicer):
     """The handlers. One instance serves all requests, in the event loop. `in_hand`: how many it has yet to answer."""
 
     def __init__(  # noqa: PLR0913 - what the handlers call
@@ -64,12 +68,15 @@ class Service(NetworkHandlers, IpamServicer):
         reclaimer: Reclaimer,
         checker: Checker,
         directory: Directory,
+        desk: Desk,
+        member: Member | None,
         clock: Clock,
         metrics: IpamdMetrics,
         node: str,
         version: str,
     ) -> None:
-        super().__init__(metrics, directory)
+        super().__init__(metrics, directory, member)
+        self._desk = desk
         self._engine = engine
         self._ledger = ledger
         self._store = store
@@ -85,7 +92,7 @@ class Service(NetworkHandlers, IpamServicer):
     async def Allocate(self, request: pb.AllocateRequest, request_id: str) -> pb.AllocateResponse:
         try:
             ask = messages.ask_of(request, self._node)
-            allocation, created = await self._engine.run(lambda: self._ledger.allocate(ask), grows=True)
+            allocation, created = await allocate(self._engine, self._ledger, self._member, ask)
         except IpamdError as error:
             self.metrics.allocation(next(result for kind, result in _RESULTS if isinstance(error, kind)))
             raise
@@ -149,7 +156,17 @@ class Service(NetworkHandlers, IpamServicer):
     @unary
     async def Status(self, request: pb.StatusRequest, _request_id: str) -> pb.StatusResponse:
         ask = messages.probe_of(request, self._node)
-        return await self._engine.run(lambda: self._status(ask))
+        member = self._member
+        try:
+            answer = await self._engine.run(lambda: self._status(ask))
+        except NeedsBlockError as need:
+            if member is None:
+                raise
+            member.blocks.foresee(need)
+            answer = await self._engine.run(lambda: self._status(None))
+        if member is not None:
+            await add_state(answer, member, with_endpoints=ask is None)
+        return answer
 
     def _status(self, ask: Ask | None) -> pb.StatusResponse:
         if ask is not None:
@@ -172,10 +189,9 @@ class Service(NetworkHandlers, IpamServicer):
     @unary
     async def CreatePool(self, request: pb.CreatePoolRequest, request_id: str) -> pb.Pool:
         check_pool_name(request.name)
-        spec = messages.spec_of(request.spec)
-        answer = await self._engine.run(
-            lambda: self._describe(self._ledger.create_pool(request.name, spec)), grows=True
-        )
+        spec = messages.spec_of(request.spec, self.mode)
+        pool = await self._desk.create_pool(request.name, spec)
+        answer = await self._engine.run(lambda: self._describe(pool))
         log.event(_logger, "info", "pool created", pool=request.name, spec=spec.encode(), request_id=request_id)
         return answer
 
@@ -191,7 +207,7 @@ class Service(NetworkHandlers, IpamServicer):
 
     @unary
     async def DeletePool(self, request: pb.DeletePoolRequest, request_id: str) -> pb.DeletePoolResponse:
-        await self._engine.run(lambda: self._ledger.delete_pool(request.name))
+        await self._desk.delete_pool(request.name)
         log.event(_logger, "info", "pool deleted", pool=request.name, request_id=request_id)
         return pb.DeletePoolResponse()
 
@@ -274,15 +290,13 @@ class Service(NetworkHandlers, IpamServicer):
     @unary
     async def Reserve(self, request: pb.ReserveRequest, request_id: str) -> pb.Reservation:
         messages.check_name(request.note, "note")
-        made = await self._engine.run(
-            lambda: self._ledger.reserve(request.pool, request.address, request.note), grows=True
-        )
+        made = await self._desk.reserve(request.pool, request.address, request.note)
         log.event(_logger, "info", "reserved", pool=made.pool, address=made.ip, note=made.note, request_id=request_id)
         return pb.Reservation(pool=made.pool, address=made.ip, note=made.note)
 
     @unary
     async def Unreserve(self, request: pb.UnreserveRequest, request_id: str) -> pb.UnreserveResponse:
-        await self._engine.run(lambda: self._ledger.unreserve(request.pool, request.address))
+        await self._desk.unreserve(request.pool, request.address)
         log.event(_logger, "info", "unreserved", pool=request.pool, address=request.address, request_id=request_id)
         return pb.UnreserveResponse()
 

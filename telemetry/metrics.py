@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -22,6 +22,7 @@ AllocationResult = Literal["created", "repeated", "exhausted", "cooling", "confl
 
 _REQUEST_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _FSYNC_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+_CONFLICT_BUCKETS = (0, 1, 2, 3, 5, 8, 13, 20)
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 _logger = logging.getLogger(__name__)
@@ -37,6 +38,19 @@ class PoolSample:
     allocated: int
     reserved: int
     cooling: int
+    blocks: int = 0  # of a pool of mode node-block: this node's, all nodes' together, and how many there are
+    blocks_claimed: int = 0
+    blocks_total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSample:
+    """How a node stands to its cluster."""
+
+    reachable: bool
+    joined: bool
+    draining: bool
+    unpublished: int
 
 
 class IpamdMetrics:
@@ -78,6 +92,23 @@ class IpamdMetrics:
             registry=self.registry,
         )
 
+        self._claims = Counter(
+            "netloom_ipamd_blocks_claimed_total", "Blocks that this node claimed.", registry=self.registry
+        )
+        self._claim_conflicts = Histogram(
+            "netloom_ipamd_claim_conflicts",
+            "How often another node was faster before a claim of blocks succeeded.",
+            buckets=_CONFLICT_BUCKETS,
+            registry=self.registry,
+        )
+        self._etcd = Histogram(
+            "netloom_ipamd_etcd_seconds",
+            "Time until something was told to etcd, or asked of it.",
+            ["operation"],
+            buckets=_REQUEST_BUCKETS,
+            registry=self.registry,
+        )
+
     def allocation(self, result: AllocationResult) -> None:
         """Counts one Allocate request."""
         self._allocations.labels(result).inc()
@@ -94,6 +125,26 @@ class IpamdMetrics:
         """Records one durable commit: how many requests shared it and how long it took, in seconds."""
         self._batches.observe(batch_size)
         self._fsyncs.observe(fsync_s)
+
+    def claimed(self, blocks: int, conflicts: int, seconds: float) -> None:
+        """Records a claim of blocks that succeeded."""
+        self._claims.inc(blocks)
+        self._claim_conflicts.observe(conflicts)
+        self._etcd.labels("claim").observe(seconds)
+
+    def told(self, operation: str, seconds: float) -> None:
+        """Records something that etcd was told: "publish", "address"."""
+        self._etcd.labels(operation).observe(seconds)
+
+    def watch_cluster(self, sample: Callable[[], ClusterSample]) -> None:
+        """Has `sample` called at each scrape."""
+        for name, text, value in (
+            ("etcd_reachable", "Whether etcd answered the last call.", lambda: sample().reachable),
+            ("cluster_joined", "Whether this node met its cluster since it started.", lambda: sample().joined),
+            ("draining", "Whether this node gives no new addresses of the cluster's pools.", lambda: sample().draining),
+            ("unpublished", "Changes that the cluster does not know yet.", lambda: sample().unpublished),
+        ):
+            Gauge(f"netloom_ipamd_{name}", text, registry=self.registry).set_function(value)
 
     def watch_pools(self, samples: Callable[[], Iterable[PoolSample]]) -> None:
         """Has `samples` called at each scrape, in the scraper's thread or task, for the gauges of the pools.

@@ -122,6 +122,22 @@ class Blocks:
                 raise CoolingError(f"{need.otherwise}; no further block: {error}") from None
             raise
 
+    def foresee(self, need: NeedsBlockError) -> None:
+        """Raises what `provide` would, as far as that is known without asking etcd."""
+        pool = self._ledger.pool(need.pool)
+        try:
+            if not self._etcd.state.connected:
+                why = self._etcd.state.reason or "it was not met yet"
+                raise UnavailableError(f"pool {need.pool} wants a block more, and etcd is away: {why}")
+            if need.cidr:
+                self._refuse_wanted(pool, need.range_set, need.cidr)
+            else:
+                self._choose(pool, need.range_set, 1)
+        except (ExhaustedError, UnavailableError) as error:
+            if isinstance(need.otherwise, CoolingError):
+                raise need.otherwise from error
+            raise
+
     async def claim(self, pool: str, range_set: int, cidr: str = "") -> None:
         """Returns when this node holds a block more of the range set (this one, if it is named).
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import Callable
 
@@ -104,7 +105,7 @@ async def register(etcd: Etcd, identity: Identity, record: NodeRecord) -> NodeRe
 
 
 async def wait_for_ghost(
-    etcd: Etcd, identity: Identity, boot_id: str, limit_s: float, now_s: Callable[[], float]
+    etcd: Etcd, identity: Identity, boot_id: str, limit_s: float, now_s: Callable[[], float] = time.monotonic
 ) -> None:
     """Returns when nobody else is alive as this node: after a reboot, when the lease of the last boot is over.
 
