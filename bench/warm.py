@@ -110,21 +110,11 @@ def answers(path: Path) -> bool:
 
 
 def _compiled(place: Path) -> Path:
-    compiler = shutil.which("cc")
-    if compiler is None:
+    if shutil.which("cc") is None:
         raise BenchError("no C compiler for the launcher: apt-get install -y gcc libc6-dev")
     program = place / "launcher"
-    argv = [
-        compiler,
-        "-std=c11",
-        "-O2",
-        "-static",
-        f'-DNETLOOM_COLD="{_NO_COLD_WAY}"',
-        "-o",
-        str(program),
-        str(_SOURCE),
-    ]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    argv = ["make", "-s", "launcher", f"LAUNCHER={program}", f'LAUNCHER_DEFINES=-DNETLOOM_COLD="\\"{_NO_COLD_WAY}\\""']
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise BenchError(f"{' '.join(argv)} exited {done.returncode}: {done.stderr[-2000:]}")
     return program

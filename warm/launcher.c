@@ -6,7 +6,7 @@
  * - Giving up on a worker is shutdown(SHUT_RD) and one more look: from then on the worker's ACCEPTED fails, so that it
  *   does not start, and one that was sent before is found.
  * - DONE goes out after standard output was written. Where either fails, an ADD exits with 1: the worker undoes it.
- * - No allocation but for buffers, no dependency but libc, every wait is bounded.
+ * - No allocation but for buffers, no dependency but libc, or not even that (bare.h); every wait is bounded.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -27,6 +27,9 @@
 #include <unistd.h>
 
 #include "wire.h"
+#ifdef NETLOOM_BARE
+#include "bare.h"
+#endif
 
 #ifndef NETLOOM_COLD
 #define NETLOOM_COLD "/usr/lib/netloom/netloom-cni"
