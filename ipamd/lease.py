@@ -84,6 +84,36 @@ class Ledger(SharedPools):
             raise
         return _with_generation(new, generation), True
 
+    def adopt(self, allocation: Allocation) -> Allocation:
+        """Makes an allocation of an earlier time one again, with a new generation; raises IpamdError if it cannot."""
+        if self._store.find(allocation.key) is not None:
+            raise AlreadyExistsError(f"{allocation.key} holds other addresses by now")
+        mark = self._transaction.mark()
+        try:
+            claims = self._claims([self.pool(address.pool) for address in allocation.addresses])
+            for address in allocation.addresses:
+                self._occupy(address)
+            generation = self._transaction.apply(Grant(allocation, claims))
+            if claims:
+                self._await_confirmation(generation)
+        except Exception:
+            self._transaction.unwind(mark)
+            raise
+        return _with_generation(allocation, generation)
+
+    def _occupy(self, address: Address) -> None:
+        pool = self.pool(address.pool)
+        version, number = address_number(address.ip)
+        place = pool.locate(version, number)
+        if place is None:
+            raise PreconditionError(f"{address.ip} is not handed out by pool {pool.name} any more")
+        self.refuse_held(pool, address.ip)
+        block = pool.sets[place[0]].blocks[place[1]]
+        if not block.is_touched(number):
+            block.touch(number)
+            self._transaction.on_undo(block.untouch, number)
+        self._count(pool.allocated, place[0], 1)
+
     def release(self, key: Key, generation: int = 0, before: Instant | None = None) -> Allocation | None:
         """Ends the key's allocation and returns it; None where there was nothing to release.
 

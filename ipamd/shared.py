@@ -65,8 +65,8 @@ class SharedPools(Pools):
         # Generations that etcd has not confirmed yet; whether errands were written since somebody looked.
         self.unconfirmed: dict[int, None] = {}
         self.errands_written = False
-        # Whether etcd's state was read; before that no new address is given.
-        self.shared_known = False
+        # Why no new address is given now; before etcd's state was read none is.
+        self.shared_refusal = "its state was not read yet"
         for errand in transaction.store.errands(_ALL):
             self._take_up(errand)
         super().__init__(transaction, clock, cooldown_s)
@@ -151,6 +151,10 @@ class SharedPools(Pools):
         if wanted:
             self._transaction.apply(Settle(wanted))
 
+    def wants_claims(self, pools: Iterable[str]) -> bool:
+        """Whether addresses of these pools are claimed in the cluster."""
+        return any(pool is not None and pool.is_shared for pool in map(self.pools.get, pools))
+
     # --- for the ledger
 
     def _claims(self, pools: Sequence[Pool]) -> tuple[str, ...]:
@@ -161,9 +165,9 @@ class SharedPools(Pools):
                 f"pools: found {claims[0]}, of mode cluster-address, together with pools of other modes; ask for pools "
                 "of one mode"
             )
-        if claims and not self.shared_known:
+        if claims and self.shared_refusal:
             raise UnavailableError(
-                f"pool {claims[0]}: each of its addresses is asked of etcd, and ipamd has not reached it yet; see "
+                f"pool {claims[0]}: each of its addresses is asked of etcd, which is away ({self.shared_refusal}); see "
                 "netloom status, and ask again later"
             )
         return claims

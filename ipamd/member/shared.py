@@ -1,0 +1,74 @@
+"""The cluster's word on addresses of cluster-address pools: `claims`, `unclaims` and `addresses` put together."""
+
+import asyncio
+import contextlib
+
+from cluster.etcd import Etcd
+from cluster.layout import BlockRecord
+from ipamd.engine import Engine
+from ipamd.lease import Ledger
+from ipamd.member.addresses import Addresses
+from ipamd.member.book import Book
+from ipamd.member.claims import Claims
+from ipamd.member.mirror import Known
+from ipamd.member.unclaims import Unclaims
+from ipamd.shared import Place
+from ipamd.store.base import Allocation, Store
+
+
+class SharedAddresses:
+    """See `ipamd.allocate.Claims`. `pools`: those of the cluster as they stand in etcd; kept by somebody else."""
+
+    def __init__(
+        self, etcd: Etcd, engine: Engine, ledger: Ledger, store: Store, identity: BlockRecord, pools: dict[str, Known]
+    ) -> None:
+        self._etcd = etcd
+        self._ledger = ledger
+        self._book = Book(identity)
+        self._claims = Claims(etcd, engine, ledger, self._book, pools)
+        self._unclaims = Unclaims(etcd, engine, ledger, store, self._book)
+        self._addresses = Addresses(etcd, engine, ledger, store, self._book, self._claims)
+        self._claims.on_claimed = self._unclaims.wake
+        self._running = False
+        ledger.join(identity.node)
+
+    @property
+    def pending(self) -> int:
+        """How many changes the cluster does not know yet."""
+        return self._unclaims.pending
+
+    @property
+    def conflicts(self) -> dict[Place, str]:
+        """Addresses that are in use here and that the cluster has for another node, and what an operator is to know."""
+        return dict(self._book.conflicts)
+
+    @property
+    def collisions(self) -> int:
+        """How many claims others were faster with, so far."""
+        return self._claims.collisions
+
+    async def run(self) -> None:
+        """Claims, tells of releases and follows the others. Never returns."""
+        self._running = True
+        try:
+            async with asyncio.TaskGroup() as group:
+                for work in (self._claims.run, self._unclaims.run, self._addresses.run):
+                    group.create_task(work())
+        finally:
+            self._running = False
+
+    async def ready(self) -> None:
+        """Returns when the ledger may choose, or knows why it may not now."""
+        state = self._etcd.state
+        if self._running and not self._addresses.known.is_set():
+            self._addresses.want()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._addresses.known.wait(), self._etcd.config.timeout_s)
+        if not self._addresses.known.is_set():
+            self._ledger.shared_refusal = state.reason or "the cluster's state was not read yet"
+        else:
+            self._ledger.shared_refusal = "" if state.connected else state.reason or "it does not answer"
+
+    async def confirm(self, allocation: Allocation) -> None:
+        """Returns when the cluster has the allocation's addresses as this node's."""
+        await self._claims.confirm(allocation)
