@@ -34,6 +34,7 @@ from ipamd.member.identity import Identity
 from ipamd.member.mirror import Mirror
 from ipamd.member.nodes import LeftForDead, Nodes
 from ipamd.member.publish import Publisher
+from ipamd.member.shared import SharedAddresses
 from ipamd.store.base import Note
 from telemetry import log
 
@@ -80,12 +81,14 @@ class Member:
         holdings = Holdings(transaction, ledger)
         self.mirror = Mirror(self.etcd, engine, ledger, transaction.store, holdings, identity.node)
         self.blocks = Blocks(self.etcd, engine, ledger, holdings, self.mirror, own, counts)
+        self.claims = SharedAddresses(self.etcd, engine, ledger, transaction.store, own, self.mirror.pools)
         self.publisher = Publisher(self.etcd, engine, ledger, holdings, own)
         self.nodes = Nodes(self.etcd, identity.node)
         self._node = Follower(self.etcd, layout.NODES + identity.node, self._listed, self._changed)
         # What follows etcd from the moment when the node has joined: in this order, each after the one before.
         self.followers: list[Follower] = [*self.mirror.followers, self.blocks.follower, self._node]
-        self.also: list[Callable[[], Coroutine[Any, Any, None]]] = []  # further work, from then on
+        # Further work, from then on.
+        self.also: list[Callable[[], Coroutine[Any, Any, None]]] = [self.claims.run]
         boot_id, _, renewed_ns = transaction.store.note(_RENEWED).partition(" ")
         # Of an earlier boot nobody knows how long ago that was.
         self._renewed_ns = int(renewed_ns) if boot_id == clock.boot_id else -(1 << 62)
