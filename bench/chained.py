@@ -25,6 +25,10 @@ ADD = Spec(
     "standard chain ADD", "ms", "lower", 0.25, 0.12, "bridge ipMasq hairpin, portmap of a tcp port, firewall, tuning"
 )
 DELETE = Spec("standard chain DEL", "ms", "lower", 0.30, 0.15, ADD.note)
+ONE_ADD = Spec(
+    "plugin netloom ADD", "ms", "lower", 0.15, note="a port and limits; peer: bridge, portmap, firewall, bandwidth"
+)
+ONE_DELETE = Spec("plugin netloom DEL", "ms", "lower", note=ONE_ADD.note)
 _CHAINS = 4
 
 _FEW, _SOME, _MANY, _FOREIGN = 10, 1_000, 10_000, 20_000
@@ -58,7 +62,7 @@ CONNECT = Spec(
 
 def specs() -> list[Spec]:
     """All rows of this file, in their order."""
-    return [ADD, DELETE, *_PORTS]
+    return [ADD, DELETE, ONE_ADD, ONE_DELETE, *_PORTS]
 
 
 _PORTS = (*SOME, *MANY, *FOREIGN, CONNECT)
@@ -66,7 +70,8 @@ _PORTS = (*SOME, *MANY, *FOREIGN, CONNECT)
 
 def measure(plan: Plan, place: Path, wanted: Callable[[Spec], bool], say: Callable[[str], None]) -> Iterable[Row]:
     """Rows of all that is wanted; what cannot be measured becomes a row that says so."""
-    for mine, work in (((ADD, DELETE), _measure_chain), (_PORTS, _measure_ports)):
+    parts = (((ADD, DELETE), _measure_chain), ((ONE_ADD, ONE_DELETE), _measure_one), (_PORTS, _measure_ports))
+    for mine, work in parts:
         wishes = [spec for spec in mine if wanted(spec)]
         if not wishes:
             continue
@@ -119,19 +124,61 @@ def _delete(one: Side, confs: Sequence[Mapping[str, Any]], index: int, result: M
 def _measure_chain(plan: Plan, place: Path, hosts: ExitStack) -> Iterable[Row]:
     peer = peer_side(hosts, place, "chainpeer")
     ours = side(hosts, "chain", CNI_BIN, {"type": "ipamd"}, place, lambda host, at: warm.start(host, at, hosts))
-    added: dict[str, list[list[float]]] = {ours.name: [], peer.name: []}
-    deleted: dict[str, list[list[float]]] = {ours.name: [], peer.name: []}
     for one in (ours, peer):
         _prove(one)
+    made, gone = _pairs(plan, (ours, _plugins), (peer, _plugins))
+    yield finished(plan, ADD, *made)
+    yield finished(plan, DELETE, *gone)
+
+
+_Confs = Callable[[Side, int], list[dict[str, Any]]]
+_Samples = list[list[float]]
+_LIMITS = {"ingressRate": 800_000_000, "ingressBurst": 8_000_000, "egressRate": 800_000_000, "egressBurst": 8_000_000}
+
+
+def _everything(one: Side, index: int) -> list[dict[str, Any]]:
+    """The chain that one execution of ours stands for."""
+    bridge, portmap, firewall, _ = _plugins(one, index)
+    limits = {**firewall, "type": "bandwidth", "runtimeConfig": {"bandwidth": _LIMITS}}
+    return [bridge, portmap, firewall, limits]
+
+
+def _in_one(_one: Side, index: int) -> list[dict[str, Any]]:
+    mappings = [{"hostPort": _PORT + index, "containerPort": 80, "protocol": "tcp"}]
+    given = {"portMappings": mappings, "bandwidth": _LIMITS}
+    return [{"cniVersion": "1.0.0", "name": _BRIDGE.name, "type": "netloom", "runtimeConfig": given}]
+
+
+def _measure_one(plan: Plan, place: Path, hosts: ExitStack) -> Iterable[Row]:
+    peer = peer_side(hosts, place, "onepeer")
+    ours = side(hosts, "one", CNI_BIN, {"type": "ipamd"}, place, lambda host, at: warm.start(host, at, hosts))
+    ours.host.run([sys.executable, "-m", "cli", "network", "create", _BRIDGE.name, "--subnet", _BRIDGE.subnet])
+    for one, confs in ((ours, _in_one), (peer, _everything)):
+        _, result = _add(one, confs(one, 0), 0)
+        if not any(interface["name"].startswith("bwp") for interface in result["interfaces"]):
+            raise BenchError(f"{one.name}: nothing was limited: {result['interfaces']}")
+        _delete(one, confs(one, 0), 0, result)
+    made, gone = _pairs(plan, (ours, _in_one), (peer, _everything))
+    yield finished(plan, ONE_ADD, *made)
+    yield finished(plan, ONE_DELETE, *gone)
+
+
+def _pairs(
+    plan: Plan, first: tuple[Side, _Confs], second: tuple[Side, _Confs]
+) -> tuple[tuple[_Samples, _Samples], tuple[_Samples, _Samples]]:
+    """Milliseconds of ADDs, and of DELs, of both sides, by round."""
+    (ours, _), (peer, _) = first, second
+    confs = {ours.name: first[1], peer.name: second[1]}
+    added: dict[str, list[list[float]]] = {ours.name: [], peer.name: []}
+    deleted: dict[str, list[list[float]]] = {ours.name: [], peer.name: []}
     for sides in rounds(plan, ours, peer):
         for one in sides:
-            indexes = range(plan.samples(_CHAINS))
-            made = [_add(one, _plugins(one, index), index) for index in indexes]
-            gone = [_delete(one, _plugins(one, index), index, made[index][1]) for index in indexes]
+            plugins, indexes = confs[one.name], range(plan.samples(_CHAINS))
+            made = [_add(one, plugins(one, index), index) for index in indexes]
+            gone = [_delete(one, plugins(one, index), index, made[index][1]) for index in indexes]
             added[one.name].append([took for took, _ in made])
             deleted[one.name].append(gone)
-    yield finished(plan, ADD, added[ours.name], added[peer.name])
-    yield finished(plan, DELETE, deleted[ours.name], deleted[peer.name])
+    return (added[ours.name], added[peer.name]), (deleted[ours.name], deleted[peer.name])
 
 
 def _prove(one: Side) -> None:
