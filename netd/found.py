@@ -157,7 +157,8 @@ class Found:
                 self._names[one.index] = link.by_index(door, one.index).name
             except NotFound:
                 self._names[one.index] = ""
-        return Route(self._names[one.index], one.dst, one.gateway, one.onlink)
+        plain = not (one.mtu or one.advmss or one.source)
+        return Route(self._names[one.index], one.dst, one.gateway, one.onlink, plain)
 
 
 def _counts(one: route.Route) -> bool:

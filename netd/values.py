@@ -132,10 +132,13 @@ class Forward:
 
 @dataclass(frozen=True, slots=True)
 class Route:
+    """`plain` is how it was found: without an MTU, a source or whatever else ours have not."""
+
     device: str
     dst: AnyNetwork
     gateway: AnyAddress | None
     onlink: bool
+    plain: bool = True
 
     @property
     def key(self) -> Key:

@@ -1,0 +1,1 @@
+"""Several hosts on an underlay, each with its own paths, netd and containers."""
