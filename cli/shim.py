@@ -10,13 +10,12 @@ import socket
 from typing import Any, TypedDict
 
 from cli import output
-from libnetwork import conflist, state
+from libnetwork import conflist, published, state
 from libnetwork.state import Endpoint, Network
 
 SOCKET = "/run/docker/plugins/netloom.sock"
 _TIMEOUT_S = 5.0
 _COLLECT_TIMEOUT_S = 120.0  # it waits for the plugins of each thing that goes
-_PROTOCOLS = {6: "tcp", 17: "udp", 132: "sctp"}
 
 
 class NetworkDocument(TypedDict):
@@ -34,6 +33,7 @@ class PortDocument(TypedDict):
     host_ip: str  # "": every address
     host_port: int
     container_port: int
+    chosen: bool  # by the shim, as Docker named none: docker port does not show it
 
 
 class EndpointDocument(TypedDict):
@@ -141,10 +141,11 @@ def _endpoint(endpoint: Endpoint) -> EndpointDocument:
         mac=endpoint.mac,
         ports=[
             PortDocument(
-                protocol=_PROTOCOLS.get(one.proto, str(one.proto)),
+                protocol=published.protocol(one),
                 host_ip=one.host_ip,
                 host_port=one.host_port,
                 container_port=one.port,
+                chosen=one.chosen,
             )
             for one in endpoint.ports or ()
         ],
@@ -152,9 +153,10 @@ def _endpoint(endpoint: Endpoint) -> EndpointDocument:
 
 
 def _port_text(port: PortDocument) -> str:
-    """As docker ps writes it."""
+    """As docker ps writes it, with a word about a port that docker ps does not have."""
     where = f"[{port['host_ip']}]" if ":" in port["host_ip"] else port["host_ip"] or "*"
-    return f"{where}:{port['host_port']}->{port['container_port']}/{port['protocol']}"
+    ours = " (our choice)" if port["chosen"] else ""
+    return f"{where}:{port['host_port']}->{port['container_port']}/{port['protocol']}{ours}"
 
 
 def _ask(path: str) -> str:

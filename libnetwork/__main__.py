@@ -34,6 +34,7 @@ NAME = "netloom"
 CNI_PATH = "/opt/cni/bin:/usr/lib/cni"
 _THREADS = 32
 _LISTEN_FDS_START = 3
+_SWITCH_S = 0.0005
 _IMMEDIATE = frozenset(
     (
         "NetworkDriver.GetCapabilities",
@@ -79,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--log-format", choices=log.FORMATS, default="text", help="default: text")
     arguments = parser.parse_args(argv)
     log.setup(arguments.log_level, arguments.log_format)
+    # What goes on after an answer must not keep another one waiting: by default a thread has the interpreter for 5 ms.
+    sys.setswitchinterval(_SWITCH_S)
     try:
         asyncio.run(_run(arguments))
     except (StartError, DriverError, paths.PathError, KernelError, OSError) as error:

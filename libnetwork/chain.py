@@ -19,7 +19,7 @@ import msgspec
 
 from cni.wire import Response
 from libnetwork import handoff
-from libnetwork.errors import DriverError
+from libnetwork.errors import DriverError, PluginError
 
 VERSION = "1.0.0"
 Plugin = Mapping[str, Any]
@@ -211,7 +211,8 @@ class _Begun:
         except (OSError, subprocess.TimeoutExpired, handoff.LostError) as error:
             raise DriverError(f"{self._what}: {error}") from error
         if done.status != 0:
-            raise DriverError(f"{self._what}: {_words(done)}")
+            words, code = _refusal(done)
+            raise PluginError(f"{self._what}: {words}", code)
         return done.stdout
 
     def _executed(self) -> Response:
@@ -226,10 +227,12 @@ class _Begun:
         return Response(done.stdout, done.stderr, done.returncode)
 
 
-def _words(done: Response) -> str:
+def _refusal(done: Response) -> tuple[str, int]:
+    """The plugin's words, and its code."""
     try:
         document = json.loads(done.stdout)
         words = ": ".join(str(document[key]) for key in ("msg", "details") if document.get(key))
-    except (ValueError, AttributeError):
-        words = ""
-    return words or f"exit status {done.status}: {done.stderr.decode(errors='replace').strip()[-500:]}"
+        code = int(document.get("code", 0))
+    except (ValueError, TypeError, AttributeError):
+        words, code = "", 0
+    return words or f"exit status {done.status}: {done.stderr.decode(errors='replace').strip()[-500:]}", code

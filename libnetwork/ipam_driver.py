@@ -286,9 +286,8 @@ class IpamDriver:
 
     def _take_back(self, pool: Pool, address: str = "") -> bool:
         """Take back what ended (this address alone), and Docker did not release. True where there was something."""
+        self._before_release()
         found = [ended for ended in self._ended(pool) if address in ("", ended.address)]
-        if found:
-            self._before_release()
         for ended in found:
             name, bare = self._where(pool, ended.address)
             log.event(_logger, "warning", "address taken back, its release did not get here", address=bare)

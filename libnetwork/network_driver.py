@@ -18,7 +18,6 @@ Leave and DeleteEndpoint it ignores.
 import contextlib
 import logging
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ import msgspec
 from kernel import link, netns, sysctl
 from kernel.errors import KernelError
 from kernel.session import Session
-from libnetwork import conflist, options
+from libnetwork import conflist, options, published
 from libnetwork.chain import Chain
 from libnetwork.errors import DriverError
 from libnetwork.messages import (
@@ -41,7 +40,6 @@ from libnetwork.messages import (
     EndpointRef,
     Join,
     NetworkRef,
-    PortBinding,
     ProgramExternal,
 )
 from libnetwork.staging import Staging
@@ -49,10 +47,6 @@ from libnetwork.state import Ended, Endpoint, Network, Pool, State
 from telemetry import log
 
 _logger = logging.getLogger("netloom-docker")
-_PORTMAP = "com.docker.network.portmap"
-_PROTOCOLS = {6: "tcp", 17: "udp", 132: "sctp"}
-
-_PORT_TRIES = 32
 _ENDERS = 8  # threads; the plugins of one endpoint keep one worker busy
 
 Answer = dict[str, Any]
@@ -304,7 +298,6 @@ class NetworkDriver:
             endpoint = self._state.find(Endpoint, asked.endpoint_id)
             if endpoint is None:
                 return {}
-            self._note_ended(endpoint)
             self._state.put(msgspec.structs.replace(endpoint, ended=True))
         self._end(endpoint)
         return {}
@@ -318,6 +311,9 @@ class NetworkDriver:
     def _finish(self, id: str) -> None:  # noqa: A002 - Docker's word
         """What fails is told and kept for the next comparison to finish."""
         try:
+            endpoint = self._state.find(Endpoint, id)
+            if endpoint is not None:
+                self._note_ended(endpoint)
             try:
                 self.discard_endpoint(id)
             except DriverError as error:
@@ -380,7 +376,7 @@ class NetworkDriver:
     def program(self, asked: ProgramExternal) -> Answer:
         """Publishes the endpoint's ports: it has the container's default route."""
         network = self._state.get(Network, asked.network_id)
-        bindings = _bindings(asked.options)
+        bindings = published.bindings(asked.options)
         if bindings:
             self.settle()
         with self._locks.held(asked.endpoint_id):
@@ -388,21 +384,22 @@ class NetworkDriver:
             if not bindings or network.options.type == "macvlan":
                 return {}
             chain = conflist.ports(network, self._path)
-            for attempt in range(_PORT_TRIES):
-                chosen = tuple(_chosen(binding, attempt) for binding in bindings)
-                mappings = list(_mappings(chosen, network.options.host_binding))
+            choice = published.Choice(bindings)
+            while True:
+                ports = choice.ports()
+                mappings = list(published.mappings(ports, network.options.host_binding))
                 # Before the ADD, so that a DEL follows whatever comes.
-                self._state.put(msgspec.structs.replace(endpoint, ports=chosen))
+                self._state.put(msgspec.structs.replace(endpoint, ports=ports))
                 try:
                     chain.add(
                         endpoint.id, endpoint.staging, endpoint.ifname, {"portMappings": mappings}, endpoint.result
                     )
-                    break
-                except DriverError:
+                except DriverError as error:
                     self._state.put(endpoint)
-                    if attempt == _PORT_TRIES - 1 or chosen == tuple(_chosen(one, attempt + 1) for one in bindings):
+                    if not choice.goes_on(error):
                         raise
-        return {}
+                else:
+                    return {}
 
     def revoke(self, asked: EndpointRef) -> Answer:
         """Publishes them no more."""
@@ -414,7 +411,7 @@ class NetworkDriver:
         return {}
 
     def _revoke(self, network: Network, endpoint: Endpoint) -> Endpoint:
-        mappings = list(_mappings(endpoint.ports or (), network.options.host_binding))
+        mappings = list(published.mappings(endpoint.ports or (), network.options.host_binding))
         conflist.ports(network, self._path).delete(
             endpoint.id, endpoint.staging, endpoint.ifname, {"portMappings": mappings}, endpoint.result
         )
@@ -485,35 +482,3 @@ def _answer_for_neighbours(result: Mapping[str, Any]) -> None:
     name = next(one["name"] for one in result["interfaces"] if not one.get("sandbox"))
     sysctl.ensure("1", "ipv4", "conf", name, "proxy_arp")
     sysctl.ensure("0", "ipv4", "neigh", name, "proxy_delay")  # up to 0.8 s otherwise
-
-
-def _bindings(given: Mapping[str, Any] | None) -> tuple[PortBinding, ...]:
-    try:
-        return msgspec.convert((given or {}).get(_PORTMAP) or (), tuple[PortBinding, ...])
-    except msgspec.ValidationError as error:
-        raise DriverError(f"{_PORTMAP}: {error}") from error
-
-
-def _chosen(binding: PortBinding, attempt: int) -> PortBinding:
-    """The binding with one host port: the named one, the next of a range, or one that no process of the host has."""
-    if binding.host_port == 0:
-        kind = socket.SOCK_STREAM if binding.proto == socket.IPPROTO_TCP else socket.SOCK_DGRAM
-        with socket.socket(socket.AF_INET, kind) as probe:
-            probe.bind(("", 0))
-            return msgspec.structs.replace(binding, host_port=probe.getsockname()[1], host_port_end=0)
-    last = max(binding.host_port, binding.host_port_end)
-    return msgspec.structs.replace(binding, host_port=min(binding.host_port + attempt, last), host_port_end=0)
-
-
-def _mappings(bindings: Sequence[PortBinding], host_binding: str) -> Iterator[dict[str, Any]]:
-    """CNI's port mappings."""
-    for binding in bindings:
-        protocol = _PROTOCOLS.get(binding.proto)
-        if protocol is None:
-            raise DriverError(f"port {binding.port}: protocol {binding.proto} is none of tcp, udp, sctp")
-        yield {
-            "hostPort": binding.host_port,
-            "containerPort": binding.port,
-            "protocol": protocol,
-            "hostIP": binding.host_ip or host_binding,
-        }

@@ -23,8 +23,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from libnetwork.errors import DriverError
-from libnetwork.messages import PortBinding
 from libnetwork.options import NetworkOptions
+from libnetwork.published import Published
 from telemetry import log
 
 _logger = logging.getLogger("netloom-docker")
@@ -68,7 +68,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     ifname: str
     staging: str = ""
     result: dict[str, Any] | None = None
-    ports: tuple[PortBinding, ...] | None = None
+    ports: tuple[Published, ...] | None = None
     ended: bool = False
 
 

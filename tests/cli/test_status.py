@@ -11,8 +11,8 @@ from aiohttp import web
 from cli import shim
 from cli.status import _duration
 from kernel.record import Key, Record, Records
-from libnetwork.messages import PortBinding
 from libnetwork.options import NetworkOptions
+from libnetwork.published import Published
 from libnetwork.state import Endpoint, Network, State
 from tests.cli.conftest import Ipamd, Netloom
 from tests.hosts import Host
@@ -71,7 +71,7 @@ def shims_state(scratch: Path) -> None:
     state = State(str(scratch / "docker"))
     state.put(Network("a" * 64, NetworkOptions(), ("10.1.0.0/24",), ("10.1.0.1/24",)))
     state.put(Network("b" * 64, NetworkOptions(conflist="mine")))
-    ports = (PortBinding(6, 80, "127.0.0.1", 8080), PortBinding(17, 53, "", 32768))
+    ports = (Published(6, 80, "127.0.0.1", 8080), Published(17, 53, "", 32768, 0, chosen=True))
     state.put(Endpoint("e" * 64, "a" * 64, ("10.1.0.2/24",), "02:42:0a:01:00:02", "nle", ports=ports))
     (scratch / "docker/endpoints/damaged.json").write_text("{")
     state.close()
@@ -98,7 +98,7 @@ def test_dockers_driver(ipamd: Ipamd, netloom: Netloom, scratch: Path, monkeypat
         assert "docker       driver answers, 2 networks, 1 endpoints\n" in there.out
         assert "aaaaaaaaaaaa    bridge         nl-aaaaaaaaaaaa  10.1.0.0/24          1\n" in there.out
         assert "bbbbbbbbbbbb    conflist mine" in there.out
-        assert "10.1.0.2/24  127.0.0.1:8080->80/tcp *:32768->53/udp\n" in there.out
+        assert "10.1.0.2/24  127.0.0.1:8080->80/tcp *:32768->53/udp (our choice)\n" in there.out
         document = json.loads(netloom("status", "--json").out)["docker"]
     assert (document["answers"], document["error"]) == (True, "")
     assert [one["endpoints"] for one in document["networks"]] == [1, 0]
@@ -107,7 +107,9 @@ def test_dockers_driver(ipamd: Ipamd, netloom: Netloom, scratch: Path, monkeypat
         "host_ip": "",
         "host_port": 32768,
         "container_port": 53,
+        "chosen": True,
     }
+    assert document["endpoints"][0]["ports"][0]["chosen"] is False
 
 
 def test_a_driver_that_has_nothing_may_be_away(ipamd: Ipamd, netloom: Netloom, scratch: Path) -> None:

@@ -39,8 +39,8 @@ class Plugins:
         """What this plugin does before it answers."""
         (self.directory / f"{verb} {name}").write_text(text + "\n")
 
-    def refuse(self, verb: str, name: str, words: str, details: str = "") -> None:
-        answer = json.dumps({"cniVersion": "1.0.0", "code": 100, "msg": words, "details": details})
+    def refuse(self, verb: str, name: str, words: str, details: str = "", code: int = 100) -> None:
+        answer = json.dumps({"cniVersion": "1.0.0", "code": code, "msg": words, "details": details})
         self.script(verb, name, f"echo '{answer}'; exit 1")
 
     def calls(self) -> list[str]:

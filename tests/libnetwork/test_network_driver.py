@@ -29,6 +29,7 @@ from libnetwork.state import Endpoint, Network, State
 from tests.libnetwork.conftest import Plugins, endpoint
 
 N, E = "n1" * 32, "e1" * 32
+TAKEN = "$.runtimeConfig.portMappings[{}].hostPort: tcp port 8080 is published by container c7"
 GENERIC = "com.docker.network.generic"
 
 
@@ -351,25 +352,49 @@ def test_a_port_of_our_choice(stage: Stage) -> None:
     stage.program({"HostPort": 0})
     ((_, port, _),) = ports(stage)
     assert 1024 <= port <= 65535
+    found = stage.endpoint()
+    assert found is not None
+    assert found.ports is not None
+    assert found.ports[0].chosen
     assert stage.plugins.conf(2)["runtimeConfig"]["portMappings"][0]["hostPort"] == port
 
 
 def test_the_first_free_port_of_a_range(stage: Stage) -> None:
     stage.attached()
-    free = 'case $(ls "$here/calls" | grep -c "ADD portmap") in 1 | 2) echo "{\\"msg\\": \\"taken\\"}"; exit 1 ;; esac'
+    answer = json.dumps({"code": 103, "msg": TAKEN.format(1)})
+    free = f"case $(ls \"$here/calls\" | grep -c 'ADD portmap') in 1 | 2) echo '{answer}'; exit 1 ;; esac"
     stage.plugins.script("ADD", "portmap", free)
-    stage.program({"HostPort": 9000, "HostPortEnd": 9005})
-    assert ports(stage) == [("", 9002, 80)]
+    stage.program({"HostPort": 7000, "HostPortEnd": 7005}, {"HostPort": 9000, "HostPortEnd": 9005})
+    assert ports(stage) == [("", 7000, 80), ("", 9002, 80)]  # only the one that was taken is another
+    assert not any(one.chosen for one in stage.state.get(Endpoint, E).ports or ())
 
 
 def test_a_port_that_is_taken_is_refused_at_once(stage: Stage) -> None:
     stage.attached()
-    stage.plugins.refuse("ADD", "portmap", "tcp port 8080 is published by container c7")
-    for last in (8080, 8082):
+    stage.plugins.refuse("ADD", "portmap", TAKEN.format(0), code=103)
+    for last in (0, 8080, 8082):
         with pytest.raises(DriverError, match="is published by container c7"):
-            stage.program({"HostPort": 8080, "HostPortEnd": last})
-    assert stage.plugins.calls().count("ADD portmap") == 1 + 3
+            stage.program({"HostPort": 8080, "HostPortEnd": last}, {"HostPort": 0})
+    assert stage.plugins.calls().count("ADD portmap") == 1 + 1 + 3
     assert ports(stage) == []
+
+
+def test_ports_of_our_choice_that_are_all_taken(stage: Stage) -> None:
+    stage.attached()
+    stage.plugins.refuse("ADD", "portmap", TAKEN.format(1), code=103)
+    with pytest.raises(DriverError, match="is published by container c7"):
+        stage.program({"HostPort": 8080}, {"HostPort": 0})
+    tried = [call for call in stage.plugins.calls() if call == "ADD portmap"]
+    assert len(tried) == 32
+
+
+@pytest.mark.parametrize(("words", "code"), [("no nftables here", 100), (TAKEN.format(0), 5), (TAKEN.format(9), 103)])
+def test_what_another_port_would_not_help(stage: Stage, words: str, code: int) -> None:
+    stage.attached()
+    stage.plugins.refuse("ADD", "portmap", words, code=code)
+    with pytest.raises(DriverError):
+        stage.program({"HostPort": 0}, {"HostPort": 7000, "HostPortEnd": 7005})
+    assert stage.plugins.calls().count("ADD portmap") == 1
 
 
 def test_what_cannot_be_published(stage: Stage) -> None:

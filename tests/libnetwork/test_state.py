@@ -9,13 +9,13 @@ import msgspec
 import pytest
 
 from libnetwork.errors import DriverError
-from libnetwork.messages import PortBinding
+from libnetwork.published import Published
 from libnetwork.state import Endpoint, Network, Pool, State
 from tests.libnetwork.conftest import endpoint, network
 
 
 def test_everything_comes_back(state: State, tmp_path: Path) -> None:
-    ports = (PortBinding(6, 80, "127.0.0.1", 8080),)
+    ports = (Published(6, 80, "127.0.0.1", 8080, 0, chosen=True),)
     one = endpoint(staging="/run/netloom/staging/a", result={"ips": [{"address": "10.1.0.2/24"}]}, ports=ports)
     values: list[Network | Endpoint | Pool] = [
         network(mtu=1400, internal=True),
