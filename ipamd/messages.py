@@ -139,6 +139,7 @@ def pool_message(pool: Pool, usage: Iterable[Usage]) -> pb.Pool:
                 blocks=u.blocks,
                 blocks_claimed=u.blocks_claimed,
                 blocks_total=str(u.blocks_total),
+                elsewhere=u.elsewhere,
             )
             for u in usage
         ],
