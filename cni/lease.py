@@ -4,6 +4,8 @@ from cni import config, parsed
 from cni.errors import CniError, Code
 from cni.result import Result
 
+_BROADCAST = parsed.address("255.255.255.255")
+
 
 def check(result: Result, ipam_type: str) -> None:
     """Refuse addresses that an IPAM plugin cannot have meant.
@@ -19,7 +21,7 @@ def check(result: Result, ipam_type: str) -> None:
     for index, ip in enumerate(result.ips):
         at = f"IPAM plugin {ipam_type}: ips[{index}]"
         address = parsed.interface(ip.address).ip
-        if address.is_multicast or address.is_unspecified or str(address) == "255.255.255.255":
+        if address.is_multicast or address.is_unspecified or address == _BROADCAST:
             raise _refused(f"{at}.address", ip.address, "want the address of one interface")
         if address in seen:
             raise _refused(f"{at}.address", ip.address, "want each address once")

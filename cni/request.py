@@ -169,6 +169,8 @@ class Request(msgspec.Struct, frozen=True):
         return ()
 
     def _nested(self, keys: tuple[str, ...], kind: type[T]) -> T | None:
+        if keys[0] not in self.config:
+            return None
         value: object = self.config
         at = "$"
         for key in keys:

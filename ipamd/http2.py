@@ -16,6 +16,7 @@ Sources: RFC 9113 (HTTP/2), RFC 7541 (HPACK), gRPC's doc/PROTOCOL-HTTP2.md.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import socket
 import struct
@@ -206,10 +207,15 @@ def request_headers(path: str, timeout_s: float, request_id: str = "") -> bytes:
         timeout_s: how long the answer is of use.
         request_id: "" for none.
     """
+    block = _method_headers(path, timeout_s)
+    return block + b"\0" + _REQUEST_ID + _string(request_id.encode()) if request_id else block
+
+
+@functools.lru_cache(maxsize=16)
+def _method_headers(path: str, timeout_s: float) -> bytes:
+    """Those that each call of a method has."""
     block = b"\x83\x86" + b"\x04" + _string(path.encode()) + b"\x01" + _string(b"localhost")  # POST, http
     fields = {"te": "trailers", "content-type": "application/grpc", "grpc-timeout": f"{int(timeout_s * 1000)}m"}
-    if request_id:
-        fields["x-request-id"] = request_id
     return block + b"".join(b"\0" + _string(name.encode()) + _string(value.encode()) for name, value in fields.items())
 
 
@@ -292,6 +298,9 @@ def _integer(value: int, bits: int) -> bytes:
         value >>= 7
     encoded.append(value)
     return bytes(encoded)
+
+
+_REQUEST_ID = _string(b"x-request-id")
 
 
 def _headers(block: bytes) -> dict[bytes, bytes]:

@@ -70,9 +70,9 @@ class Records:
     """The records of one host, in its run directory. Any number of processes may use them at once."""
 
     def __init__(self, run_dir: str) -> None:
-        self._root = os.path.join(run_dir, "attachments")
-        self._shared = os.path.join(run_dir, "shared")
-        self._lock = os.path.join(run_dir, "attachments.lock")
+        self._root = f"{run_dir}/attachments"
+        self._shared = f"{run_dir}/shared"
+        self._lock = f"{run_dir}/attachments.lock"
         self._run_dir = run_dir
 
     @property
@@ -268,7 +268,7 @@ class Records:
 
     def _path(self, key: Key) -> str:
         name = f"{_name(key.container_id)}@{_name(key.ifname)}.{key.plugin}"
-        return os.path.join(self._root, _name(key.network), name)
+        return f"{self._root}/{_name(key.network)}/{name}"
 
     @contextmanager
     def _locked(self, how: int) -> Iterator[None]:

@@ -45,6 +45,7 @@ _REPEAT_S = 0.05
 _AGAIN_S = 5.0  # a step that went on after the deadline is interrupted again
 _STDERR_LIMIT = 256 * 1024
 _NOT_AT_HOME = 70
+_READ_TIMEOUT = struct.pack("@ll", int(READ_TIMEOUT_S), int(READ_TIMEOUT_S % 1 * 1e6))
 _PEER = struct.Struct("=iII")
 _PLACES = ("/proc/self/ns/net", "/proc/self/ns/mnt", "/proc/self/ns/user", "/")
 
@@ -253,9 +254,7 @@ def _check_peer(launcher: socket.socket) -> None:
 def _receive(launcher: socket.socket, descriptors: list[int]) -> wire.Request:
     """The request; what came along is appended to `descriptors`, also when it raises."""
     until = time.monotonic() + READ_TIMEOUT_S
-    launcher.setsockopt(
-        socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", int(READ_TIMEOUT_S), int(READ_TIMEOUT_S % 1 * 1e6))
-    )
+    launcher.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _READ_TIMEOUT)
     data, ancillary, _flags, _address = launcher.recvmsg(65536, 64, socket.MSG_CMSG_CLOEXEC)
     for level, kind, content in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
