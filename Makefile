@@ -103,8 +103,8 @@ DESTDIR ?=
 PREFIX ?= /usr
 install uninstall: export DESTDIR := $(DESTDIR)
 install uninstall: export PREFIX := $(PREFIX)
-install: export CC := $(CC)
-install: export LAUNCHER_FLAGS = $(LAUNCHER_OPTIONS)
+install deb: export CC := $(CC)
+install deb: export LAUNCHER_FLAGS = $(LAUNCHER_OPTIONS)
 
 .PHONY: binaries install uninstall deb
 binaries: ## every program as a bundle that needs nothing but glibc: out/bundle, and out/launcher
