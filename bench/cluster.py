@@ -57,7 +57,9 @@ class Many:
         self.taken = taken
         self.blocks = taken // _PER_BLOCK
         what = f"{taken:,} taken in {self.blocks:,} blocks"
-        self.memory = Spec(f"cluster: ipamd resident memory, {what}", "MB", "lower", 150, None, "after lists of all")
+        note = "after lists of all"
+        self.memory = Spec(f"cluster: ipamd resident memory, {what}", "MB", "lower", 150, None, note)
+        self.restarted = Spec(f"cluster: ipamd resident memory, {what}, restarted", "MB", "lower", 150, None, note)
         self.start = Spec(
             f"cluster: ipamd start, {what}", "ms", "lower", 5000, None, "exec to the first connection that it takes"
         )
@@ -67,7 +69,7 @@ class Many:
 
     @property
     def specs(self) -> list[Spec]:
-        return [self.memory, self.start, self.listing]
+        return [self.memory, self.restarted, self.start, self.listing]
 
 
 def specs(plan: Plan) -> list[Spec]:
@@ -251,6 +253,7 @@ def _many(many: Many, place: Path, stack: ExitStack) -> Iterator[Row]:
     lists = [load.ask({"do": "read", "socket": member.socket}) for _ in range(3)]
     if any(one["count"] != many.taken for one in lists):
         raise BenchError(f"wanted {many.taken} allocations in the list, found {lists[0]['count']}")
+    loaded_mb = member.resident_mb()
     member.stop()
     starts = [member.start()]
     for _ in range(2):
@@ -260,6 +263,7 @@ def _many(many: Many, place: Path, stack: ExitStack) -> Iterator[Row]:
     held = len(etcd.keys("/netloom/blocks/"))
     if not 0.98 * many.blocks <= held <= 1.02 * many.blocks + 1:
         raise BenchError(f"wanted about {many.blocks} blocks, found {held}")
-    yield row(many.memory, [[member.resident_mb()]])
+    yield row(many.memory, [[loaded_mb]])
+    yield row(many.restarted, [[member.resident_mb()]])
     yield row(many.start, [starts])
     yield row(many.listing, [[one["first_ms"]] for one in lists], [[one["last_ms"]] for one in lists])
