@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 Resp = TypeVar("Resp")
 
 _SERVICE = "/netloom.ipam.v1.Ipam/"
-_SMALL = frozenset({"Allocate", "Release", "Check", "GetNetwork", "Status"})  # whose answers fit into a stream's first window
+# Whose answers fit into a stream's first window.
+_SMALL = frozenset({"Allocate", "Release", "Check", "GetNetwork", "Status"})
 _LONGEST_SUN_PATH = 107
 _LARGEST_MESSAGE = 64 << 20
 _OPTIONS = (

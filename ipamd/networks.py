@@ -115,6 +115,10 @@ class Directory:
     async def create(self, record: NetworkRecord, spec: PoolSpec) -> NetworkRecord:
         """Makes a network with its pool; the same again is no error. Raises IpamdError."""
         record = validated(record)
+        if self._shared is not None and spec.mode == "local":
+            raise InvalidArgumentError(
+                "mode: a cluster's network has a pool of all nodes; take node-block or cluster-address"
+            )
         there = await self._engine.run(lambda: self._judge(record))
         if there is not None:
             return there

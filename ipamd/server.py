@@ -22,6 +22,7 @@ from ipamd.lease import Ledger
 from ipamd.listen import SocketPlace
 from ipamd.member.identity import is_of_cluster, on_disk
 from ipamd.member.member import Member
+from ipamd.member.networks import SharedNetworks
 from ipamd.networks import Directory, Networks
 from ipamd.reclaim import Reclaimer
 from ipamd.records import ReleaseRecords
@@ -182,14 +183,27 @@ class _Daemon:
         self._records = ReleaseRecords(
             config.release_dir, engine, ledger, node=config.node, on_release=metrics.released
         )
+        networks = Networks(transaction)
+        shared = SharedNetworks(member.etcd, engine, networks) if member else None
+        if member and shared:
+            member.followers.append(shared.follower)
         self._directory = Directory(
             engine,
             ledger,
-            Networks(transaction),
+            networks,
             create_pool=desk.create_pool,
             delete_pool=desk.delete_pool,
+            shared=shared,
         )
-        self._checker = Checker(engine, ledger, store, clock, node=config.node, grace_s=config.reclaim_grace_s)
+        self._checker = Checker(
+            engine,
+            ledger,
+            store,
+            clock,
+            node=config.node,
+            grace_s=config.reclaim_grace_s,
+            further=[member.check] if member else (),
+        )
         self._service = Service(
             engine=engine,
             ledger=ledger,

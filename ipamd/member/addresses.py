@@ -129,10 +129,10 @@ class Addresses:
         for place, own in list(self._book.own.items()):
             if place not in found and own.revision <= revision:
                 del self._book.own[place]
-                self._suspect(place)
+                self.suspect(place)
         for place in await self._engine.run(self._held_here):
             if place not in self._book.own:
-                self._suspect(place)
+                self.suspect(place)
         return revision
 
     def _note_page(self, pairs: Sequence[Pair], found: set[Place]) -> None:
@@ -147,7 +147,7 @@ class Addresses:
         if not self._book.is_ours(holder):
             self._ledger.hold_elsewhere(*place, holder.node)
             if self._holds(place):
-                self._suspect(place)
+                self.suspect(place)
             return
         self._ledger.let_go_elsewhere(*place)
         known = self._book.own.get(place)
@@ -157,7 +157,7 @@ class Addresses:
         workload = known.workload if known is not None and known.generation == holder.generation else ""
         self._book.own[place] = Own(pair.mod_revision, holder.generation, workload)
         if not isinstance(held, Allocation) or held.generation != holder.generation:
-            self._suspect(place)
+            self.suspect(place)
 
     def _drop_others(self, found: set[Place]) -> None:
         for name, shared in self._ledger.shared.items():
@@ -181,7 +181,7 @@ class Addresses:
         self._ledger.let_go_elsewhere(*place)
         own = self._book.own.get(place)
         if own is not None and own.revision < event.pair.mod_revision and self._holds(place):
-            self._suspect(place)
+            self.suspect(place)
 
     def _holds(self, place: Place) -> bool:
         return isinstance(self._store.holder(*place), Allocation)
@@ -218,7 +218,8 @@ class Addresses:
 
     # --- where etcd and the store differ
 
-    def _suspect(self, place: Place) -> None:
+    def suspect(self, place: Place) -> None:
+        """Has an address compared with etcd's record of it, once a moment has passed."""
         self._suspects.setdefault(place, time.monotonic())
 
     async def _take_up(self) -> None:
@@ -243,7 +244,7 @@ class Addresses:
                 except (EtcdError, IpamdError, LayoutError, msgspec.MsgspecError) as error:
                     log.event(_logger, "warning", "an address could not be compared with etcd's", pool=place[0],
                               address=place[1], error=str(error))  # fmt: skip
-                    self._suspect(place)
+                    self.suspect(place)
 
     async def _compare(self, place: Place) -> None:
         pair = await self._etcd.get(address_key(place))
@@ -279,7 +280,7 @@ class Addresses:
         try:
             await asyncio.shield(self._claims.begin(held).future)
         except LostError:
-            self._suspect(place)
+            self.suspect(place)
 
     async def _adopt(self, place: Place, pair: Pair) -> None:
         record = layout.decode(AddressRecord, pair.key, pair.value)

@@ -27,6 +27,7 @@ from ipamd.errors import IpamdError, PreconditionError, StartError, UnavailableE
 from ipamd.lease import Ledger
 from ipamd.member import identity as identities
 from ipamd.member.blocks import Blocks, Counts
+from ipamd.member.check import ClusterCheck
 from ipamd.member.errors import JoinError
 from ipamd.member.follow import Follower
 from ipamd.member.holdings import Holdings
@@ -83,6 +84,16 @@ class Member:
         self.blocks = Blocks(self.etcd, engine, ledger, holdings, self.mirror, own, counts)
         self.claims = SharedAddresses(self.etcd, engine, ledger, transaction.store, own, self.mirror.pools)
         self.publisher = Publisher(self.etcd, engine, ledger, holdings, own)
+        self.check = ClusterCheck(
+            self.etcd,
+            engine,
+            ledger,
+            transaction.store,
+            identity=own,
+            holdings=holdings,
+            blocks=self.blocks,
+            shared=self.claims,
+        )
         self.nodes = Nodes(self.etcd, identity.node)
         self._node = Follower(self.etcd, layout.NODES + identity.node, self._listed, self._changed)
         # What follows etcd from the moment when the node has joined: in this order, each after the one before.

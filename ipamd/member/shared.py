@@ -47,6 +47,10 @@ class SharedAddresses:
         """How many claims others were faster with, so far."""
         return self._claims.collisions
 
+    def look_at(self, place: Place) -> None:
+        """Compares an address with etcd's record of it soon, and mends what can be."""
+        self._addresses.suspect(place)
+
     async def run(self) -> None:
         """Claims, tells of releases and follows the others. Never returns."""
         self._running = True
