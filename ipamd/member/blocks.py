@@ -126,17 +126,16 @@ class Blocks:
         """Raises what `provide` would, as far as that is known without asking etcd."""
         pool = self._ledger.pool(need.pool)
         try:
-            if not self._etcd.state.connected:
-                why = self._etcd.state.reason or "it was not met yet"
-                raise UnavailableError(f"pool {need.pool} wants a block more, and etcd is away: {why}")
             if need.cidr:
                 self._refuse_wanted(pool, need.range_set, need.cidr)
             else:
                 self._choose(pool, need.range_set, 1)
-        except (ExhaustedError, UnavailableError) as error:
+        except ExhaustedError as error:
             if isinstance(need.otherwise, CoolingError):
                 raise need.otherwise from error
             raise
+        if not self._etcd.state.connected:
+            raise self._away(need.pool)
 
     async def claim(self, pool: str, range_set: int, cidr: str = "") -> None:
         """Returns when this node holds a block more of the range set (this one, if it is named).
@@ -163,6 +162,8 @@ class Blocks:
         while conflicts < _TRIES:
             pool = self._ledger.pool(name)
             known = self._mirror.pools.get(name)
+            if known is None and not self._mirror.synced:
+                raise self._away(name)
             if known is None or known.record.deleting:
                 why = "is being deleted" if known else "is not known to the cluster yet"
                 raise UnavailableError(f"pool {name} {why}; ask again later")
@@ -178,15 +179,17 @@ class Blocks:
                     log.event(_logger, "info", "blocks claimed", pool=name, blocks=",".join(got), conflicts=conflicts)
                     return
             except EtcdError as error:
-                raise UnavailableError(
-                    f"pool {name} wants a block more, and the cluster cannot be asked for one: {error}"
-                ) from None
+                raise UnavailableError(f"pool {name} wants a block more, and etcd is away: {error}") from None
             finally:
                 self._claiming.difference_update((name, cidr) for cidr in cidrs)
             conflicts += 1
             if conflicts % _REREAD_AFTER == 0:
                 await self._reread(name)
         raise UnavailableError(f"pool {name}: other nodes took each block that this one chose; ask again")
+
+    def _away(self, name: str) -> UnavailableError:
+        why = self._etcd.state.reason or "it was not met yet"
+        return UnavailableError(f"pool {name} wants a block more, and etcd is away: {why}")
 
     def _choose(self, pool: Pool, index: int, conflicts: int) -> list[str]:
         grid, have = pool.whole.grids[index], len(pool.cidrs[index])

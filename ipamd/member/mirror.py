@@ -56,6 +56,11 @@ class Mirror:
             Follower(etcd, layout.RESERVATIONS, self._list_reservations, self._change_reservations),
         )
 
+    @property
+    def synced(self) -> bool:
+        """Whether the pools were read from etcd since the start."""
+        return self.followers[0].synced.is_set()
+
     # --- what etcd says
 
     async def _list_pools(self, pairs: Sequence[Pair], _revision: int) -> None:
