@@ -178,7 +178,7 @@ class Endpoint:
 class _Tries:
     """What one call has met so far."""
 
-    __slots__ = ("changes", "deadline", "failed", "reasons", "repeatable", "tokens", "unsure")
+    __slots__ = ("changes", "deadline", "failed", "logs_in", "reasons", "repeatable", "tokens", "unsure")
 
     def __init__(self, deadline: float, changes: bool = False, repeatable: bool = True) -> None:
         self.deadline = deadline
@@ -188,6 +188,7 @@ class _Tries:
         self.reasons: dict[str, str] = {}  # the last of each endpoint, of all rounds
         self.unsure = ""  # why a change may have been made
         self.tokens = 0
+        self.logs_in = False
 
     def told(self) -> str:
         return "; ".join(f"{name}: {reason}" for name, reason in sorted(self.reasons.items())) or "no answer"
@@ -223,12 +224,17 @@ class Endpoints:
     ) -> Any:
         """The answer of whichever endpoint gives one. Raises EtcdError; see the rules above."""
         tries = _Tries(time.monotonic() + (limit_s or self._config.timeout_s), changes, repeatable)
+        return await self._try(method, request, tries)
+
+    async def _try(self, method: str, request: Any, tries: _Tries) -> Any:
+        repeatable = tries.repeatable
         while True:
             endpoint = self._current
-            if tries.failed or not self._logged_in or not endpoint.ready():
-                endpoint = await self._prepare(method, tries)
+            if tries.failed or not endpoint.ready() or not self._logged_in:
+                endpoint = await self._prepare(tries)
             left = tries.deadline - time.monotonic()
-            metadata = self._metadata
+            # A log-in goes without the old token, which etcd 3.4 would refuse.
+            metadata = _HAS_LEADER if tries.logs_in else self._metadata
             try:
                 answer = await endpoint.methods[method](
                     request, timeout=self._share(left, tries) if repeatable else left, metadata=metadata
@@ -245,10 +251,10 @@ class Endpoints:
                 self._note(True, endpoint.name, "")
             return answer
 
-    async def _prepare(self, method: str, tries: _Tries) -> Endpoint:
+    async def _prepare(self, tries: _Tries) -> Endpoint:
         """The endpoint for the next try, where the current one will not do as it is."""
         try:
-            if not self._logged_in and method != "Authenticate":
+            if not self._logged_in and not tries.logs_in:
                 await self._renew_token(self._metadata, tries.deadline)
             endpoint = await self._next(tries)
         except EtcdError as error:
@@ -260,7 +266,7 @@ class Endpoints:
     async def _failed(self, error: aio.AioRpcError, endpoint: Endpoint, metadata: Metadata, tries: _Tries) -> None:
         """Returns where the call is to be tried again."""
         verdict, meaning = judge(error)
-        if verdict is Verdict.TOKEN and tries.tokens < 2 and self._config.user:
+        if verdict is Verdict.TOKEN and tries.tokens < 2 and self._config.user and not tries.logs_in:
             tries.tokens += 1
             await self._renew_token(metadata, tries.deadline)
             return
@@ -364,27 +370,31 @@ class Endpoints:
 
     async def _renew_token(self, used: Metadata, deadline: float) -> None:
         """A fresh token, unless another call got one since `used`."""
-        async with self._log_in:
-            if self._logged_in and self._metadata is not used:
-                return
-            try:
-                password = self._config.read_password()
-            except EtcdConfigError as error:
-                raise DeniedError(str(error)) from None
-            request = pb.AuthenticateRequest(name=self._config.user, password=password)
-            left = max(0.05, deadline - time.monotonic())
-            try:
-                answer = await self.call("Authenticate", request, limit_s=left)
-                self._metadata = (*_HAS_LEADER, ("token", answer.token))
-            except DeniedError:
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()), self._log_in:
+                if not self._logged_in or self._metadata is used:
+                    await self._authenticate(deadline)
+        except TimeoutError:
+            raise UnavailableError("etcd: nobody could log in in time") from None
+
+    async def _authenticate(self, deadline: float) -> None:
+        try:
+            password = self._config.read_password()
+        except EtcdConfigError as error:
+            raise DeniedError(str(error)) from None
+        tries = _Tries(deadline)
+        tries.logs_in = True
+        try:
+            answer = await self._try(
+                "Authenticate", pb.AuthenticateRequest(name=self._config.user, password=password), tries
+            )
+        except EtcdError as error:
+            if "authentication is not enabled" not in str(error):
                 raise
-            except UnavailableError:
-                raise
-            except EtcdError as error:
-                if "authentication is not enabled" not in str(error):
-                    raise
-                self._metadata = tuple(_HAS_LEADER)
-            self._logged_in = True
+            self._metadata = _HAS_LEADER
+        else:
+            self._metadata = (*_HAS_LEADER, ("token", answer.token))
+        self._logged_in = True
 
 
 async def ended(call: Any) -> aio.AioRpcError:
