@@ -1,0 +1,209 @@
+"""`CheckStore` in a cluster: what was damaged in etcd by hand is found, named, and mended where that is safe."""
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from cluster import layout
+from cluster.etcd import Delete, Put
+from ipamd.client import Client, IpamError
+from protos.ipam.v1 import ipam_pb2 as pb
+from tests.cluster.daemons import Node
+from tests.cluster.loop import connected
+from tests.etcd import EtcdCluster
+from tests.ipamd.daemon import cidrs, key, spec, wait_for
+
+NO_GRACE = "[reclaim]\ngrace_s = 0\n"
+
+
+@pytest.fixture(scope="module")
+def etcd() -> Iterator[EtcdCluster]:
+    with EtcdCluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def damage(etcd: EtcdCluster, tmp_path: Path) -> Callable[..., None]:
+    """Writes to etcd behind the nodes' back."""
+
+    def change(*operations: Put | Delete) -> None:
+        async def write() -> None:
+            async with connected(etcd.sockets, f"/{tmp_path.name}/") as client:
+                await client.txn([], list(operations))
+
+        asyncio.run(write())
+
+    return change
+
+
+@pytest.fixture
+def pair(etcd: EtcdCluster, tmp_path: Path) -> Iterator[tuple[Node, Node]]:
+    """Two nodes and two pools, blue of blocks and green of addresses, of each of which both have one address."""
+    with ExitStack() as stack:
+        prefix = f"/{tmp_path.name}/"
+        a, b = (stack.enter_context(Node(tmp_path, name, etcd.sockets, NO_GRACE, prefix=prefix)) for name in "ab")
+        with a.client() as client:
+            client.create_pool("blue", spec("10.1.0.0/16"))
+            client.create_pool("green", spec("10.2.0.0/24", mode="cluster-address"))
+        for node in (a, b):
+            with node.client() as client:
+                wait_for("both pools", partial(_knows_both, client))
+                for name in ("blue", "green"):
+                    client.allocate(key(f"{node.name}-{name}"), pools=[name])
+                wait_for("quiet", partial(_has_told_all, client))
+        yield a, b
+
+
+def _knows_both(client: Client) -> bool:
+    return len(client.list_pools()) == 2
+
+
+def _has_told_all(client: Client) -> bool:
+    return client.status().unpublished == 0
+
+
+def check(client: Client, *, repair: bool = False) -> pb.CheckStoreResponse:
+    return client.check_store(pb.CheckStoreRequest(repair=repair))
+
+
+def kinds(answer: pb.CheckStoreResponse) -> list[tuple[str, str]]:
+    return [(one.kind, one.address) for one in answer.differences]
+
+
+def settled(client: Client) -> None:
+    wait_for("no difference", lambda: not check(client).differences)
+
+
+def block_of(cidr: str) -> str:
+    """The block of 64 addresses that an address lies in."""
+    first = cidr.partition("/")[0].rpartition(".")
+    return f"{first[0]}.{int(first[2]) // 64 * 64}/26"
+
+
+def test_two_nodes_in_order_have_nothing_to_mend(pair: tuple[Node, Node]) -> None:
+    for node in pair:
+        with node.client() as client:
+            answer = check(client)
+            assert (kinds(answer), answer.allocations) == ([], 2)
+            assert answer.blocks >= 2, "of both nodes"
+
+
+def test_a_block_of_a_node_that_nobody_knows_is_freed_unless_it_is_in_use(
+    pair: tuple[Node, Node], damage: Callable[..., None]
+) -> None:
+    ghost = layout.encode(layout.BlockRecord("ghost", "1234"))
+    used = layout.PublishedRecord(
+        "ghost", (layout.PublishedRow("10.1.200.70/26", "", 0, 1, "cni", "n", "c", "e", 0, ""),)
+    )
+    damage(
+        Put("blocks/blue#10.1.200.0/26", ghost),
+        Put("blocks/blue#10.1.200.64/26", ghost),
+        Put("published/blue#10.1.200.64/26", layout.encode(used)),
+    )
+    with pair[0].client() as client:
+        first = check(client, repair=True)
+        assert kinds(first) == [("orphan-block", "10.1.200.0/26"), ("orphan-block", "10.1.200.64/26")]
+        assert [one.repairable for one in first.differences] == [True, False]
+        assert not any(one.repaired for one in first.differences), "found for the first time"
+        assert "ghost" in first.differences[0].text
+        second = check(client, repair=True)
+        assert [one.repaired for one in second.differences] == [True, False]
+        assert kinds(check(client)) == [("orphan-block", "10.1.200.64/26")]
+
+
+def test_what_is_published_wrongly_is_published_again(pair: tuple[Node, Node], damage: Callable[..., None]) -> None:
+    a, _ = pair
+    with a.client() as client:
+        block = block_of(cidrs(client.allocate(key("a-blue"), pools=["blue"]))[0])
+        damage(Put(f"published/blue#{block}", layout.encode(layout.PublishedRecord("a", ()))))
+        assert kinds(check(client)) == [("unpublished", block)]
+        assert [one.repaired for one in check(client, repair=True).differences] == [True]
+        settled(client)
+
+
+def test_addresses_that_etcd_lost_or_kept_by_mistake_are_put_right(
+    pair: tuple[Node, Node], damage: Callable[..., None], etcd: EtcdCluster, tmp_path: Path
+) -> None:
+    a, _ = pair
+    with a.client() as client:
+        mine = cidrs(client.allocate(key("a-green"), pools=["green"]))[0].partition("/")[0]
+        value = asyncio.run(_read(etcd, tmp_path, f"addresses/green#{mine}"))
+        damage(Delete(f"addresses/green#{mine}"), Delete(f"owned/a/green#{mine}"))
+        wait_for("the loss", lambda: kinds(check(client)) in ([("unclaimed", mine)], []))
+        settled(client)
+        assert asyncio.run(_read(etcd, tmp_path, f"addresses/green#{mine}")) is not None
+
+        # What a copy of an older database would not know.
+        assert value is not None
+        damage(Put("addresses/green#10.2.0.99", value), Put("owned/a/green#10.2.0.99", b""))
+        found = kinds(check(client))
+        assert found in ([("unreleased", "10.2.0.99")], [])
+        settled(client)
+
+
+async def _read(etcd: EtcdCluster, tmp_path: Path, name: str) -> bytes | None:
+    async with connected(etcd.sockets, f"/{tmp_path.name}/") as client:
+        found = await client.get(name)
+    return None if found is None else found.value
+
+
+def test_one_address_of_two_nodes_is_for_a_person(pair: tuple[Node, Node], damage: Callable[..., None]) -> None:
+    a, _ = pair
+    with a.client() as client:
+        mine = cidrs(client.allocate(key("a-green"), pools=["green"]))[0].partition("/")[0]
+        damage(Put(f"addresses/green#{mine}", b'{"node":"b","node_id":"other","generation":7,"allocation":{}}'))
+        wait_for("the conflict", lambda: kinds(check(client)) == [("duplicate", mine)])
+        for _ in range(2):
+            (found,) = check(client, repair=True).differences
+        assert not found.repairable
+        assert "node b" in found.text
+
+
+def test_without_etcd_nothing_is_said_to_be_well(tmp_path: Path) -> None:
+    with EtcdCluster() as etcd, Node(tmp_path, "a", etcd.sockets) as a, a.client() as client:
+        etcd.kill("m1")
+        with pytest.raises(IpamError, match="nothing was compared"):
+            check(client)
+
+
+def test_a_network_is_known_to_all_nodes_and_connected_by_any(pair: tuple[Node, Node]) -> None:
+    a, b = pair
+    with a.client() as to_a, b.client() as to_b:
+        made = to_a.create_network(_network("pods", "10.3.0.0/16"))
+        assert (made.bridge, to_a.get_pool("pods").spec.mode) == ("nl-pods", "node-block")
+        wait_for("the network on b", lambda: _names(to_b) == ["pods"])
+        to_b.create_network(_network("web", "10.4.0.0/16"))
+        wait_for("the network on a", lambda: _names(to_a) == ["pods", "web"])
+        assert cidrs(to_b.allocate(key("c"), pools=["pods"]))[0].startswith("10.3.")
+        for client in (to_a, to_b):
+            with pytest.raises(IpamError, match="overlaps"):
+                client.create_network(_network("other", "10.3.128.0/17"))
+        to_b.connect_networks("pods", "web")
+        wait_for("the connection on a", lambda: list(to_a.get_network("web").reachable) == ["10.3.0.0/16"])
+        with pytest.raises(IpamError, match="pods"):
+            to_a.delete_network("pods")
+        to_b.release(key("c"))
+        wait_for("the end of the network", lambda: _deleted(to_a, "pods"))
+        wait_for("its end on b", lambda: _names(to_b) == ["web"])
+        assert list(to_b.get_network("web").connected) == []
+
+
+def _network(name: str, *subnets: str) -> pb.CreateNetworkRequest:
+    return pb.CreateNetworkRequest(network=pb.Network(name=name, subnets=subnets))
+
+
+def _names(client: Client) -> Sequence[str]:
+    return [network.name for network in client.list_networks()]
+
+
+def _deleted(client: Client, name: str) -> bool:
+    """A pool's blocks go back only when the addresses of it have cooled down, or at once where it is deleted."""
+    try:
+        client.delete_network(name)
+    except IpamError:
+        return False
+    return True
