@@ -1,8 +1,8 @@
 """A command as root in a virtual machine with Debian's kernel: tests/vm/run [-m MEGABYTES] [-t SECONDS] [--] COMMAND...
 
 For what the kernel of a test machine may lack. QEMU emulates the processor, 20 to 30 times slower than it is, unless
-KVM works. Inside is the host's whole file system, as it is when the machine starts; what is written stays inside.
-/tmp, /run, /var/tmp and /dev/shm are empty. There is no network, and no init system.
+KVM works. Inside is the host's whole file system, and this clone as it is when the machine starts; what is written
+stays inside. /tmp, /run, /var/tmp and /dev/shm are empty. There is no network, and no init system.
 
 The kernel is in out/vm (build/setup puts it there, without installing it), else in /boot. Environment: what `PASSED`
 names, and NETLOOM_*. Exit statuses: the command's own; 77 this machine cannot do it, stderr says why; 124 the time is
@@ -12,6 +12,8 @@ over; 125 the virtual machine did not boot, or died. Standard library only: it r
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import lzma
 import os
 import platform
@@ -19,14 +21,18 @@ import re
 import selectors
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent.parent
@@ -81,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-t", "--time", type=float, default=900.0, metavar="SECONDS", help="for the command")
     parser.add_argument("command", nargs="+")
     given = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         with tempfile.TemporaryDirectory(prefix="netloom-vm-") as directory:
             return run(Path(directory), given.command, given.memory, given.time)
@@ -89,6 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return {CannotError: CANNOT, DiedError: DIED, TimeOverError: TIME_OVER}[type(error)]
     except KeyboardInterrupt:
         return 130
+
+
+def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def run(directory: Path, command: Sequence[str], memory: int, limit_s: float) -> int:
@@ -149,6 +160,7 @@ def write_ramdisk(image: Path, kernel: Kernel, modules: Sequence[Path], command:
         "settings": (0o100644, settings(kernel).encode()),
         "command": (0o100644, script(command).encode()),
         "modules": (0o040755, b""),
+        "clone.tar": (0o100644, snapshot(PROJECT)),
     }
     names = [path.name.split(".ko")[0] + ".ko" for path in modules]
     files["modules/order"] = (0o100644, "".join(f"{name}\n" for name in names).encode())
@@ -160,6 +172,17 @@ def write_ramdisk(image: Path, kernel: Kernel, modules: Sequence[Path], command:
             header = b"070701" + b"".join(b"%08x" % field for field in fields) + name.encode() + b"\0"
             for part in (header, content):
                 archive.write(part + bytes(-len(part) % 4))
+
+
+def snapshot(project: Path) -> bytes:
+    """The clone as it is now, for who works on it meanwhile; without what is made from it, and too large to copy."""
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        tops = [path for path in project.iterdir() if path.name != "out" and not path.name.startswith(".")]
+        for path in sorted(inner for top in tops for inner in (top, *top.rglob("*"))):
+            with contextlib.suppress(FileNotFoundError):  # somebody's temporary file
+                tar.add(path, str(path.relative_to(project)), recursive=False)
+    return archive.getvalue()
 
 
 def unpacked(module: Path) -> bytes:
@@ -192,7 +215,21 @@ class Machine:
         self._output = Channel(directory / "output.sock")
         self._said = b""
         processor = "host" if accelerator == "kvm" else "max"
-        argv = ["qemu-system-x86_64", "-M", "q35", "-accel", accelerator, "-cpu", processor, "-smp", "2"]
+        # However this process ends, so does the machine.
+        argv = [
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            "qemu-system-x86_64",
+            "-M",
+            "q35",
+            "-accel",
+            accelerator,
+            "-cpu",
+            processor,
+            "-smp",
+            "2",
+        ]
         argv += ["-m", f"{memory}M", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         argv += ["-serial", f"file:{self._console}", "-device", "virtio-rng-pci", "-device", "virtio-serial-pci"]
         argv += self._output.options("output") + self._control.options("control")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosts import ROOT
-from tests.vm import machine
+from tests.hosts import ROOT, wait_until
+from tests.vm import inside, machine
 
 pytestmark = pytest.mark.kernel
 
@@ -65,6 +66,25 @@ def test_a_command_that_takes_too_long_is_ended() -> None:
     assert "did not end within 3 s" in done.stderr
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_machine_ends_with_who_started_it(number: signal.Signals, tmp_path: Path) -> None:
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen([RUN, "--", "sleep", "1000"], cwd=ROOT, env=env) as process:
+        # The kernel's console is a file there, which QEMU makes when it starts.
+        wait_until(lambda: process.poll() is not None or list(tmp_path.glob("*/console")), "QEMU")
+        if process.poll() == machine.CANNOT:
+            pytest.skip("no virtual machine here")
+        (qemu,) = children(process.pid)
+        process.send_signal(number)
+    assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGKILL)
+    wait_until(lambda: not Path(f"/proc/{qemu}").exists(), "the end of QEMU")
+    assert not list(tmp_path.iterdir()) or number == signal.SIGKILL
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
+
+
 def test_a_machine_that_dies_is_told() -> None:
     done = run("--", "sh", "-c", "echo last words >/dev/console; sleep 2; echo b >/proc/sysrq-trigger; sleep 1000")
     assert done.returncode == machine.DIED
@@ -98,18 +118,31 @@ def test_a_clone_below_tmp(tmp_path: Path) -> None:
     (clone / "out/vm").symlink_to(ROOT / "out/vm")
     subprocess.run(["cp", "-a", str(ROOT / "tests/vm"), str(clone / "tests")], check=True)
     (clone / "hello").write_text("from below\n")
-    argv = [str(clone / "tests/vm/run"), "--", "cat", "hello"]
-    done = subprocess.run(argv, cwd=clone, capture_output=True, text=True, check=False)
-    if done.returncode == machine.CANNOT:
-        pytest.skip(done.stderr)
-    assert (done.returncode, done.stdout) == (0, "from below\n"), done
+    argv = [str(clone / "tests/vm/run"), "--", "sh", "-c", "echo begun; sleep 5; cat hello"]
+    with subprocess.Popen(argv, cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        # Who works on the clone meanwhile is in nobody's way.
+        (clone / "hello").write_text("something else\n")
+        out, err = process.communicate()
+    if process.returncode == machine.CANNOT:
+        pytest.skip(err)
+    assert (process.returncode, first + out) == (0, "begun\nfrom below\n"), err
 
 
 def test_every_listed_test_exists() -> None:
-    """Where a parameter is named, it is compared by the test's function alone."""
-    listed = [line.split("#")[0].strip() for line in (ROOT / "tests/vm/inside").read_text().splitlines()]
-    for node in filter(None, listed):
+    """The function; which parameters there are, pytest says."""
+    for node in inside.nodes((ROOT / "tests/vm/selection").read_text(encoding="utf-8")):
         path, _, name = node.partition("::")
         assert (ROOT / path).exists(), node
         if name:
             assert f"def {name.partition('[')[0]}(" in (ROOT / path).read_text(encoding="utf-8"), node
+
+
+def test_a_file_stays_with_one_of_two() -> None:
+    found = inside.dealt(inside.nodes("a::1  # why\n\n# b\nb\na::2\nc\n"))
+    assert found == [["a::1", "a::2", "c"], ["b"]]
+
+
+def test_the_worse_status_counts() -> None:
+    assert [inside.worst(pair) for pair in ((0, 0), (0, 5), (5, 1), (2, 0), (5, 5))] == [0, 0, 1, 2, 5]
