@@ -27,7 +27,7 @@ DAD_TIMEOUT_S = 5.0
 _U32_MAX = 2**32 - 1
 
 
-@trace.step("configure")
+@trace.step("link up")
 def bring_up(inside: Visit, ifname: str, index: int, *, dad: bool = False) -> None:
     """Bring the interface up, for `configure` to go on from there.
 
