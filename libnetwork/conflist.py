@@ -54,7 +54,7 @@ def chain(network: Network, endpoint: Endpoint, path: tuple[str, ...]) -> Chain:
     internal = {"internal": True} if network.options.internal else {}
     after: dict[str, tuple[Plugin, ...]] = {
         "bridge": ({"type": "firewall", "ingressPolicy": "same-bridge", **internal},),
-        "ptp": ({"type": "firewall", **internal},),
+        "ptp": ({"type": "firewall", "apart": list(network.pools), **internal},),
         "macvlan": (),
     }
     return Chain(name(network), (_interface(network, endpoint), *after[network.options.type]), path)

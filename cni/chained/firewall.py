@@ -17,7 +17,7 @@ Configuration keys and results are those of the reference plugin; differences ha
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from ipaddress import ip_address, ip_network
 
@@ -54,7 +54,8 @@ class FirewallConf(msgspec.Struct, frozen=True, rename="camel"):
     iptables_admin_chain_name: str = foreign.ADMIN_CHAIN
     firewalld_zone: str = firewalld.ZONE
     ingress_policy: str = ""
-    internal: bool = False  # ours: the reference has no such key
+    internal: bool = False  # ours: the reference has no such key, nor the next
+    apart: tuple[str, ...] = ()
 
     @property
     def admin_chain(self) -> str:
@@ -83,9 +84,20 @@ def parse(request: Request) -> FirewallConf:
         raise config.refused(
             "iptablesAdminChainName", conf.iptables_admin_chain_name, "want the name of a chain, at most 28 characters"
         )
+    for subnet in conf.apart:
+        _check_subnet(subnet)
     if not _ZONE.fullmatch(conf.zone):
         raise config.refused("firewalldZone", conf.firewalld_zone, "want the name of a zone")
     return conf
+
+
+def _check_subnet(text: str) -> None:
+    try:
+        if str(ip_network(text)) == text:
+            return
+    except ValueError:
+        pass
+    raise config.refused("apart", text, 'want networks such as "10.5.0.0/16"')
 
 
 class Wishes(msgspec.Struct, frozen=True):
@@ -107,8 +119,9 @@ def _wishes(request: Request, conf: FirewallConf, host: Session, result: Result)
     owner = attachment.owner(request)
     addresses = tuple(str(one.ip) for one in chain.container_ips(result))
     own = tuple(nft.accept(address, owner) for address in addresses)
+    apart = tuple(_keep_apart(conf.apart))
     if conf.ingress_policy in _OPEN and not conf.internal:
-        return Wishes(addresses, own)
+        return Wishes(addresses, own, apart)
     isolated = conf.ingress_policy == _ISOLATED
     first = _first(conf, host, result)
     policy = () if conf.ingress_policy in _OPEN else tuple(nft.separate(first.name, isolated=isolated))
@@ -116,11 +129,20 @@ def _wishes(request: Request, conf: FirewallConf, host: Session, result: Result)
         policy += (nft.internal(first.name),)
     if first.kind != "bridge":
         # The host's end of a ptp network: the attachment's own, and nobody else is behind it.
-        return Wishes(addresses, (*own, *(dataclasses.replace(element, comment=owner) for element in policy)))
+        return Wishes(addresses, (*own, *(dataclasses.replace(element, comment=owner) for element in policy)), apart)
     port = _port(host, first, chain.on_host(result)) if isolated else None
     if isolated and port is None:
         raise _unfit(conf, f"prevResult names no port of bridge {first.name}")
-    return Wishes(addresses, own, policy, port)
+    return Wishes(addresses, own, (*policy, *apart), port)
+
+
+def _keep_apart(subnets: Sequence[str]) -> Iterator[Element]:
+    """What keeps everybody but their own containers from these networks."""
+    for subnet in subnets:
+        yield nft.keep_apart(subnet)
+        for other in subnets:
+            if ip_network(other).version == ip_network(subnet).version:
+                yield nft.join(other, subnet)
 
 
 def _first(conf: FirewallConf, host: Session, result: Result) -> Link:

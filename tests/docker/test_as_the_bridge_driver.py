@@ -13,6 +13,7 @@ from tests.runtimes.runtime_host import HOST_OUTSIDE, OUTSIDE
 
 pytestmark = pytest.mark.kernel
 DRIVERS = pytest.mark.parametrize("driver", ["netloom", "bridge"])
+ROUTED_TOO = pytest.mark.parametrize("driver", ["netloom", "routed", "bridge"])  # netloom with type=ptp
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +30,9 @@ def docker(shared: Docker) -> Iterator[Docker]:
 
 
 def create(docker: Docker, driver: str, name: str, *arguments: str) -> None:
-    ipam = ["--ipam-driver", "netloom"] if driver == "netloom" else []
-    docker.docker("network", "create", "-d", driver, *ipam, *arguments, name)
+    ours = ["netloom", "--ipam-driver", "netloom"]
+    options = {"netloom": ours, "routed": [*ours, "-o", "type=ptp"], "bridge": ["bridge"]}[driver]
+    docker.docker("network", "create", "-d", *options, *arguments, name)
 
 
 def reaches(docker: Docker, container: str, address: str, port: int = 80) -> bool:
@@ -39,13 +41,15 @@ def reaches(docker: Docker, container: str, address: str, port: int = 80) -> boo
     return done.returncode == 0
 
 
-@DRIVERS
+@ROUTED_TOO
 def test_an_internal_network_has_no_way_out_and_no_way_in(docker: Docker, driver: str) -> None:
     create(docker, driver, "inner", "--internal", "--subnet", "10.70.0.0/24")
     create(docker, driver, "open", "--subnet", "10.71.0.0/24")
     docker.start("two", "--network", "inner")
     docker.start("one", "--network", "inner", "--cap-add", "NET_ADMIN")
     docker.start("other", "--network", "open", "-p", "8080:80")
+    create(docker, driver, "secret", "--internal", "--subnet", "10.77.0.0/24")
+    docker.start("third", "--network", "secret")
     inner = docker.address("one", "inner")
     # Whoever is in the container makes a route of their own, and the outside has one back: only a drop is left.
     docker.inside("one", "ip", "route", "replace", "default", "via", "10.70.0.1")
@@ -55,6 +59,7 @@ def test_an_internal_network_has_no_way_out_and_no_way_in(docker: Docker, driver
         assert docker.inside("one", "wget", "-qO-", f"http://{docker.address('two', 'inner')}") == "two"
         assert docker.docker("exec", "one", "ping", "-c1", "-w1", OUTSIDE, check=False).returncode != 0
         assert not reaches(docker, "one", docker.address("other", "open"))
+        assert not reaches(docker, "one", docker.address("third", "secret"))
         assert not reaches(docker, "one", HOST_OUTSIDE, 8080)
         assert not reaches(docker, "other", inner)
         assert docker.silent(inner, netns=docker.outside)
@@ -62,7 +67,7 @@ def test_an_internal_network_has_no_way_out_and_no_way_in(docker: Docker, driver
         docker.outside.run(["ip", "route", "del", "10.70.0.0/24"])
 
 
-@DRIVERS
+@ROUTED_TOO
 def test_networks_are_apart_in_both_directions_and_by_published_ports(docker: Docker, driver: str) -> None:
     create(docker, driver, "left", "--subnet", "10.72.0.0/24")
     create(docker, driver, "right", "--subnet", "10.73.0.0/24")

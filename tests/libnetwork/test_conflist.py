@@ -78,7 +78,8 @@ def test_without_a_gateway_there_is_no_route() -> None:
 
 def test_the_other_types() -> None:
     ptp, firewall = conflist.chain(network(type="ptp", masquerade=False), endpoint(), PATH).plugins
-    assert (ptp["type"], ptp["ipMasq"], firewall) == ("ptp", False, {"type": "firewall"})
+    assert (ptp["type"], ptp["ipMasq"]) == ("ptp", False)
+    assert firewall == {"type": "firewall", "apart": ["10.1.0.0/24"]}
     (macvlan,) = conflist.chain(network(type="macvlan", parent="eth0"), endpoint(), PATH).plugins
     assert (macvlan["type"], macvlan["master"], macvlan["mode"]) == ("macvlan", "eth0", "bridge")
 

@@ -468,6 +468,33 @@ def test_an_internal_network_of_ptp(lab: Lab, outside: Netns) -> None:
     assert elements(lab.host, "internal") == []
 
 
+def ptp_subnets(number: int) -> list[str]:
+    return [f"10.{number}.0.0/16", f"fd00:{number}::/64"][:FAMILIES]
+
+
+def ptp(number: int) -> dict[str, Any]:
+    ipam = pool(*ptp_subnets(number), routes=[{"dst": "0.0.0.0/0"}, {"dst": "::/0"}])
+    return {"cniVersion": "1.0.0", "name": f"ptp{number}", "type": "ptp", "ipam": ipam}
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("internal", [False, True])
+def test_networks_of_ptp_that_are_kept_apart(lab: Lab, outside: Netns, internal: bool, dropped: bool) -> None:
+    with contextlib.ExitStack() as stack:
+        if dropped:
+            stack.enter_context(dropping(lab.host))
+        one, two = (stack.enter_context(walled(lab, ptp(5), apart=ptp_subnets(5), internal=internal)) for _ in range(2))
+        other = stack.enter_context(walled(lab, ptp(6), apart=ptp_subnets(6), internal=internal))
+        assert reaches(one.netns, two)
+        assert cut_off(one.netns, other)
+        assert cut_off(other.netns, one)
+        assert cut_off(outside, one)
+        if not internal:
+            assert one.netns.ping(OUTSIDE) > 0
+        one.check()
+    assert elements(lab.host, "apart4") == elements(lab.host, "joined4") == []
+
+
 @pytest.mark.parametrize("name", ["", "MY-RULES"])
 def test_an_administrators_rules_come_first(lab: Lab, name: str) -> None:
     chain = name or "CNI-ADMIN"
@@ -595,6 +622,9 @@ def test_configurations_that_are_wrong(lab: Lab) -> None:
             ({"ingressPolicy": "same-bridge", "prevResult": nowhere}, ('no link "nobr0"', '"same-bridge"')),
             ({"internal": True, "prevResult": inside}, ("$.internal", '"eth0", is none of the host')),
             ({"internal": "yes"}, ("$.internal",)),
+            ({"apart": ["10.5.0.1/16"]}, ('$.apart: want networks such as "10.5.0.0/16"', '"10.5.0.1/16"')),
+            ({"apart": ["10.5.0.0"]}, ("$.apart", '"10.5.0.0"')),
+            ({"apart": "10.5.0.0/16"}, ("$.apart",)),
             ({"ingressPolicy": "isolated", "prevResult": alone}, ("no port of bridge br0", '"isolated"')),
         ]
         for keys, words in wrong:
