@@ -204,6 +204,18 @@ class Client:
         request = pb.ConnectNetworksRequest(one=one, other=other, undo=undo)
         return list(self._call("ConnectNetworks", request, pb.ConnectNetworksResponse).networks)
 
+    def list_nodes(self, name: str = "") -> list[pb.Node]:
+        """The nodes of the cluster, by name; or one of them."""
+        return list(self._call("ListNodes", pb.ListNodesRequest(name=name), pb.ListNodesResponse).nodes)
+
+    def drain_node(self, name: str, *, undo: bool = False) -> pb.Node:
+        """Has a node give no new addresses of the cluster's pools."""
+        return self._call("DrainNode", pb.DrainNodeRequest(name=name, undo=undo), pb.Node)
+
+    def remove_node(self, name: str, *, force: bool = False) -> pb.RemoveNodeResponse:
+        """Forgets a node with all that it holds."""
+        return self._call("RemoveNode", pb.RemoveNodeRequest(name=name, force=force), pb.RemoveNodeResponse)
+
     def export_store(self) -> Iterator[bytes]:
         """A backup of all that the store holds, in pieces."""
         for answer in self._stream("ExportStore", pb.ExportStoreRequest(), pb.ExportStoreResponse):

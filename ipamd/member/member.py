@@ -169,8 +169,8 @@ class Member:
 
     async def _join(self) -> None:
         cluster = await identities.join_cluster(self.etcd, self.identity)
-        await self._wait_for_ghost()
         await self._register()
+        await self._wait_for_ghost()
         if not self.identity.cluster:
             await self._engine.run(lambda: identities.remember(self._transaction, cluster), grows=True)
         await self._say_alive()
@@ -237,8 +237,8 @@ class Member:
             if self._keeper is not None:
                 await self._keeper.lost()
             try:
-                await self._wait_for_ghost()
                 await self._register()
+                await self._wait_for_ghost()
                 await self._say_alive()
             except JoinError as error:
                 log.event(_logger, "error", "the cluster has another node of this name", error=str(error))

@@ -1,0 +1,271 @@
+"""A node as one of its cluster: who it is, how it joins, what an operator does with it."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from cluster import layout
+from cluster.etcd import Etcd
+from cluster.layout import AliveRecord, BlockRecord, NodeRecord
+from ipamd.client import Client, IpamError
+from ipamd.member.nodes import LeftForDead, Nodes
+from tests.cluster.daemons import Node
+from tests.cluster.loop import connected
+from tests.etcd import EtcdCluster
+from tests.ipamd.clock import FakeClock
+from tests.ipamd.daemon import WAIT_S, Daemon, cidrs, key, spec, wait_for
+
+T = TypeVar("T")
+
+
+class Lab:
+    """Nodes of one cluster, which is the test's own."""
+
+    def __init__(self, etcd: EtcdCluster, directory: Path, stack: ExitStack) -> None:
+        self.etcd = etcd
+        self.directory = directory
+        self.prefix = f"/{directory.name}/"
+        self._stack = stack
+
+    def configured(self, name: str, settings: str = "", place: str = "") -> Node:
+        """Not started."""
+        return Node(self.directory / place, name, self.etcd.sockets, settings, prefix=self.prefix)
+
+    def start(self, name: str, settings: str = "") -> Node:
+        return self._stack.enter_context(self.configured(name, settings))
+
+    def ask(self, question: Callable[[Etcd], Coroutine[Any, Any, T]]) -> T:
+        """Asks etcd itself."""
+
+        async def answer() -> T:
+            async with connected(self.etcd.sockets, self.prefix) as etcd:
+                return await question(etcd)
+
+        return asyncio.run(answer())
+
+
+@pytest.fixture(scope="module")
+def etcd() -> Iterator[EtcdCluster]:
+    with EtcdCluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def lab(etcd: EtcdCluster, tmp_path: Path) -> Iterator[Lab]:
+    with ExitStack() as stack:
+        yield Lab(etcd, tmp_path, stack)
+
+
+def refusal(node: Node) -> str:
+    """Why it does not start."""
+    process = node.spawn()
+    try:
+        assert process.wait(WAIT_S) == 1
+    finally:
+        process.kill()
+    return node.log.read_text()
+
+
+def names(client: Client) -> list[tuple[str, bool, bool]]:
+    return [(node.name, node.alive, node.draining) for node in client.list_nodes()]
+
+
+def fill(client: Client, pool: str, count: int, prefix: str = "c") -> list[str]:
+    return [cidrs(client.allocate(key(f"{prefix}{n}"), pools=[pool]))[0] for n in range(count)]
+
+
+def test_nodes_are_listed_drained_and_removed(lab: Lab) -> None:
+    a, b = lab.start("a", "[cluster]\nlease_s = 5\n"), lab.start("b", "[cluster]\nlease_s = 5\n")
+    with a.client() as to_a, b.client() as to_b:
+        to_a.create_pool("blue", spec("10.1.0.0/24", block_v4=26, cooldown_ms=0))
+        wait_for("the pool on b", to_b.list_pools)
+        fill(to_b, "blue", 70, "b")
+        wait_for("all published", lambda: [n.addresses for n in to_a.list_nodes()] == [0, 70])
+        (one, two) = to_a.list_nodes()
+        assert (one.name, two.name, two.blocks, two.version != "", two.hostname != "") == ("a", "b", 2, True, True)
+
+        # Drained: no new addresses, what was given stays, and empty blocks go back.
+        assert to_a.drain_node("b").draining
+        wait_for("b's word", lambda: to_b.status().draining)
+        with pytest.raises(IpamError, match="node b is drained") as error:
+            to_b.allocate(key("more"), pools=["blue"])
+        assert error.value.code.name == "FAILED_PRECONDITION"
+        with pytest.raises(IpamError, match="node b is drained"):
+            to_b.status(pools=["blue"])
+        assert not to_b.allocate(key("b0"), pools=["blue"]).created
+        for n in range(70):
+            to_b.release(key(f"b{n}"))
+        wait_for("nothing is left with b", lambda: to_a.list_nodes()[1].blocks == 0)
+        assert not to_a.drain_node("b", undo=True).draining
+        wait_for("b gives again", lambda: not to_b.status().draining)
+        fill(to_b, "blue", 10, "again")
+
+        with pytest.raises(IpamError, match="node b is alive"):
+            to_a.remove_node("b")
+        with pytest.raises(IpamError, match="this is node a itself"):
+            to_a.remove_node("a", force=True)
+        with pytest.raises(IpamError, match="no node z"):
+            to_a.drain_node("z")
+        wait_for("published", lambda: to_a.list_nodes()[1].addresses == 10)
+        b.kill()
+        wait_for("b's lease is over", lambda: names(to_a) == [("a", True, False), ("b", False, False)])
+        removed = to_a.remove_node("b")
+        assert (removed.blocks, removed.addresses) == (1, 10)
+        assert [node.name for node in to_a.list_nodes()] == ["a"]
+        # Its blocks can be had by others now; b finds its name again, and what nobody took meanwhile.
+        assert len(set(fill(to_a, "blue", 4 * 61))) == 4 * 61
+        b.start()
+        wait_for("b is back", lambda: names(to_a) == [("a", True, False), ("b", True, False)])
+
+
+def test_two_nodes_of_one_name_are_refused(lab: Lab) -> None:
+    a = lab.start("a")
+    with a.client() as client:
+        (known,) = client.list_nodes()
+    other = lab.configured("a", place="elsewhere")
+    text = refusal(other)
+    assert "the cluster has a node a already" in text
+    assert known.id in text
+    assert known.hostname in text
+    assert "netloom node remove a" in text
+    with a.client() as client:
+        assert names(client) == [("a", True, False)]
+
+
+def test_a_name_that_was_taken_while_etcd_was_away(tmp_path: Path) -> None:
+    """The first is away while it is removed and another one takes its name; it comes back with etcd down."""
+    with EtcdCluster() as etcd, ExitStack() as stack:
+        lab = Lab(etcd, tmp_path, stack)
+        first, helper = lab.start("a", "[cluster]\nlease_s = 5\n"), lab.start("h")
+        with first.client() as client:
+            client.create_pool("blue", spec("10.1.0.0/24"))
+            fill(client, "blue", 5)
+        first.kill()
+        with helper.client() as client:
+            wait_for("a's lease is over", lambda: names(client)[0] == ("a", False, False))
+            client.remove_node("a")
+        second = stack.enter_context(lab.configured("a", "[cluster]\nlease_s = 5\n", place="elsewhere"))
+        etcd.kill("m1")
+        first.start()
+        with first.client() as client:
+            fill(client, "blue", 10)
+            etcd.start("m1")
+            wait_for("its word", lambda: "the cluster does not take this node" in first.log.read_text())
+            with pytest.raises(IpamError, match="the cluster has a node a already"):
+                client.allocate(key("new"), pools=["blue"])
+            assert not client.allocate(key("c0"), pools=["blue"]).created
+        with second.client() as client:
+            fill(client, "blue", 5, "s")
+
+
+def test_what_refuses_to_start(lab: Lab, etcd: EtcdCluster) -> None:
+    nowhere = Node(lab.directory, "n", ["unix:/nowhere/etcd"], "", prefix=lab.prefix)
+    assert "this node was never one of its cluster" in refusal(nowhere)
+    a = lab.start("a")
+    with a.client() as client:
+        client.create_pool("blue", spec("10.1.0.0/24"))
+    assert a.stop() == 0
+    text = a.config.read_text()
+
+    def with_(old: str, new: str) -> str:
+        a.log.unlink()
+        a.config.write_text(text.replace(old, new))
+        return refusal(a)
+
+    assert "is empty, and this node is of cluster" in with_(f'prefix = "{lab.prefix}"', 'prefix = "/other/"')
+    assert "with pools blue: set kind" in with_('kind = "etcd"', 'kind = "sqlite"')
+    assert "this node is a in its cluster, and is called b now" in with_('node = "a"', 'node = "b"')
+    foreign = Node(lab.directory / "foreign", "f", etcd.sockets, "", prefix="/foreign/")
+    with foreign:
+        pass
+    assert "is of cluster" in with_(f'prefix = "{lab.prefix}"', 'prefix = "/foreign/"')
+
+    async def demand(to_etcd: Etcd) -> None:
+        pair = await to_etcd.get(layout.VERSION)
+        assert pair is not None
+        record = layout.decode(layout.VersionRecord, layout.VERSION, pair.value)
+        await to_etcd.put(layout.VERSION, layout.encode(layout.VersionRecord(9, 9, record.cluster)))
+
+    lab.ask(demand)
+    assert "needs schema 9, and this ipamd knows up to 1" in with_("", "")
+
+
+def test_a_local_store_takes_no_pool_of_a_cluster(tmp_path: Path) -> None:
+    with Daemon(tmp_path) as daemon, daemon.client() as client:
+        with pytest.raises(IpamError, match="mode node-block wants a cluster") as error:
+            client.create_pool("blue", spec("10.1.0.0/24", mode="node-block"))
+        assert error.value.code.name == "FAILED_PRECONDITION"
+        with pytest.raises(IpamError, match="not one of a cluster"):
+            client.list_nodes()
+
+
+def test_the_status_tells_of_etcd(lab: Lab) -> None:
+    a = lab.start("a")
+    with a.client() as client:
+        status = client.status()
+        assert (status.store, status.etcd_reachable, status.draining) == ("etcd", True, False)
+        (endpoint,) = status.etcd
+        assert (endpoint.leader, endpoint.error, endpoint.version[:2]) == (True, "", "3.")
+
+
+def test_what_a_crash_between_etcd_and_the_store_leaves(lab: Lab) -> None:
+    """A block that etcd gave this node and the store never heard of; and one that etcd lost."""
+    a = lab.start("a")
+    with a.client() as client:
+        client.create_pool("blue", spec("10.1.0.0/24", cooldown_ms=0))
+        taken = fill(client, "blue", 3)
+        (node,) = client.list_nodes()
+        wait_for("published", lambda: not client.status().unpublished)
+    a.kill()
+
+    async def tamper(etcd: Etcd) -> None:
+        (held,) = (await etcd.range(layout.BLOCKS)).pairs
+        await etcd.delete(held.key)
+        for third in (0, 64, 128, 192):
+            other = layout.BLOCKS + layout.place("blue", f"10.1.0.{third}/26")
+            if other != held.key:
+                await etcd.put(other, layout.encode(BlockRecord("a", node.id)))
+
+    lab.ask(tamper)
+    a.start()
+    with a.client() as client:
+        wait_for("all are known", lambda: "etcd had lost a block" in a.log.read_text())
+        assert fill(client, "blue", 3) == taken
+        assert len(set(fill(client, "blue", 4 * 61))) == 4 * 61
+
+
+def test_nodes_that_are_silent_for_the_grace_are_removed(lab: Lab) -> None:
+    async def play(etcd: Etcd) -> None:
+        clock = FakeClock()
+        left = LeftForDead(etcd, Nodes(etcd, "own"), clock, "own", 100.0)
+        for name in ("own", "dead", "alive"):
+            await etcd.put(layout.NODES + name, layout.encode(NodeRecord(f"id-{name}", name, 0)))
+            await etcd.put(
+                layout.BLOCKS + layout.place("p", f"10.0.{len(name)}.0/26"),
+                layout.encode(BlockRecord(name, f"id-{name}")),
+            )
+        await etcd.put(layout.ALIVE + "alive", layout.encode(AliveRecord("id-alive", "b", "1", 0)))
+
+        async def nodes() -> list[str]:
+            return [pair.key for pair in (await etcd.range(layout.NODES)).pairs]
+
+        for _ in range(20):
+            await left.look()
+            assert len(await nodes()) == 3
+            clock.advance(5.0)
+        # A gap in which nobody looked counts for nothing.
+        clock.advance(1000.0)
+        await left.look()
+        assert len(await nodes()) == 3
+        for _ in range(20):
+            clock.advance(5.0)
+            await left.look()
+        assert await nodes() == ["nodes/alive", "nodes/own"]
+        blocks = (await etcd.range(layout.BLOCKS)).pairs
+        assert {layout.decode(BlockRecord, pair.key, pair.value).node for pair in blocks} == {"own", "alive"}
+
+    lab.ask(play)
