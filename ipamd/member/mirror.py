@@ -5,6 +5,7 @@ marked first: from then on no node claims a block or an address of it, and each 
 """
 
 import asyncio
+import contextlib
 import functools
 import logging
 import time
@@ -211,7 +212,8 @@ class Mirror:
         )
         if not done.succeeded:
             raise UnavailableError(f"pool {name} was changed by another node at the same moment; ask again")
-        if name in self._ledger.pools:
+        # Who follows etcd may be faster, and has taken it out of the ledger.
+        with contextlib.suppress(NotFoundError):
             await self._engine.run(lambda: self._ledger.delete_pool(name))
 
     async def _in_use(self, name: str) -> str:
