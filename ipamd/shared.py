@@ -176,7 +176,6 @@ class SharedPools(Pools):
         """An allocation is not to be answered before etcd has taken its addresses for this node's."""
         self.unconfirmed[generation] = None
         self._transaction.on_undo(self.unconfirmed.pop, generation, None)
-        self.errands_written = True
 
     def _confirmed(self, generation: int) -> None:
         """Nobody waits for that confirmation any more."""

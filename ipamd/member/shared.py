@@ -28,7 +28,7 @@ class SharedAddresses:
         self._claims = Claims(etcd, engine, ledger, self._book, pools)
         self._unclaims = Unclaims(etcd, engine, ledger, store, self._book)
         self._addresses = Addresses(etcd, engine, ledger, store, self._book, self._claims)
-        self._claims.on_claimed = self._unclaims.wake
+        self._claims.on_claimed = self._unclaims.claimed
         self._running = False
         ledger.join(identity.node)
 

@@ -5,6 +5,7 @@ is this node's, and cools down for everybody under a lease as long as the cool-d
 """
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -27,7 +28,9 @@ _logger = logging.getLogger("ipamd.member")
 _AT_ONCE = 32
 _PAGE = 1000
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
-_GATHER_S = 0.005
+_GATHER_S = 0.02
+# Claims that were confirmed are struck off so often: each time is a commit, and only a restart reads them.
+_STRIKE_OFF_S = 1.0
 # A lease is used for what is freed within so long, and lives that much longer.
 _SHARED_S = 1.0
 
@@ -70,6 +73,8 @@ class Unclaims:
         self._more = asyncio.Event()
         self._more.set()
         self.pending = 0
+        self._waiting = False  # whether an errand waits for a claim to end
+        self._claimed = True  # whether a claim was confirmed since the last look
         engine.after_commit(self._look)
 
     def _look(self) -> None:
@@ -77,17 +82,23 @@ class Unclaims:
             self._ledger.errands_written = False
             self._more.set()
 
-    def wake(self) -> None:
-        """There may be something to do."""
-        self._more.set()
+    def claimed(self) -> None:
+        """Claims ended: their errands may be struck off, and what waited for them may go on."""
+        self._claimed = True
+        if self._waiting:
+            self._more.set()
 
     async def run(self) -> None:
         """Does errands as they come. Never returns."""
         pause = _FIRST_PAUSE_S
         while True:
-            await self._more.wait()
-            await asyncio.sleep(_GATHER_S)
-            self._more.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._more.wait(), _STRIKE_OFF_S)
+            if self._more.is_set():
+                await asyncio.sleep(_GATHER_S)
+                self._more.clear()
+            elif not self._claimed:
+                continue
             try:
                 await self._work()
             except EtcdError as error:
@@ -106,6 +117,7 @@ class Unclaims:
 
     async def _work(self) -> None:
         """Does what can be done now; raises EtcdError, and what is left is asked for again."""
+        self._claimed = False
         errands = await self._engine.run(lambda: self._store.errands(_PAGE))
         self.pending = len(errands)
         told = [e.seq for e in errands if e.kind == "claim" and e.generation not in self._ledger.unconfirmed]
@@ -113,6 +125,7 @@ class Unclaims:
             await self._engine.run(lambda: self._ledger.settle(told))
         # What a claim under way may yet make ours comes in a later round: its end wakes us.
         ready = [e for e in errands if e.kind == "unclaim" and (e.pool, e.ip) not in self._book.claiming]
+        self._waiting = len(ready) < sum(e.kind == "unclaim" for e in errands)
         for start in range(0, len(ready), _AT_ONCE):
             await self._unclaim(ready[start : start + _AT_ONCE])
         if len(errands) == _PAGE:
