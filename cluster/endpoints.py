@@ -288,6 +288,9 @@ class Endpoints:
         deadline = time.monotonic() + limit_s
         if not await endpoint.connect(limit_s):
             raise UnavailableError(f"no connection to {name} within {limit_s:g} s")
+        if not self._logged_in:
+            with contextlib.suppress(UnavailableError):  # what needs no user is answered nevertheless
+                await self._renew_token(self._metadata, deadline)
         try:
             return await endpoint.methods[method](
                 request, timeout=max(0.1, deadline - time.monotonic()), metadata=self._metadata[1:]

@@ -17,6 +17,7 @@ An Etcd belongs to the event loop in which it was made.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -69,6 +70,7 @@ __all__ = [
 # etcd's own limit is --max-txn-ops, 128 by default.
 LARGEST_TXN = 100
 _DEFRAGMENT_S = 120.0
+_ALARMS: dict[int, str] = {pb.AlarmType.NOSPACE: "NOSPACE", pb.AlarmType.CORRUPT: "CORRUPT"}
 _GONE = "requested lease not found"
 
 
@@ -271,29 +273,25 @@ class Etcd:
         return watch.watch(self._endpoints, self._prefix, prefix, start_revision)
 
     async def status(self) -> list[EndpointStatus]:
-        """Of each endpoint, asked one after the other; `error` where it does not answer."""
-        names = {1: "NOSPACE", 2: "CORRUPT"}
-        found = []
-        for endpoint in self._endpoints.all:
-            try:
-                answer = await self._ask(endpoint.name, "Status", pb.StatusRequest())
-                alarms = await self._ask(endpoint.name, "Alarm", pb.AlarmRequest(action=pb.AlarmRequest.GET))
-            except EtcdError as error:
-                found.append(EndpointStatus(endpoint.name, error=str(error)))
-                continue
-            found.append(
-                EndpointStatus(
-                    endpoint=endpoint.name,
-                    version=answer.version,
-                    leader=answer.leader == answer.header.member_id,
-                    has_leader=answer.leader != 0,
-                    db_bytes=answer.dbSize,
-                    db_bytes_used=answer.dbSizeInUse,
-                    revision=answer.header.revision,
-                    alarms=tuple(sorted({names.get(alarm.alarm, str(alarm.alarm)) for alarm in alarms.alarms})),
-                )
-            )
-        return found
+        """Of each endpoint, also of one without a leader; `error` where it does not answer."""
+        return list(await asyncio.gather(*(self._status(endpoint.name) for endpoint in self._endpoints.all)))
+
+    async def _status(self, endpoint: str) -> EndpointStatus:
+        try:
+            answer = await self._ask(endpoint, "Status", pb.StatusRequest())
+            alarms = await self._ask(endpoint, "Alarm", pb.AlarmRequest(action=pb.AlarmRequest.GET))
+        except EtcdError as error:
+            return EndpointStatus(endpoint, error=str(error))
+        return EndpointStatus(
+            endpoint=endpoint,
+            version=answer.version,
+            leader=answer.leader == answer.header.member_id,
+            has_leader=answer.leader != 0,
+            db_bytes=answer.dbSize,
+            db_bytes_used=answer.dbSizeInUse,
+            revision=answer.header.revision,
+            alarms=tuple(sorted({_ALARMS.get(alarm.alarm, str(alarm.alarm)) for alarm in alarms.alarms})),
+        )
 
     async def compact(self, revision: int) -> None:
         """Forgets the history before `revision`, if it is not forgotten yet; returns when the space is free again."""

@@ -118,15 +118,18 @@ class _Stream:
         self._metadata = metadata
         self._cut = len(root)
         self._first = root + prefix.encode()
+        self._heard = False
+        self._is_silent = False
 
     async def batches(self, progress: _Progress) -> AsyncGenerator[Batch, None]:
         call = self._endpoint.watch(metadata=self._metadata)
+        guard = asyncio.create_task(self._guard(call))
         try:
             await self._create(call, progress)
             if not progress.told:
                 progress.told = True
                 yield Batch([], progress.revision)
-            fragments: list[Any] = []
+            fragments: list[kv_pb2.Event] = []
             while True:
                 answer = await self._read(call)
                 self._refused(answer)
@@ -143,6 +146,7 @@ class _Stream:
         except aio.AioRpcError as error:
             self._raise(error)
         finally:
+            guard.cancel()
             call.cancel()
 
     async def _create(self, call: Any, progress: _Progress) -> None:
@@ -169,29 +173,37 @@ class _Stream:
             progress.revision = answer.header.revision
 
     async def _read(self, call: Any) -> Any:
-        """The next answer; asks for a sign of life where none comes."""
-        asked = False
-        reading = asyncio.ensure_future(call.read())
         try:
-            while True:
-                done, _ = await asyncio.wait((reading,), timeout=QUIET_S)
-                if done:
-                    if reading.cancelled():
-                        raise _LostError("its connection was closed here")
-                    answer = reading.result()
-                    if answer is aio.EOF:  # type: ignore[attr-defined]
-                        self._raise(await ended(call))
-                    return answer
-                if asked:
-                    raise _SilentError(f"no sign of life for {2 * QUIET_S:g} s")
+            answer = await call.read()
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # Not the reader was cancelled, but the call: by the guard, or because the connection was closed here.
+            raise (_SilentError if self._is_silent else _LostError)("no sign of life, or closed") from None
+        if answer is aio.EOF:  # type: ignore[attr-defined]
+            self._raise(await ended(call))
+        self._heard = True
+        return answer
+
+    async def _guard(self, call: Any) -> None:
+        """Asks for a sign of life where nothing was heard for a while, and ends the call where none comes."""
+        asked = False
+        while True:
+            self._heard = False
+            await asyncio.sleep(QUIET_S)
+            if self._heard:
+                asked = False
+            elif asked:
+                self._is_silent = True
+                call.cancel()
+                return
+            else:
                 asked = True
-                async with asyncio.timeout(QUIET_S):
-                    with contextlib.suppress(asyncio.InvalidStateError):
+                # Where it takes no requests, the next round ends it.
+                with contextlib.suppress(asyncio.InvalidStateError, aio.AioRpcError, TimeoutError):
+                    async with asyncio.timeout(QUIET_S / 2):
                         await call.write(pb.WatchRequest(progress_request=pb.WatchProgressRequest()))
-        except TimeoutError:
-            raise _SilentError("it takes no requests") from None
-        finally:
-            reading.cancel()
 
     def _raise(self, error: aio.AioRpcError) -> None:
         verdict, meaning = judge(error)

@@ -89,6 +89,8 @@ async def test_users(guarded: EtcdCluster, tmp_path: Path) -> None:
         guarded.restart("m1")
         assert (await etcd.txn([], [Put("n/a", b"2")])).succeeded
         assert (await asyncio.wait_for(anext(watch), PATIENCE_S)).events[0].pair.value == b"2"
+        (status,) = await etcd.status()
+        assert (status.error, status.leader) == ("", True)
         # Any change of users makes older tokens stale for changes.
         guarded.etcdctl("user", "add", "other:other")
         assert (await etcd.txn([], [Put("n/a", b"3")])).succeeded

@@ -57,6 +57,52 @@ async def test_members_that_die(three: EtcdCluster) -> None:
 
 
 @looped
+async def test_a_watch_among_members_that_die(three: EtcdCluster) -> None:
+    async with connected(three.sockets) as etcd, connected(three.sockets) as writer:
+        seen: list[tuple[int, bytes]] = []
+        written: list[tuple[int, bytes]] = []
+        total = 400
+
+        async def follow() -> None:
+            async with aclosing(etcd.watch("n/")) as watch:
+                await anext(watch)
+                begun.set()
+                async for batch in watch:
+                    seen.extend((event.pair.mod_revision, event.pair.value) for event in batch.events)
+                    if len(seen) >= total:
+                        return
+
+        async def write() -> None:
+            await begun.wait()
+            gone: Member | None = None
+            for number in range(total):
+                if number % 100 == 50:
+                    if gone is not None:
+                        three._launch(gone.name)
+                    # The one that the watch is on.
+                    name = etcd._endpoints._current.name
+                    gone = next(member for member in three.members.values() if member.socket == name)
+                    three.kill(gone)
+                while not await _written(writer, number):
+                    pass
+
+        async def _written(writer: Etcd, number: int) -> bool:
+            value, mark = b"%d" % number, f"done/{number}"
+            try:
+                done = await writer.txn([absent(mark)], [Put("n/a", value), Put(mark, b"")], [Get(mark)])
+            except UnknownOutcomeError:
+                return False  # asked for again, which the condition makes harmless
+            found = done.pairs[0] if done.pairs else None
+            written.append((done.revision if found is None else found.mod_revision, value))
+            return True
+
+        begun = asyncio.Event()
+        await etcd.get("a")
+        await asyncio.wait_for(asyncio.gather(follow(), write()), 4 * PATIENCE_S)
+        assert seen == written
+
+
+@looped
 async def test_a_member_that_hangs(three: EtcdCluster) -> None:
     async with connected(three.sockets, timeout_s=30.0) as etcd, aclosing(etcd.watch("n/")) as watch:
         await anext(watch)
