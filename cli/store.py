@@ -1,12 +1,13 @@
 """`netloom store`: a copy of all that ipamd keeps, and a store made from one."""
 
+import asyncio
 import contextlib
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from typing import IO, NoReturn
+from collections.abc import Iterator, Mapping
+from typing import IO, TYPE_CHECKING, NoReturn
 
 import click
 
@@ -15,18 +16,22 @@ from cli.failure import Failure, Status
 from cli.options import Choices, command, pass_choices
 from ipamd import backup as backups
 from ipamd.backup import Backup, BackupError
-from ipamd.config import Config, load
-from ipamd.errors import StartError
+from ipamd.config import ClusterConfig, Config, load
+from ipamd.errors import IpamdError, StartError
+from ipamd.pool import Mode
 from ipamd.store.base import StoreError
 from ipamd.store.sqlite import SqliteStore
 from kernel.settings import ConfigError
 
+if TYPE_CHECKING:
+    from ipamd.member.migrate import Migrated
+
 _BESIDE = ("", "-wal", "-shm", "-journal", ".ballast")  # what belongs to a database
 
 
-@click.group("store", short_help="ipamd's store: back it up, restore it.")
+@click.group("store", short_help="ipamd's store: back it up, restore it, move it.")
 def store() -> None:
-    """ipamd's store: back it up, restore it."""
+    """ipamd's store: back it up, restore it, move it into a cluster or out of one."""
 
 
 @command(store, "backup")
@@ -77,6 +82,60 @@ def restore(choices: Choices, file: str, path: str | None, force: bool) -> None:
     _print(choices, target, copy, aside)
 
 
+@command(store, "migrate")
+@click.option("--to", "kind", type=click.Choice(["etcd", "sqlite"]), required=True, help="The store from now on.")
+@click.option(
+    "--mode",
+    type=click.Choice(["cluster-address", "node-block"]),
+    default="cluster-address",
+    show_default=True,
+    help="Of the pools, in a cluster.",
+)
+@pass_choices
+def migrate(choices: Choices, kind: str, mode: Mode) -> None:
+    """Take this node's database into a cluster, or out of one whose only node it is.
+
+    ipamd must be stopped; containers go on running, and keep what they have. [etcd] in the configuration names the
+    cluster. Afterwards set kind under [store], and start ipamd.
+    """
+    from cluster.errors import EtcdError  # noqa: PLC0415 - gRPC takes 60 ms, which other commands do not pay
+
+    config = _configured({"store_kind": "etcd"})
+    assert config.cluster is not None  # noqa: S101 (a configuration with that kind has it)
+    if not os.path.exists(config.store_path):
+        raise Failure(f"{config.store_path}: there is no database; ipamd makes one when it starts")
+    try:
+        done = asyncio.run(_migrate(config, config.cluster, kind, mode))
+    except (StartError, StoreError, IpamdError) as error:
+        raise Failure(f"{error}") from None
+    except EtcdError as error:
+        raise Failure(f"{error}; nothing was changed here", Status.UNREACHABLE) from None
+    _own(config.store_path)
+    if choices.as_json:
+        output.document({"kind": kind, "pools": list(done.pools), "blocks": done.blocks, "addresses": done.addresses})
+        return
+    names = f" ({', '.join(done.pools)})" if done.pools else ""
+    output.line(f"moved {len(done.pools)} pools{names}, {done.blocks} blocks, {done.addresses} addresses")
+    for what in done.left:
+        output.line(f"left in etcd: {what}")
+    output.line(f'now set kind = "{kind}" under [store], and start ipamd')
+
+
+async def _migrate(config: Config, cluster: ClusterConfig, kind: str, mode: Mode) -> "Migrated":
+    from cluster.etcd import Etcd  # noqa: PLC0415
+    from ipamd.member.migrate import to_cluster, to_sqlite  # noqa: PLC0415
+
+    database = SqliteStore(config.store_path)
+    etcd = Etcd(cluster.etcd)
+    try:
+        if kind == "etcd":
+            return await to_cluster(database, etcd, config.node, mode)
+        return await to_sqlite(database, etcd)
+    finally:
+        await etcd.close()
+        database.close()
+
+
 def _read(file: str) -> Backup:
     try:
         with open(file, "rb") as stream:
@@ -87,11 +146,11 @@ def _read(file: str) -> Backup:
         raise Failure(f"{file}: cannot be read: {error.strerror}") from None
 
 
-def _configured() -> Config:
+def _configured(overrides: Mapping[str, object] | None = None) -> Config:
     try:
-        return load(None, {}, os.environ)
+        return load(None, overrides or {}, os.environ)
     except ConfigError as error:
-        raise Failure(f"{error}; or name the database with --to", Status.USAGE) from None
+        raise Failure(f"{error}{'' if overrides else '; or name the database with --to'}", Status.USAGE) from None
 
 
 def _make(target: str, copy: Backup) -> None:
@@ -100,7 +159,11 @@ def _make(target: str, copy: Backup) -> None:
         made.load(copy.copy)
     finally:
         made.close()
-    # ipamd runs as an ordinary user, to whom the directory belongs; this command mostly as root.
+    _own(target)
+
+
+def _own(target: str) -> None:
+    """ipamd runs as an ordinary user, to whom the directory belongs; this command mostly as root."""
     owner = os.stat(os.path.dirname(target))
     for suffix in (*_BESIDE, ".lock"):
         with contextlib.suppress(FileNotFoundError):
