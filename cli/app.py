@@ -12,14 +12,18 @@ from cli.addresses import addresses
 from cli.attach import attach, detach
 from cli.check import check
 from cli.completion import PROGRAM, VARIABLE, completion
+from cli.doctor import doctor
 from cli.failure import EPILOG, Failure, Status
 from cli.gc import gc
 from cli.import_host_local import imports
 from cli.networks import networks
+from cli.nodes import nodes
 from cli.options import common
 from cli.pools import pools
+from cli.route import route
 from cli.status import status
 from cli.store import store
+from cli.topology import topology
 from cli.trace import trace
 from kernel.version import VERSION
 
@@ -36,7 +40,22 @@ def netloom() -> None:
     """
 
 
-for _command in (status, gc, trace, attach, detach, addresses, pools, networks, store, completion):
+for _command in (
+    status,
+    route,
+    topology,
+    doctor,
+    gc,
+    trace,
+    attach,
+    detach,
+    addresses,
+    pools,
+    networks,
+    nodes,
+    store,
+    completion,
+):
     netloom.add_command(_command)
 addresses.add_command(imports)
 addresses.add_command(check)

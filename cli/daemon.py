@@ -38,9 +38,9 @@ def connected(path: str, timeout_s: float = TIMEOUT_S) -> Iterator[Client]:
     answers.
     """
     try:
-        _knock(path, timeout_s)
+        knock(path, timeout_s)
     except OSError as error:
-        raise Failure(_unreachable(path, error), Status.UNREACHABLE) from None
+        raise Failure(unreachable(path, error), Status.UNREACHABLE) from None
     # The request id is written to ipamd's log beside what this command made it do.
     with Client(path, timeout_s, secrets.token_hex(8)) as client:
         try:
@@ -63,7 +63,7 @@ def refusal(error: IpamError) -> Failure:
     return Failure(text)
 
 
-def _knock(path: str, timeout_s: float) -> None:
+def knock(path: str, timeout_s: float) -> None:
     """Connects and hangs up. A socket's path has at most 107 bytes (unix(7)); through the directory's descriptor any
     path is a short one."""
     directory = os.open(os.path.dirname(path) or "/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -75,14 +75,15 @@ def _knock(path: str, timeout_s: float) -> None:
         os.close(directory)
 
 
-def _unreachable(path: str, error: OSError) -> str:
+def unreachable(path: str, error: OSError, daemon: str = "ipamd") -> str:
+    """Why nobody answers on a daemon's socket, and what to do."""
     shown = repr(path)[1:-1]
     if isinstance(error, TimeoutError) or error.errno == errno.EAGAIN:
-        return f"ipamd does not take connections on {shown}: it is overloaded or stopped; see its log"
+        return f"{daemon} does not take connections on {shown}: it is overloaded or stopped; see its log"
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
-        return f"ipamd is not running: there is no socket {shown}; start it, or name its socket with --socket"
+        return f"{daemon} is not running: there is no socket {shown}; start it, or name its socket with --socket"
     if error.errno == errno.ECONNREFUSED:
-        return f"ipamd is not running: nobody listens on {shown}; start it and see its log"
+        return f"{daemon} is not running: nobody listens on {shown}; start it and see its log"
     if error.errno in (errno.EACCES, errno.EPERM):
         return f"you may not open {shown}; run this as root, or join the group that the socket belongs to"
-    return f"cannot reach ipamd on {shown}: {error.strerror or error}; is it the right path?"
+    return f"cannot reach {daemon} on {shown}: {error.strerror or error}; is it the right path?"

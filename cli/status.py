@@ -6,17 +6,19 @@ from typing import TypedDict
 
 import click
 
-from cli import documents, output, shim
+from cli import documents, netd, output, shim
 from cli.documents import PoolDocument
 from cli.failure import Failure, Status
+from cli.netd import NetdDocument
 from cli.options import Choices, common, pass_choices
-from cli.pools import NUMBERS, USAGE_COLUMNS, usage_rows
+from cli.pools import print_usage
 from cli.shim import DockerDocument
 from ipamd.client import Client, IpamError
 from kernel import foreign, nft, paths
 from kernel.errors import KernelError
 from kernel.record import Records
 from kernel.session import Session
+from protos.ipam.v1 import ipam_pb2
 
 
 class IpamdDocument(TypedDict):
@@ -30,6 +32,23 @@ class IpamdDocument(TypedDict):
     pools: int
 
 
+class EndpointDocument(TypedDict):
+    endpoint: str
+    version: str
+    leader: bool
+    db_bytes: int
+    alarms: list[str]
+    error: str  # "": it answers
+
+
+class ClusterDocument(TypedDict):
+    reachable: bool
+    since_s: float  # for how long it has been so
+    draining: bool
+    unpublished: int  # changes that the cluster does not know yet
+    etcd: list[EndpointDocument]
+
+
 class KernelDocument(TypedDict):
     attachments: int | None  # None: only root may look
     releases_waiting: int | None
@@ -41,9 +60,11 @@ class StatusDocument(TypedDict):
     problems: list[str]
     socket: str
     ipamd: IpamdDocument | None
+    cluster: ClusterDocument | None  # None: the store belongs to this host
     pools: list[PoolDocument]
     kernel: KernelDocument
     docker: DockerDocument | None  # None: no shim ever ran on this host, or only root may look
+    netd: NetdDocument | None  # None: no netd ran since the host's start, or only root may look
 
 
 _EPILOG = (
@@ -59,21 +80,24 @@ def status(choices: Choices) -> None:
     """Show whether ipamd and Docker's driver run, how full the pools are, and what the host's kernel side knows."""
     kernel = _kernel(paths.run_dir(os.environ))
     docker = shim.look(paths.state_dir(os.environ))
+    node = netd.look()
     socket = choices.socket_path()
     try:
         with choices.ipamd() as ipamd:
-            found = _ask(ipamd, socket, kernel, docker)
+            found = _ask(ipamd, socket, kernel, docker, node)
     except Failure as failure:
         if choices.as_json:
             output.document(
                 StatusDocument(
                     state="unreachable",
-                    problems=[failure.message, *shim.problems(docker)],
+                    problems=[failure.message, *shim.problems(docker), *netd.problems(node)],
                     socket=socket,
                     ipamd=None,
+                    cluster=None,
                     pools=[],
                     kernel=kernel,
                     docker=docker,
+                    netd=node,
                 )
             )
         raise
@@ -85,10 +109,15 @@ def status(choices: Choices) -> None:
         raise click.exceptions.Exit(Status.FAILED)
 
 
-def _ask(ipamd: Client, socket: str, kernel: KernelDocument, docker: DockerDocument | None) -> StatusDocument:
+def _ask(
+    ipamd: Client, socket: str, kernel: KernelDocument, docker: DockerDocument | None, node: NetdDocument | None
+) -> StatusDocument:
     answer = ipamd.status()
     pools = sorted((documents.pool(entry) for entry in ipamd.list_pools()), key=lambda entry: entry["name"])
-    problems = [*_refusals(ipamd, pools), *_bad_records(kernel), *_other_firewalls(), *shim.problems(docker)]
+    problems = [*_refusals(ipamd, pools), *_bad_records(kernel), *other_firewalls(), *shim.problems(docker)]
+    problems += netd.problems(node)
+    cluster = _cluster(answer)
+    problems += _cluster_problems(cluster)
     return StatusDocument(
         state="degraded" if problems else "healthy",
         problems=problems,
@@ -103,10 +132,49 @@ def _ask(ipamd: Client, socket: str, kernel: KernelDocument, docker: DockerDocum
             allocations=answer.allocations,
             pools=answer.pools,
         ),
+        cluster=cluster,
         pools=pools,
         kernel=kernel,
         docker=docker,
+        netd=node,
     )
+
+
+def _cluster(answer: ipam_pb2.StatusResponse) -> ClusterDocument | None:
+    if answer.store != "etcd":
+        return None
+    return ClusterDocument(
+        reachable=answer.etcd_reachable,
+        since_s=answer.etcd_since_s,
+        draining=answer.draining,
+        unpublished=answer.unpublished,
+        etcd=[
+            EndpointDocument(
+                endpoint=one.endpoint,
+                version=one.version,
+                leader=one.leader,
+                db_bytes=one.db_bytes,
+                alarms=list(one.alarms),
+                error=one.error,
+            )
+            for one in answer.etcd
+        ],
+    )
+
+
+def _cluster_problems(cluster: ClusterDocument | None) -> list[str]:
+    if cluster is None:
+        return []
+    problems = [f"etcd {one['endpoint']} does not answer: {one['error']}" for one in cluster["etcd"] if one["error"]]
+    problems += [
+        f"etcd {one['endpoint']} has an alarm: {', '.join(one['alarms'])}" for one in cluster["etcd"] if one["alarms"]
+    ]
+    if not cluster["reachable"]:
+        problems.append(
+            f"etcd cannot be reached for {_duration(cluster['since_s'])}: no new blocks, and no new addresses of pools "
+            "of mode cluster-address"
+        )
+    return problems
 
 
 def _refusals(ipamd: Client, pools: Sequence[PoolDocument]) -> list[str]:
@@ -128,7 +196,7 @@ def _bad_records(kernel: KernelDocument) -> list[str]:
     ]
 
 
-def _other_firewalls() -> list[str]:
+def other_firewalls() -> list[str]:
     """What drops packets that containers want to pass, and how to let them."""
     try:
         with Session() as host:
@@ -165,7 +233,7 @@ def _kernel(run_dir: str) -> KernelDocument:
 
 
 def _print(found: StatusDocument) -> None:
-    ipamd, kernel, docker = found["ipamd"], found["kernel"], found["docker"]
+    ipamd, kernel, docker, node = found["ipamd"], found["kernel"], found["docker"], found["netd"]
     facts = [("state", found["state"]), ("socket", found["socket"])]
     if ipamd is not None:
         facts += [
@@ -174,18 +242,33 @@ def _print(found: StatusDocument) -> None:
             ("store", f"{ipamd['store']}, schema {ipamd['schema']}" if ipamd["schema"] else ipamd["store"]),
             ("allocations", f"{ipamd['allocations']} in {ipamd['pools']} pools"),
         ]
+    if found["cluster"] is not None:
+        facts += _cluster_facts(found["cluster"])
     facts += [
         ("attachments", _count(kernel["attachments"], "with state in this host's kernel")),
         ("releases", _count(kernel["releases_waiting"], "waiting for ipamd")),
         *([("docker", shim.fact(docker))] if docker is not None else []),
+        *([("netd", netd.fact(node))] if node is not None else []),
         *(("problem", problem) for problem in found["problems"]),
     ]
     output.facts(facts)
     if found["pools"]:
         output.line("")
-        output.table(USAGE_COLUMNS, usage_rows(found["pools"]), NUMBERS)
+        print_usage(found["pools"])
     if docker is not None:
         shim.print_tables(docker)
+    if node is not None and node["answers"]:
+        netd.print_tables(node)
+
+
+def _cluster_facts(cluster: ClusterDocument) -> list[tuple[str, str]]:
+    state = "reachable" if cluster["reachable"] else f"away for {_duration(cluster['since_s'])}"
+    draining = "; this node is drained" if cluster["draining"] else ""
+    facts = [("cluster", f"etcd is {state}, {cluster['unpublished']} changes to be told{draining}")]
+    for one in cluster["etcd"]:
+        size = f"version {one['version']}, {one['db_bytes'] / 1e6:.1f} MB{', leader' if one['leader'] else ''}"
+        facts.append(("etcd", f"{one['endpoint']}  {one['error'] or size}"))
+    return facts
 
 
 def _count(number: int | None, what: str) -> str:

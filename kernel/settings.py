@@ -58,13 +58,18 @@ def ipamd_socket(environment: Mapping[str, str]) -> str:
 
     ipamd itself says what is wrong with a file. Here it is passed over: whoever asks has to work just then.
     """
-    return _ipamd_socket(paths.config_file(environment)) or paths.ipamd_socket(environment)
+    return _socket_of("ipamd", paths.config_file(environment)) or paths.ipamd_socket(environment)
 
 
-def _ipamd_socket(file: str) -> str:
+def netd_socket(environment: Mapping[str, str]) -> str:
+    """Where netd is to be asked: as the host's configuration says, else in the run directory."""
+    return _socket_of("netd", paths.config_file(environment)) or f"{paths.run_dir(environment)}/netd.sock"
+
+
+def _socket_of(daemon: str, file: str) -> str:
     try:
         with open(file, "rb") as stream:
-            table = tomllib.load(stream).get("ipamd", {})
+            table = tomllib.load(stream).get(daemon, {})
     except (OSError, ValueError):
         return ""
     value = table.get("socket", "") if isinstance(table, dict) else ""

@@ -20,7 +20,7 @@ from netd.explain import Way, explain
 from netd.fabric.registry import TUNNELS
 from netd.fabric.vxlan import device_name
 from netd.reconcile import Reconciler
-from netd.values import Node
+from netd.values import Node, Route
 from protos.node.v1 import node_pb2 as pb
 from protos.node.v1.node_pb2_grpc import NodeServicer
 from telemetry import log
@@ -163,6 +163,7 @@ class Service(NodeServicer):
             present=sum(reconciler.found.get(key) == reconciler.desired.get(key) for key in keys),
             version=self._source.peer_version(peer.name),
             takes_vxlan=peer.takes_vxlan,
+            links=sorted({one.device for key in keys if isinstance(one := reconciler.desired.get(key), Route)}),
         )
 
 

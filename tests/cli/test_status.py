@@ -41,9 +41,11 @@ def test_healthy(ipamd: Ipamd, netloom: Netloom, scratch: Path) -> None:
     assert document == {
         "state": "healthy",
         "problems": [],
+        "cluster": None,
         "socket": f"{scratch}/ipamd.sock",
         "kernel": {"attachments": 1, "releases_waiting": 0, "releases_bad": 0},
         "docker": None,
+        "netd": None,
     }
     people = netloom("status")
     assert people.status == 0

@@ -200,6 +200,7 @@ class Peer(_message.Message):
     PRESENT_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     TAKES_VXLAN_FIELD_NUMBER: _builtins.int
+    LINKS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     mac: _builtins.str
     state: _builtins.str
@@ -218,6 +219,10 @@ class Peer(_message.Message):
     def subnets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def links(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The links that its routes lead to: the underlay's, or a tunnel's end."""
+
     def __init__(
         self,
         *,
@@ -231,10 +236,11 @@ class Peer(_message.Message):
         present: _builtins.int = ...,
         version: _builtins.str = ...,
         takes_vxlan: _builtins.bool = ...,
+        links: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "mac", b"mac", "name", b"name", "present", b"present", "problems", b"problems", "state", b"state", "subnets", b"subnets", "takes_vxlan", b"takes_vxlan", "version", b"version", "wanted", b"wanted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "links", b"links", "mac", b"mac", "name", b"name", "present", b"present", "problems", b"problems", "state", b"state", "subnets", b"subnets", "takes_vxlan", b"takes_vxlan", "version", b"version", "wanted", b"wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
