@@ -61,14 +61,21 @@ def backup(choices: Choices, file: str) -> None:
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=False))
 @click.option("--to", "path", metavar="PATH", type=click.Path(), help="The database to make.  [default: as configured]")
 @click.option("--force", is_flag=True, help="Put aside a database that is there already.")
+@click.option("--cluster", is_flag=True, help="Put what the cluster shares into an empty etcd instead, once for all.")
 @pass_choices
-def restore(choices: Choices, file: str, path: str | None, force: bool) -> None:
+def restore(choices: Choices, file: str, path: str | None, force: bool, cluster: bool) -> None:
     """Make this node's database from a backup. ipamd must be stopped; containers may go on running.
+
+    --cluster is for an etcd that was lost: it restores what all nodes share, from the backup of any node; the nodes'
+    own databases stay as they are, and the nodes claim again what they hold.
 
     What was allocated after the backup is not in it: run 'netloom ip check' afterwards, which names addresses that
     containers have and nobody holds, and reserves them with --repair.
     """
     copy = _read(file)
+    if cluster:
+        _restore_cluster(choices, copy)
+        return
     target = os.path.abspath(path) if path else _configured().store_path
     aside = _put_aside(target, force)
     try:
@@ -134,6 +141,36 @@ async def _migrate(config: Config, cluster: ClusterConfig, kind: str, mode: Mode
     finally:
         await etcd.close()
         database.close()
+
+
+def _restore_cluster(choices: Choices, copy: Backup) -> None:
+    from cluster.errors import EtcdError  # noqa: PLC0415 - as above
+
+    if not copy.shared:
+        raise Failure(f"the backup of node {copy.head.node} has nothing of a cluster: its store was {copy.head.store}")
+    config = _configured({"store_kind": "etcd"})
+    assert config.cluster is not None  # noqa: S101 (a configuration with that kind has it)
+    try:
+        count = asyncio.run(_put(config.cluster, copy))
+    except IpamdError as error:
+        raise Failure(str(error)) from None
+    except EtcdError as error:
+        raise Failure(f"{error}; run it again, it goes on where it ended", Status.UNREACHABLE) from None
+    if choices.as_json:
+        output.document({"keys": count, "node": copy.head.node})
+    else:
+        output.line(f"put {count} keys into etcd, as node {copy.head.node} knew them; now start the nodes")
+
+
+async def _put(cluster: ClusterConfig, copy: Backup) -> int:
+    from cluster.etcd import Etcd  # noqa: PLC0415
+    from ipamd.member.copy import restore as restore_shared  # noqa: PLC0415
+
+    etcd = Etcd(cluster.etcd)
+    try:
+        return await restore_shared(etcd, copy.shared)
+    finally:
+        await etcd.close()
 
 
 def _read(file: str) -> Backup:

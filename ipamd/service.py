@@ -271,21 +271,24 @@ class Service(NodeHandlers, IpamServicer):
             except IpamdError as error:
                 await abort(context, error)
             try:
+                shared = await self._shared()
                 copy = snapshot.copy()
                 head = backup.Head(backup.VERSION, self._store.kind, self._node, self._clock.unix_s(),
                                    copy.generation, copy.revision)  # fmt: skip
-                pieces = backup.written(head, copy, await self._shared())
+                pieces = backup.written(head, copy, shared)
                 # In a thread: a piece takes some 5 ms, and meanwhile others are served.
                 while piece := await asyncio.to_thread(next, pieces, b""):
                     yield pb.ExportStoreResponse(piece=piece)
+            except IpamdError as error:
+                await abort(context, error)
             finally:
                 snapshot.close()
         finally:
             self.in_hand -= 1
 
     async def _shared(self) -> list[backup.Shared]:
-        """What the cluster knows; nothing where there is none."""
-        return []
+        """What the cluster knows; nothing where there is none. Raises UnavailableError."""
+        return [] if self._member is None else await self._member.records()
 
     @unary
     async def Reserve(self, request: pb.ReserveRequest, request_id: str) -> pb.Reservation:

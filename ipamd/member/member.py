@@ -20,11 +20,13 @@ from cluster.errors import EtcdError
 from cluster.etcd import EndpointStatus, Etcd, EtcdState, Event, Pair
 from cluster.layout import AliveRecord, BlockRecord, LayoutError, NodeRecord
 from cluster.leases import LeaseKeeper
+from ipamd.backup import Shared
 from ipamd.clock import Clock
 from ipamd.config import ClusterConfig
 from ipamd.engine import Engine, Transaction
 from ipamd.errors import IpamdError, PreconditionError, StartError, UnavailableError
 from ipamd.lease import Ledger
+from ipamd.member import copy
 from ipamd.member import identity as identities
 from ipamd.member.blocks import Blocks, Counts
 from ipamd.member.check import ClusterCheck
@@ -164,6 +166,13 @@ class Member:
                 f"etcd is away: {state.reason or 'it was not met yet'}; this node goes on with the blocks that it holds"
             )
         return ""
+
+    async def records(self) -> list[Shared]:
+        """What a backup has of the cluster. Raises UnavailableError."""
+        try:
+            return await copy.records(self.etcd)
+        except EtcdError as error:
+            raise UnavailableError(f"the cluster's part cannot be read: {error}") from None
 
     # --- joining
 
