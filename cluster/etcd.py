@@ -207,21 +207,24 @@ class Etcd:
     ) -> TxnResult:
         """Raises UnknownOutcomeError where no answer came and it is not `repeatable`, or reading only."""
         prefix = self._prefix
-        request = pb.TxnRequest(
-            compare=[_compare(prefix, compare) for compare in compares],
-            success=[_operation(prefix, operation) for operation in then],
-            failure=[_operation(prefix, operation) for operation in otherwise],
-        )
-        changes = any(type(operation) is not Get for operation in (*then, *otherwise))
+        # Filled in place, which costs a third of making the parts first.
+        request = pb.TxnRequest()
+        for compare in compares:
+            _fill_compare(request.compare.add(), prefix, compare)
+        for operation in then:
+            _fill_operation(request.success.add(), prefix, operation)
+        for operation in otherwise:
+            _fill_operation(request.failure.add(), prefix, operation)
+        changes = any(not isinstance(operation, Get) for operation in (*then, *otherwise))
         answer = await self._call("Txn", request, changes=changes, repeatable=repeatable)
         succeeded = answer.succeeded
         pairs: list[Pair | None] = []
         deleted = 0
         for operation, one in zip(then if succeeded else otherwise, answer.responses, strict=False):
-            if type(operation) is Get:
+            if isinstance(operation, Get):
                 kvs = one.response_range.kvs
                 pairs.append(pair_of(kvs[0], len(prefix)) if kvs else None)
-            elif type(operation) is Delete:
+            elif isinstance(operation, Delete):
                 deleted += one.response_delete_range.deleted
         return TxnResult(succeeded, answer.header.revision, tuple(pairs), deleted)
 
@@ -319,21 +322,26 @@ class Etcd:
         return await self._endpoints.ask(endpoint, method, request, self.config.timeout_s)
 
 
-def _compare(prefix: bytes, compare: Compare) -> pb.Compare:
-    key, target, result, number, value = compare
-    whole = prefix + key.encode()
-    if target == pb.Compare.CREATE:
-        return pb.Compare(key=whole, target=pb.Compare.CREATE, result=result, create_revision=number)  # type: ignore[arg-type]
-    if target == pb.Compare.MOD:
-        return pb.Compare(key=whole, target=pb.Compare.MOD, result=result, mod_revision=number)  # type: ignore[arg-type]
-    return pb.Compare(key=whole, target=pb.Compare.VALUE, result=result, value=value)  # type: ignore[arg-type]
+def _fill_compare(message: pb.Compare, prefix: bytes, compare: Compare) -> None:
+    key, message.target, message.result, number, value = compare  # type: ignore[assignment]
+    message.key = prefix + key.encode()
+    if message.target == pb.Compare.CREATE:
+        message.create_revision = number
+    elif message.target == pb.Compare.MOD:
+        message.mod_revision = number
+    else:
+        message.value = value
 
 
-def _operation(prefix: bytes, operation: Put | Delete | Get) -> pb.RequestOp:
-    whole = prefix + operation.key.encode()
-    if type(operation) is Put:
-        return pb.RequestOp(request_put=pb.PutRequest(key=whole, value=operation.value, lease=operation.lease))
-    if type(operation) is Get:
-        return pb.RequestOp(request_range=pb.RangeRequest(key=whole))
-    end = prefix_end(whole) if operation.prefix else b""  # type: ignore[union-attr]
-    return pb.RequestOp(request_delete_range=pb.DeleteRangeRequest(key=whole, range_end=end))
+def _fill_operation(message: pb.RequestOp, prefix: bytes, operation: Put | Delete | Get) -> None:
+    key = prefix + operation.key.encode()
+    if isinstance(operation, Put):
+        put = message.request_put
+        put.key, put.value, put.lease = key, operation.value, operation.lease
+    elif isinstance(operation, Get):
+        message.request_range.key = key
+    else:
+        delete = message.request_delete_range
+        delete.key = key
+        if operation.prefix:
+            delete.range_end = prefix_end(key)
