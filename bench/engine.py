@@ -7,6 +7,8 @@ and go, and where the shim's time goes.
 - The shim's time is what it logs of each call. Moving an interface between namespaces waits for the kernel
   (`dev_change_net_namespace`): what is left is our own share, plugins included. What the shim does after an answer, DEL
   and the release of the address, nobody waits for; it has rows of its own, and the next run begins after it.
+- The memory is that of the shim with so many endpoints, which are made as dockerd makes them, several at a time, and
+  without containers.
 - The shim, the workers and ipamd run from the checkout.
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -22,8 +25,9 @@ from pathlib import Path
 from bench.host import BenchError, Plan, finished
 from bench.stats import Row, Spec, absent, row
 from bench.warm import _compiled
+from bench.workers import pss_mb
 from tests.docker.engine import Docker
-from tests.hosts import HostError, wait_until
+from tests.hosts import ROOT, HostError, wait_until
 from tests.runtimes import images
 
 RUN = Spec("docker run --rm of a no-op", "ms", "lower", 1.10, 1.0, "peer: Docker's driver bridge")
@@ -52,7 +56,8 @@ PARTS = {
         "released": "after ReleaseAddress, ipamd",
     }.items()
 }
-_RUNS, _NETWORKS = 5, 3
+_RUNS, _NETWORKS, _ENDPOINTS = 5, 3, 200
+MEMORY = Spec(f"docker: memory of the shim, {_ENDPOINTS} endpoints", "MB", "lower", 80.0, None, "proportional set size")
 _CALL = re.compile(r"netloom-docker: (?:NetworkDriver|IpamDriver)\.(\w+) +took_ms=([\d.]+)")
 _STEP = re.compile(r"netloom-docker: (attached|detached) .*plugins_ms=([\d.]+) link_ms=([\d.]+)")
 _RELEASED = re.compile(r"netloom-docker: (released) .*took_ms=([\d.]+)")
@@ -62,7 +67,7 @@ _AFTER = ("detached plugins", "detached link", "released")
 
 def specs() -> list[Spec]:
     """All rows of this file, in their order."""
-    return [RUN, NETWORK, OWN, ALL, AFTER, *PARTS.values()]
+    return [RUN, NETWORK, OWN, ALL, AFTER, *PARTS.values(), MEMORY]
 
 
 class _Engine(Docker):
@@ -82,14 +87,34 @@ def measure(plan: Plan, place: Path, wanted: Callable[[Spec], bool], say: Callab
     say("docker run, docker network")
     try:
         with _Engine("engine", _compiled(place)) as docker:
-            found = {one.name: one for one in _measure(plan, docker)}
+            found = {one.name: one for one in _measured(plan, docker, wanted)}
     except (BenchError, HostError, OSError) as error:
         yield from (absent(spec, str(error), excused=False) for spec in wishes)
         return
     yield from (found[spec.name] for spec in wishes)
 
 
-def _measure(plan: Plan, docker: Docker) -> Iterable[Row]:
+def _measured(plan: Plan, docker: Docker, wanted: Callable[[Spec], bool]) -> Iterable[Row]:
+    if any(wanted(spec) for spec in specs() if spec is not MEMORY):
+        yield from _runs(plan, docker)
+    if wanted(MEMORY):
+        yield from _memory(docker)
+
+
+def _memory(docker: Docker) -> Iterable[Row]:
+    network = docker.network("many", "--subnet", "10.73.0.0/16")
+    script = [sys.executable, "-I", "-S", str(ROOT / "bench/endpoints.py")]
+    which = (network, "docker-10.73.0.0_16")
+    made = docker.host.run([*script, "make", *which, str(_ENDPOINTS)], timeout=300).stdout
+    held = len(docker.state()["endpoints"])
+    if held != _ENDPOINTS or docker.shim is None:
+        raise BenchError(f"wanted {_ENDPOINTS} endpoints, found {held}")
+    yield row(MEMORY, [[pss_mb(docker.shim.pid)]])
+    docker.host.run([*script, "end", *which, made.strip()], timeout=300)
+    docker.docker("network", "rm", "many")
+
+
+def _runs(plan: Plan, docker: Docker) -> Iterable[Row]:
     docker.network("ours", "--subnet", "10.70.0.0/16")
     docker.docker("network", "create", "-d", "bridge", "--subnet", "10.71.0.0/16", "theirs")
     for name in ("ours", "theirs"):

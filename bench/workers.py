@@ -201,7 +201,7 @@ def _growth(plan: Plan, here: Workers, _place: Path) -> Iterable[Row]:
         counted = spec.noted(f"over {done:,} ADDs and DELs, 8 at once, after the first {_FIRST_PAIRS}")
         # With one round there is nothing that could be out of time.
         yield finished(_once(plan), counted, [[after[name] - before[name]]], None)
-    yield finished(_once(plan), MEMORY, [[sum(_pss_mb(pid) for pid in here.processes)]], None)
+    yield finished(_once(plan), MEMORY, [[sum(pss_mb(pid) for pid in here.processes)]], None)
 
 
 def _once(plan: Plan) -> Plan:
@@ -212,7 +212,7 @@ def _inventory(here: Workers) -> dict[str, float]:
     workers = warm.workers(here.master)
     _settle(here)
     return {
-        "memory": sum(_pss_mb(pid) for pid in workers),
+        "memory": sum(pss_mb(pid) for pid in workers),
         "descriptors": sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in (here.master, *workers)),
         "namespaces": len(_namespaces(here)),
         "links": len(here.side.host.links()),
@@ -243,7 +243,7 @@ def _namespaces(here: Workers) -> set[str]:
     return found
 
 
-def _pss_mb(pid: int) -> float:
+def pss_mb(pid: int) -> float:
     """Proportional set size in 10^6 bytes (proc(5), smaps_rollup)."""
     text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
     match = re.search(r"^Pss:\s+(\d+) kB$", text, re.MULTILINE)
