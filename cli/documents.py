@@ -53,6 +53,10 @@ class UsageDocument(TypedDict):
     reserved: int
     cooling: int
     free: str
+    blocks: int  # mode node-block: of this node, of all nodes, and how many there are
+    blocks_claimed: int
+    blocks_total: str
+    elsewhere: int  # mode cluster-address: held by other nodes
 
 
 class RangeDocument(TypedDict):
@@ -68,7 +72,25 @@ class PoolDocument(TypedDict):
     range_sets: list[list[RangeDocument]]
     excludes: list[str]
     cooldown_s: float | None
+    mode: str  # local, node-block, cluster-address
+    block_v4: int
+    block_v6: int
+    blocks_per_node: int  # 0: no limit
     usage: list[UsageDocument]
+
+
+class NodeDocument(TypedDict):
+    name: str
+    id: str
+    hostname: str
+    alive: bool
+    draining: bool
+    created: str  # RFC 3339, "" where unknown
+    alive_since: str
+    version: str
+    blocks: int
+    addresses: int
+    boot_id: str
 
 
 class ReservationDocument(TypedDict):
@@ -128,6 +150,10 @@ def pool(message: ipam_pb2.Pool) -> PoolDocument:
         ],
         "excludes": list(spec.excludes),
         "cooldown_s": spec.cooldown_ms / 1000 if spec.HasField("cooldown_ms") else None,
+        "mode": spec.mode,
+        "block_v4": spec.block_v4,
+        "block_v6": spec.block_v6,
+        "blocks_per_node": spec.blocks_per_node,
         "usage": [
             {
                 "family": usage.family,
@@ -136,9 +162,30 @@ def pool(message: ipam_pb2.Pool) -> PoolDocument:
                 "reserved": usage.reserved,
                 "cooling": usage.cooling,
                 "free": usage.free,
+                "blocks": usage.blocks,
+                "blocks_claimed": usage.blocks_claimed,
+                "blocks_total": usage.blocks_total,
+                "elsewhere": usage.elsewhere,
             }
             for usage in message.usage
         ],
+    }
+
+
+def node(message: ipam_pb2.Node) -> NodeDocument:
+    """A node of the cluster."""
+    return {
+        "name": message.name,
+        "id": message.id,
+        "hostname": message.hostname,
+        "alive": message.alive,
+        "draining": message.draining,
+        "created": _moment(message.created_unix_s),
+        "alive_since": _moment(message.alive_since_unix_s),
+        "version": message.version,
+        "blocks": message.blocks,
+        "addresses": message.addresses,
+        "boot_id": message.boot_id,
     }
 
 

@@ -72,6 +72,17 @@ def complete_pool(ctx: click.Context, _param: click.Parameter, incomplete: str) 
     return [CompletionItem(pool.name) for pool in pools if pool.name.startswith(incomplete)]
 
 
+def complete_node(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+    """The names of the cluster's nodes that begin so; none where ipamd does not answer at once."""
+    choices = ctx.find_object(Choices) or Choices()
+    try:
+        with connected(choices.socket_path(), _COMPLETION_TIMEOUT_S) as ipamd:
+            nodes = ipamd.list_nodes()
+    except Failure:
+        return []
+    return [CompletionItem(node.name) for node in nodes if node.name.startswith(incomplete)]
+
+
 def _choose(field: str) -> Callable[[click.Context, click.Parameter, object], None]:
     def callback(ctx: click.Context, _param: click.Parameter, value: object) -> None:
         if value:

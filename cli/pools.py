@@ -3,6 +3,7 @@
 import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict, Unpack
 
 import click
 
@@ -15,8 +16,18 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 USAGE_COLUMNS = ("POOL", "KIND", "FAMILY", "SIZE", "ALLOCATED", "RESERVED", "COOLING", "FREE", "USED")
-NUMBERS = ("SIZE", "ALLOCATED", "RESERVED", "COOLING", "FREE")
+NUMBERS = ("SIZE", "ALLOCATED", "RESERVED", "COOLING", "FREE", "HERE", "CLAIMED", "BLOCKS")
+_BLOCK_COLUMNS = ("POOL", "FAMILY", "HERE", "CLAIMED", "BLOCKS", "USED")
+_MODES = ("local", "node-block", "cluster-address")
 _LONGEST_COOLDOWN_S = 4294967.0  # what the API's 32 bits of milliseconds hold: 49 days
+
+
+class _Sharing(TypedDict):
+    """Options of a pool that nodes share."""
+
+    mode: str | None
+    blocks: tuple[str, ...]
+    blocks_per_node: int
 
 
 @click.group("pool", short_help="Pools: which addresses there are.")
@@ -33,7 +44,7 @@ def list_(choices: Choices) -> None:
     if choices.as_json:
         output.document({"pools": found})
     else:
-        output.table(USAGE_COLUMNS, usage_rows(found), NUMBERS)
+        print_usage(found)
 
 
 @command(pools, "show")
@@ -55,7 +66,7 @@ def show(choices: Choices, name: str) -> None:
     for entry in reservations:
         output.facts([("reserved", f"{entry['address']}  {entry['note']}".rstrip())])
     output.line("")
-    output.table(USAGE_COLUMNS, usage_rows([pool]), NUMBERS)
+    print_usage([pool])
 
 
 @command(pools, "create")
@@ -71,6 +82,15 @@ def show(choices: Choices, name: str) -> None:
     type=click.FloatRange(0, _LONGEST_COOLDOWN_S),
     help="A freed address rests so long.  [default: ipamd's]",
 )
+@click.option(
+    "--mode", type=click.Choice(_MODES), help="Who may hand addresses out.  [default: local; in a cluster node-block]"
+)
+@click.option(
+    "--block", "blocks", metavar="/LENGTH", multiple=True, help="node-block: a block's prefix.  [default: /26 and /122]"
+)
+@click.option(
+    "--blocks-per-node", type=click.IntRange(0), default=0, help="node-block: the most that one node holds.  [0: any]"
+)
 @pass_choices
 def create(
     choices: Choices,
@@ -80,6 +100,7 @@ def create(
     gateways: tuple[str, ...],
     excludes: tuple[str, ...],
     cooldown_s: float | None,
+    **sharing: Unpack[_Sharing],
 ) -> None:
     """Create a pool.
 
@@ -88,15 +109,19 @@ def create(
     \b
     netloom pool create blue --subnet 10.1.0.0/16 --subnet fd00:1::/64
     netloom pool create lab --subnet 192.0.2.0/24 --range 192.0.2.100-192.0.2.199 --gateway 192.0.2.254
+    netloom pool create pods --subnet 10.2.0.0/16 --mode node-block --block /25
+    netloom pool create lan --subnet 192.0.2.0/24 --mode cluster-address
     """
     spec = pool_spec(subnets, ranges, gateways, excludes, cooldown_s)
+    spec.mode = sharing["mode"] or ""
+    spec.block_v4, spec.block_v6 = block_lengths(sharing["blocks"])
+    spec.blocks_per_node = sharing["blocks_per_node"]
     with choices.ipamd() as ipamd:
         made = documents.pool(ipamd.create_pool(name, spec))
     if choices.as_json:
         output.document(dict(made))
     else:
-        sizes = ", ".join(f"{_family(usage['family'])} {_short(usage['free'])}" for usage in made["usage"])
-        output.line(f"created pool {made['name']}; addresses to hand out: {sizes}")
+        output.line(f"created pool {made['name']}; {_sizes(made)}")
 
 
 @command(pools, "delete")
@@ -112,12 +137,60 @@ def delete(choices: Choices, name: str) -> None:
         output.line(f"deleted pool {name}")
 
 
+def print_usage(found: Sequence[PoolDocument]) -> None:
+    """How full pools are, and the blocks of those that have any."""
+    output.table(USAGE_COLUMNS, usage_rows(found), NUMBERS)
+    rows = block_rows(found)
+    if rows:
+        output.line("")
+        output.table(_BLOCK_COLUMNS, rows, NUMBERS)
+
+
+def block_rows(found: Sequence[PoolDocument]) -> list[tuple[str, ...]]:
+    """Which part of its blocks this node holds, and all nodes together."""
+    return [
+        (
+            pool["name"],
+            _family(usage["family"]),
+            str(usage["blocks"]),
+            str(usage["blocks_claimed"]),
+            _short(usage["blocks_total"]),
+            output.fill(usage["blocks_claimed"], int(usage["blocks_total"])),
+        )
+        for pool in found
+        if pool["mode"] == "node-block"
+        for usage in pool["usage"]
+    ]
+
+
+def _sizes(made: PoolDocument) -> str:
+    if made["mode"] == "node-block":
+        blocks = ", ".join(f"{_family(usage['family'])} {_short(usage['blocks_total'])}" for usage in made["usage"])
+        return f"blocks for the nodes to claim: {blocks}"
+    sizes = ", ".join(f"{_family(usage['family'])} {_short(usage['free'])}" for usage in made["usage"])
+    return f"addresses to hand out: {sizes}"
+
+
+def block_lengths(blocks: Sequence[str]) -> tuple[int, int]:
+    """Prefix lengths of IPv4 and IPv6 blocks, 0 where none is named; up to 32 it is one of IPv4."""
+    lengths = {4: 0, 6: 0}
+    for text in blocks:
+        digits = text.removeprefix("/")
+        if not (digits.isascii() and digits.isdigit() and 1 <= int(digits) <= 128):
+            raise click.UsageError(f"--block {text}: wanted a prefix length such as /26 or /122")
+        version = 4 if int(digits) <= 32 else 6
+        if lengths[version]:
+            raise click.UsageError(f"--block {text}: there is one for IPv{version} already")
+        lengths[version] = int(digits)
+    return lengths[4], lengths[6]
+
+
 def usage_rows(found: Sequence[PoolDocument]) -> list[tuple[str, ...]]:
     """Rows for USAGE_COLUMNS, one for each range set. Cooling addresses count as used: they cannot be had now."""
     return [
         (
             pool["name"],
-            "network" if pool["managed"] else "named",
+            "network" if pool["managed"] else "named" if pool["mode"] == "local" else pool["mode"],
             _family(usage["family"]),
             _short(usage["size"]),
             str(usage["allocated"]),
@@ -221,6 +294,11 @@ def _facts(pool: PoolDocument) -> list[tuple[str, str]]:
         ("kind", "kept from a network's configuration" if pool["managed"] else "named"),
         ("cooldown", "ipamd's default" if pool["cooldown_s"] is None else f"{pool['cooldown_s']:g} s"),
     ]
+    if pool["mode"] == "node-block":
+        limit = f"; at most {pool['blocks_per_node']} to a node" if pool["blocks_per_node"] else ""
+        facts.append(("mode", f"node-block, blocks of /{pool['block_v4']} and /{pool['block_v6']}{limit}"))
+    else:
+        facts.append(("mode", pool["mode"]))
     for number, range_set in enumerate(pool["range_sets"]):
         for entry in range_set:
             span = (

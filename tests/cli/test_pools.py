@@ -5,7 +5,7 @@ import json
 import click
 import pytest
 
-from cli.pools import pool_spec
+from cli.pools import block_lengths, pool_spec
 from protos.ipam.v1 import ipam_pb2
 from tests.cli.conftest import Ipamd, Netloom
 
@@ -64,6 +64,10 @@ def test_what_cannot_be_meant(subnets: list[str], ranges: list[str], gateways: l
     assert complaint in caught.value.format_message()
 
 
+# What the usage of a pool says that no other node has a part of.
+_ALONE = {"blocks": 0, "blocks_claimed": 0, "blocks_total": "0", "elsewhere": 0}
+
+
 def test_create_show_list_delete(ipamd: Ipamd, netloom: Netloom) -> None:
     words = ["--subnet", "10.1.0.0/24", "--subnet", "fd00:1::/64", "--range", "10.1.0.10-10.1.0.19"]
     ran = netloom(
@@ -80,8 +84,12 @@ def test_create_show_list_delete(ipamd: Ipamd, netloom: Netloom) -> None:
         ],
         "excludes": ["10.1.0.12"],
         "cooldown_s": 5.0,
+        "mode": "local",
+        "block_v4": 26,
+        "block_v6": 122,
+        "blocks_per_node": 0,
         "usage": [
-            {"family": "ipv4", "size": "9", "allocated": 0, "reserved": 0, "cooling": 0, "free": "9"},
+            {"family": "ipv4", "size": "9", "allocated": 0, "reserved": 0, "cooling": 0, "free": "9", **_ALONE},
             {
                 "family": "ipv6",
                 "size": "18446744073709551614",
@@ -89,6 +97,7 @@ def test_create_show_list_delete(ipamd: Ipamd, netloom: Netloom) -> None:
                 "reserved": 0,
                 "cooling": 0,
                 "free": "18446744073709551614",
+                **_ALONE,
             },
         ],
         "reservations": [],
@@ -117,6 +126,20 @@ def test_a_name_that_is_taken(ipamd: Ipamd, netloom: Netloom) -> None:
     assert (ran.status, ran.out) == (1, "")
     assert ran.err.startswith("netloom: ")
     assert ran.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("blocks", "lengths"),
+    [((), (0, 0)), (("/26",), (26, 0)), (("124", "/24"), (24, 124)), (("/33",), (0, 33))],
+)
+def test_lengths_of_blocks(blocks: tuple[str, ...], lengths: tuple[int, int]) -> None:
+    assert block_lengths(blocks) == lengths
+
+
+@pytest.mark.parametrize("blocks", [("x",), ("/0",), ("/129",), ("/26", "/27"), ("",)])
+def test_wrong_lengths_of_blocks(blocks: tuple[str, ...]) -> None:
+    with pytest.raises(click.UsageError, match="--block"):
+        block_lengths(blocks)
 
 
 @pytest.mark.parametrize(
