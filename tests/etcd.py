@@ -30,6 +30,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import grpc
+
+from protos.etcd.v3 import rpc_pb2
 from tests.hosts import PATIENCE_S, PROGRAM_PATH, Host, HostError, wait_until
 from tests.tls import Authority
 from tests.underlay import Port, Underlay
@@ -306,14 +309,20 @@ class EtcdCluster:
         return {base64.b64decode(pair["key"]).decode(): int(pair["mod_revision"]) for pair in pairs}
 
     def fill(self, prefix: str, megabytes: int) -> None:
-        """Puts values of a megabyte below a prefix until the quota says no. Raises HostError where it never does."""
-        member = next(self._reached())
-        for number in range(megabytes):
-            done = self._ctl(member, ["put", f"{prefix}{number}"], check=False, input="x" * 1_000_000)
-            if done.returncode != 0:
-                if "database space exceeded" in done.stderr:
-                    return
-                raise HostError(f"etcdctl put: {done.stderr}")
+        """Puts values of a megabyte below a prefix until the quota says no; not with TLS or authentication.
+
+        Raises HostError where it never does.
+        """
+        with grpc.insecure_channel(next(self._reached()).socket) as channel:
+            put = channel.unary_unary("/etcdserverpb.KV/Put", rpc_pb2.PutRequest.SerializeToString, bytes)
+            for number in range(megabytes):
+                request = rpc_pb2.PutRequest(key=f"{prefix}{number}".encode(), value=bytes(1_000_000))
+                try:
+                    put(request, timeout=PATIENCE_S)
+                except grpc.RpcError as error:
+                    if "database space exceeded" in str(error):
+                        return
+                    raise HostError(f"etcd: {error}") from None
         raise HostError(f"{megabytes} MB are less than etcd's quota")
 
     # Inside
@@ -344,7 +353,7 @@ class EtcdCluster:
             argv += [f"--cacert={self.authority.ca}", f"--cert={pair.cert}", f"--key={pair.key}"]
         if self.user:
             argv.append(f"--user={self.user}")
-        return member.host.run(argv, env={"ETCDCTL_API": "3", "PATH": PROGRAM_PATH}, check=check, input=input)
+        return member.host.run(argv, env={"ETCDCTL_API": "3", "PATH": PROGRAM_PATH}, check=check)
 
     @property
     def _scheme(self) -> str:

@@ -111,7 +111,8 @@ class Thread:
             slot.state = "unknown" if before != "held" else before
             return False
         addresses = [address.cidr.partition("/")[0] for address in answer.addresses]
-        self._log.write(number, "got", slot.name, p=self._pool, g=answer.generation, a=addresses)
+        more = {"g": answer.generation, "new": answer.created, "a": addresses}
+        self._log.write(number, "got", slot.name, p=self._pool, **more)
         if answer.generation != slot.generation:
             slot.former, slot.generation = slot.generation, answer.generation
         slot.state = "held"

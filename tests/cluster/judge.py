@@ -7,7 +7,7 @@ machine, so CLOCK_MONOTONIC is the same for all.
 A log has one JSON object in each line, written before a request is sent or after its answer arrived:
 
     {"t": 1, "node": "n1", "n": 7, "e": "ask", "k": "c3", "p": "pool"}     Allocate for key c3; n: the request
-    {"t": 2, "node": "n1", "n": 7, "e": "got", "k": "c3", "p": "pool", "g": 5, "a": ["10.1.0.9"]}
+    {"t": 2, "node": "n1", "n": 7, "e": "got", "k": "c3", "p": "pool", "g": 5, "new": true, "a": [...]}
     {"t": 3, "node": "n1", "n": 8, "e": "free", "k": "c3", "g": 5}            Release
     {"t": 4, "node": "n1", "n": 8, "e": "freed", "k": "c3"}
     {"t": 5, "node": "n1", "n": 9, "e": "late", "k": "c3", "g": 4}            a Release for a generation long gone
@@ -52,7 +52,7 @@ class Answer:
     took_ns: int
     node: str
     pool: str
-    code: str  # "OK", or why not
+    code: str  # "OK", "held" (it had been answered before), or why not
     message: str
 
 
@@ -77,13 +77,13 @@ class Verdict:
         return {owner: frozenset(addresses) for owner, addresses in found.items()}
 
     def granted(self, begin_ns: int, end_ns: int, pool: str = "") -> Counter[str]:
-        """How many Allocates (from a pool) were answered with addresses in this time, by node."""
+        """How many Allocates (from a pool) were answered with new addresses in this time, by node."""
         wanted = (one for one in self.answers if one.code == "OK" and begin_ns <= one.at_ns < end_ns)
         return Counter(one.node for one in wanted if pool in ("", one.pool))
 
     def refusals(self, begin_ns: int, end_ns: int, pool: str = "") -> Counter[str]:
         """Codes of the Allocates that were refused in this time."""
-        wanted = (one for one in self.answers if one.code != "OK" and begin_ns <= one.at_ns < end_ns)
+        wanted = (one for one in self.answers if one.code not in ("OK", "held") and begin_ns <= one.at_ns < end_ns)
         return Counter(one.code for one in wanted if pool in ("", one.pool))
 
     def assert_clean(self) -> None:
@@ -152,7 +152,7 @@ class _Case:
         sent_ns, what = self._sent.pop((event["node"], event["n"]), (event["t"], ""))
         verdict.slowest_ns = max(verdict.slowest_ns, event["t"] - sent_ns)
         if what == "ask" or kind == "got":
-            code, message = event.get("c", "OK"), event.get("m", "")
+            code, message = event.get("c", "OK" if event.get("new", True) else "held"), event.get("m", "")
             verdict.answers.append(
                 Answer(event["t"], event["t"] - sent_ns, owner[0], event.get("p", ""), code, message)
             )
