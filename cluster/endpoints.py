@@ -338,7 +338,7 @@ class Endpoints:
     async def _pause(self, tries: _Tries, left: float) -> None:
         """Between two rounds. Raises where waiting would not help."""
         if all(is_tls(reason) for reason in tries.reasons.values()):
-            raise DeniedError(f"etcd: no connection with [etcd] ca, cert and key: {tries.told()}")
+            raise DeniedError(f"etcd: no endpoint can be used with these certificates: {tries.told()}")
         await asyncio.sleep(min(left, random.uniform(0.3, 1.0) * _LONGEST_PAUSE_S))  # noqa: S311 - no secret
         tries.failed.clear()
 

@@ -57,7 +57,19 @@ QUOTA_TEXT = (
     "(etcdctl alarm disarm)"
 )
 
-_TLS = ("handshake failed", "SSL_ERROR", "CERTIFICATE_VERIFY_FAILED", "Peer name ", "TLS")
+# What gRPC says of certificates, and what that means here; the first that fits.
+_TLS = "TLS: "
+_TLS_TEXTS = (
+    (("Hostname Verification", "Peer name "), "its certificate is for other names than this address"),
+    (("CERTIFICATE_VERIFY_FAILED",), "its certificate is not by [etcd] ca, or its time is over"),
+    (
+        ("ALERT_BAD_CERTIFICATE", "CERTIFICATE_REQUIRED", "ALERT_UNKNOWN_CA", "CERTIFICATE_EXPIRED", "Unwrap failed"),
+        "it does not take [etcd] cert, or wants one and there is none",
+    ),
+    (("create security handshaker",), "[etcd] cert and key do not belong together, or are no certificate and key"),
+    (("WRONG_VERSION_NUMBER",), "it speaks no TLS; write http:// before its address, or leave [etcd] ca out"),
+    (("handshake failed", "SSL_ERROR"), "the handshake failed"),
+)
 
 
 def judge(error: aio.AioRpcError) -> tuple[Verdict, EtcdError]:
@@ -86,8 +98,8 @@ _UNSURE = frozenset(
 
 
 def is_tls(text: str) -> bool:
-    """Whether a connection failed over certificates: waiting does not help, another file does."""
-    return any(part in text for part in _TLS)
+    """Whether a text of `plain` is about certificates: waiting does not help, another file does."""
+    return text.startswith(_TLS)
 
 
 _SYSTEM = re.compile(
@@ -98,8 +110,13 @@ _SYSTEM = re.compile(
 
 def plain(text: str) -> str:
     """gRPC's or etcd's text without what says nothing to an operator."""
-    if (found := _SYSTEM.search(text)) and not is_tls(text):
+    for parts, meaning in _TLS_TEXTS:
+        if any(part in text for part in parts):
+            return f"{_TLS}{meaning} ({text.rpartition('OPENSSL_internal:')[2].removesuffix(': OK')})"
+    if found := _SYSTEM.search(text):
         return "no answer to pings" if found[0] == "ping timeout" else found[0].lower()
+    if "failed to connect" in text and "Socket closed" in text:
+        return "it closed the connection; does only one of the two sides speak TLS ([etcd] ca)?"
     text = text.removeprefix("etcdserver: ")
     if "last error: " in text:
         text = text.rpartition("last error: ")[2]

@@ -34,16 +34,21 @@ async def test_certificates(version: Version, tmp_path: Path) -> None:
         # Not ours: an authority that this etcd does not have, and none at all.
         foreign = Authority(tmp_path, ["localhost"])
         async with connected(cluster.sockets, **{**own, "ca": foreign.ca}) as etcd:
-            with pytest.raises(DeniedError, match=r"certificates?|CERTIFICATE|\[etcd\] ca, cert and key"):
+            with pytest.raises(DeniedError, match=r"is not by \[etcd\] ca"):
                 await etcd.get("n/a")
-        for missing in (
+        for wrong in (
             {"ca": authority.ca},
             {"ca": authority.ca, "cert": foreign.client.cert, "key": foreign.client.key},
         ):
-            async with connected(cluster.sockets, **missing, timeout_s=2.0) as etcd:
-                with pytest.raises((UnavailableError, DeniedError)) as refused:
+            async with connected(cluster.sockets, **wrong) as etcd:
+                with pytest.raises(DeniedError, match=r"it does not take \[etcd\] cert, or wants one"):
                     await etcd.get("n/a")
-                assert not isinstance(refused.value, DeniedError) or "[etcd]" in str(refused.value)
+        async with connected(cluster.sockets, **{**own, "key": foreign.client.key}) as etcd:
+            with pytest.raises(DeniedError, match=r"\[etcd\] cert and key do not belong together"):
+                await etcd.get("n/a")
+        async with connected(cluster.sockets, timeout_s=2.0) as etcd:
+            with pytest.raises(UnavailableError, match="only one of the two sides speak TLS"):
+                await etcd.get("n/a")
         async with connected(cluster.sockets, **{**own, "ca": str(tmp_path / "none.pem")}) as etcd:
             with pytest.raises(EtcdError, match=r"none\.pem"):
                 await etcd.get("n/a")
@@ -56,6 +61,15 @@ async def test_certificates(version: Version, tmp_path: Path) -> None:
                 await etcd.get("n/a")
             shutil.copy(authority.ca, exchanged["ca"])
             assert await etcd.get("n/a") is not None
+
+
+@looped
+async def test_tls_where_there_is_none(tmp_path: Path) -> None:
+    with EtcdCluster(1) as cluster:
+        authority = Authority(tmp_path, ["localhost"])
+        async with connected(cluster.sockets, ca=authority.ca, timeout_s=2.0) as etcd:
+            with pytest.raises(UnavailableError, match="only one of the two sides speak TLS"):
+                await etcd.get("a")
 
 
 @pytest.fixture(params=VERSIONS)
