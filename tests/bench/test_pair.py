@@ -60,10 +60,10 @@ def lab(host: Host) -> Iterator[Lab]:
 
 @pytest.mark.parametrize("do", ["stream", "trips"])
 def test_alike_paths_are_alike(lab: Lab, do: Any) -> None:
-    row = lab.compared(do)
+    row = lab.compared(do, replace(PLAN, scale=1.0))
     assert row.ratio is not None
     # Far wider than what is found (0.99 to 1.01): other tests may keep this machine busy meanwhile.
-    assert 0.9 < row.ratio < 1.1, row
+    assert 0.8 < row.ratio < 1.25, row
     assert "95 %" in row.note
 
 
