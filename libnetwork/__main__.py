@@ -101,7 +101,7 @@ async def _run(arguments: argparse.Namespace) -> None:
     network = NetworkDriver(
         state, staging, own.session, tuple(arguments.cni_path.split(os.pathsep)), arguments.conf_dir
     )
-    ipam = IpamDriver(state, own.client, own.session, arguments.default_pool or DEFAULT_POOLS, network.settle)
+    ipam = IpamDriver(state, own.client, own.session, arguments.default_pool or DEFAULT_POOLS, network.settle_address)
     with contextlib.suppress(DriverError):  # ipamd may start after us
         await asyncio.to_thread(ipam.recover)
     reconciler = reconcile.Reconciler(

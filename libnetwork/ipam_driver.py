@@ -17,7 +17,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_interface, ip_network
 from typing import Any
 
@@ -36,6 +36,8 @@ _logger = logging.getLogger("netloom-docker")
 CLIENT = "docker"
 DEFAULT_POOLS = (*(f"172.{n}.0.0/16" for n in range(17, 32)), "192.168.0.0/16,20")
 _MOST_POOLS = 65536
+_RELEASERS = 8  # threads
+_PATIENCE_S = 10.0
 _SPACE = "netloom"
 _REST = ".rest"
 _GATEWAY_HOLDER = "gateway"
@@ -56,10 +58,10 @@ class IpamDriver:
         client: Callable[[], Client],
         session: Callable[[], Session],
         default_pools: Iterable[str] = DEFAULT_POOLS,
-        before_release: Callable[[], None] = lambda: None,
+        before_release: Callable[[str], None] = lambda _: None,
     ) -> None:
         """`client` and `session` are the calling thread's; `default_pools`: "CIDR", or "CIDR,prefix length of a part";
-        `before_release` returns when nobody has an address any more that Docker gives back.
+        `before_release` returns when nobody has the address any more that Docker gives back.
 
         Raises DriverError for a default pool that is none.
         """
@@ -75,7 +77,7 @@ class IpamDriver:
         self._holders: dict[tuple[str, str], Holder] = {}  # of what we gave ourselves
         self._dockerd_is_new = False
         self._releasing: list[Future[None]] = []
-        self._releaser = ThreadPoolExecutor(1, "netloom-release")
+        self._releaser = ThreadPoolExecutor(_RELEASERS, "netloom-release")
         # Taken back for somebody else, while Docker may still be about to give it back.
         self._taken_back: set[tuple[str, str]] = set()
 
@@ -84,9 +86,8 @@ class IpamDriver:
         self._releaser.shutdown()
 
     def settle(self) -> None:
-        """Returns when every release that was answered is done."""
-        while self._releasing:
-            self._releasing.pop().result()
+        """Returns when every release that was answered is done, or lasts too long, as its endpoint's DEL hangs."""
+        self._releasing = list(wait(self._releasing, _PATIENCE_S).not_done)
 
     def recover(self) -> None:
         """After a start: a pool of which nothing is held was being requested when the shim ended; Docker asks again.
@@ -258,6 +259,7 @@ class IpamDriver:
                 address = str(next(ip_network(pool.pool).hosts()))
             name, wanted = self._where(pool, address)
             if wanted:
+                self._before_release(wanted)
                 self._take_back(pool, wanted)
             if wanted and (name, wanted) in self._unclaimed:
                 self._unclaimed.discard((name, wanted))
@@ -286,9 +288,9 @@ class IpamDriver:
 
     def _take_back(self, pool: Pool, address: str = "") -> bool:
         """Take back what ended (this address alone), and Docker did not release. True where there was something."""
-        self._before_release()
         found = [ended for ended in self._ended(pool) if address in ("", ended.address)]
         for ended in found:
+            self._before_release(ended.address)
             name, bare = self._where(pool, ended.address)
             log.event(_logger, "warning", "address taken back, its release did not get here", address=bare)
             self._release(name, bare, self._forget(name, bare))
@@ -318,7 +320,7 @@ class IpamDriver:
         return {}
 
     def _released(self, name: str, address: str, known: Holder | None, ended: Ended | None) -> None:
-        self._before_release()
+        self._before_release(address)
         began = time.monotonic()
         try:
             self._release(name, address, known)

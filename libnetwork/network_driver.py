@@ -47,6 +47,7 @@ from libnetwork.state import Ended, Endpoint, Network, Pool, State
 from telemetry import log
 
 _logger = logging.getLogger("netloom-docker")
+_PATIENCE_S = 10.0
 _ENDERS = 8  # threads; the plugins of one endpoint keep one worker busy
 
 Answer = dict[str, Any]
@@ -67,16 +68,23 @@ class NetworkDriver:
         self._locks = Locks()
         self._ender = ThreadPoolExecutor(_ENDERS, "netloom-end")
         self._ending_mutex = threading.Lock()
-        self._ending: dict[str, tuple[str, Future[None]]] = {}  # endpoint → its network, and its DEL
+        self._ending: dict[str, tuple[Endpoint, Future[None]]] = {}  # by id, with its DEL
 
     def close(self) -> None:
         """Returns when nothing is under way."""
         self._ender.shutdown()
 
-    def settle(self, network_id: str = "") -> None:
-        """Returns when the DEL of every endpoint (of a network) that had ended is over."""
+    def settle(self, network_id: str = "", timeout_s: float | None = _PATIENCE_S) -> None:
+        """Returns when the DEL of every endpoint (of a network) that had ended is over, or lasts too long: one plugin
+        that hangs must not keep all containers from starting."""
         with self._ending_mutex:
-            ending = [future for one, future in self._ending.values() if network_id in ("", one)]
+            ending = [future for one, future in self._ending.values() if network_id in ("", one.network_id)]
+        wait(ending, timeout_s)
+
+    def settle_address(self, address: str) -> None:
+        """Returns when no endpoint that had ended has this address any more, however long that takes."""
+        with self._ending_mutex:
+            ending = [future for one, future in self._ending.values() if address in _bare(one)]
         wait(ending)
 
     def capabilities(self, _: Empty) -> Answer:
@@ -306,7 +314,7 @@ class NetworkDriver:
         """Detach beside other work, unless that is under way."""
         with self._ending_mutex:
             if endpoint.id not in self._ending:
-                self._ending[endpoint.id] = endpoint.network_id, self._ender.submit(self._finish, endpoint.id)
+                self._ending[endpoint.id] = endpoint, self._ender.submit(self._finish, endpoint.id)
 
     def _finish(self, id: str) -> None:  # noqa: A002 - Docker's word
         """What fails is told and kept for the next comparison to finish."""
@@ -445,6 +453,10 @@ def _log_parts(what: str, endpoint: Endpoint, **parts_s: float) -> None:
     """Where the time of a call went: the plugins', and the kernel's for the link."""
     milliseconds: dict[str, Any] = {f"{name}_ms": round(seconds * 1000, 1) for name, seconds in parts_s.items()}
     log.event(_logger, "debug", what, endpoint=endpoint.id, **milliseconds)
+
+
+def _bare(endpoint: Endpoint) -> set[str]:
+    return {str(ip_interface(text).ip) for text in endpoint.addresses}
 
 
 def _mac(addresses: Sequence[str]) -> str:

@@ -359,7 +359,7 @@ def test_an_address_is_released_when_nobody_has_it_any_more(ipam: Driver, state:
     """And whoever asks for one waits for that."""
     gone = threading.Event()
     driver = Driver(state, ipam.client)
-    driver.driver._before_release = lambda: None if gone.wait(30) else pytest.fail("never")
+    driver.driver._before_release = lambda _: None if gone.wait(30) else pytest.fail("never")
     pool = driver.pool("10.8.0.0/24", "10.8.0.8/32")
     driver.address(pool)
     driver.release(pool, "10.8.0.8")

@@ -299,18 +299,33 @@ def test_what_could_meet_with_a_del_waits_for_it(stage: Stage) -> None:
         lambda: stage.driver.program(ProgramExternal(N, "e2" * 32, ports)),
         lambda: stage.driver.delete_network(NetworkRef(N)),
         stage.driver.settle,
+        lambda: stage.driver.settle_address("10.1.0.2"),
     )
     with ThreadPoolExecutor(len(calls)) as executor:
         begun = [executor.submit(call) for call in calls]
         try:
             stage.driver.settle("another network")
             stage.driver.leave(EndpointRef(N, E))
+            stage.driver.settle_address("10.1.0.3")
             assert wait(begun, timeout=0.5).done == set()
             assert stage.endpoint() is not None
         finally:
             (stage.plugins.directory / "go").touch()
         wait(begun)
     assert stage.endpoint() is None
+
+
+def test_a_del_that_hangs_keeps_nobody_from_starting_for_ever(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NetworkDriver.settle, "__defaults__", ("", 0.01))
+    stage.attached()
+    stage.plugins.script("DEL", "firewall", 'while [ ! -e "$here/go" ]; do sleep 0.01; done')
+    stage.driver.delete_endpoint(EndpointRef(N, E))
+    try:
+        stage.driver.create_endpoint(CreateEndpoint(N, "e2" * 32, EndpointInterface("10.1.0.3/24", "", "")))
+        assert stage.endpoint() is not None
+    finally:
+        (stage.plugins.directory / "go").touch()
+        stage.driver.settle_address("10.1.0.2")
 
 
 def test_an_endpoint_whose_network_is_lost(stage: Stage) -> None:
