@@ -142,6 +142,13 @@ class Pools:
             found.append(Usage(pool.family(index), size, allocated, reserved, cooling, free, *blocks, elsewhere))
         return found
 
+    def count_used(self, pool: Pool, index: int) -> tuple[int, int]:
+        """How much of a range set is in use, and how much there is: addresses, or blocks where nodes claim those."""
+        if pool.has_blocks:
+            _, claimed, total = self._count_blocks(pool, index)
+            return claimed, total
+        return pool.allocated[index] + pool.reserved[index] + pool.elsewhere[index], pool.sets[index].size
+
     def _count_blocks(self, pool: Pool, index: int) -> tuple[int, int, int]:
         own = len(pool.cidrs[index])
         return own, own + self.count_claimed(pool.name, index), pool.whole.grids[index].total

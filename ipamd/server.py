@@ -18,6 +18,7 @@ from ipamd.config import Config
 from ipamd.desk import Desk
 from ipamd.engine import Engine, Transaction
 from ipamd.errors import IpamdError, StartError
+from ipamd.fill import FillWatch, fills
 from ipamd.lease import Ledger
 from ipamd.listen import SocketPlace
 from ipamd.member.identity import is_of_cluster, on_disk
@@ -221,6 +222,8 @@ class _Daemon:
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stubs leave it out
         self._samples: list[PoolSample] = []
         metrics.watch_pools(lambda: self._samples)
+        if member is not None:
+            metrics.watch_cluster(member.sample)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Listens, serves, and drains."""
@@ -308,14 +311,26 @@ class _Daemon:
 
     async def _sample_pools(self) -> None:
         """A scrape happens beside the batches and must not use the store, so it gets what was read a moment ago."""
-        while self._config.http_listen:
-            await _guard(self._sample_pools_once, "the pools' fill cannot be read")
+        watch = FillWatch()
+        while True:
+            watch.look(fills(self._ledger))
+            if self._config.http_listen:
+                await _guard(self._sample_pools_once, "the pools' fill cannot be read")
             await asyncio.sleep(_SAMPLES_INTERVAL_S)
 
     async def _sample_pools_once(self) -> None:
         self._samples = await self._engine.run(
             lambda: [
-                PoolSample(pool.name, usage.family, usage.size, usage.allocated, usage.reserved, usage.cooling)
+                PoolSample(
+                    pool.name,
+                    usage.family,
+                    usage.size,
+                    usage.allocated,
+                    usage.reserved,
+                    usage.cooling,
+                    usage.elsewhere,
+                    (usage.blocks, usage.blocks_claimed, usage.blocks_total) if pool.has_blocks else None,
+                )
                 for pool in self._ledger.pools.values()
                 for usage in self._ledger.usage(pool)
             ]

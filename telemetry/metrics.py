@@ -38,9 +38,8 @@ class PoolSample:
     allocated: int
     reserved: int
     cooling: int
-    blocks: int = 0  # of a pool of mode node-block: this node's, all nodes' together, and how many there are
-    blocks_claimed: int = 0
-    blocks_total: int = 0
+    elsewhere: int = 0  # of a pool of mode cluster-address: held by other nodes
+    blocks: tuple[int, int, int] | None = None  # node-block: this node's, all nodes' together, how many there are
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,21 +169,18 @@ class _Pools(Collector):
     def collect(self) -> Iterator[Metric]:
         gauges = _pool_gauges()
         for (pool, family), values in self._sums().items():
-            for gauge, value in zip(gauges, values, strict=True):
+            # Without values for what the pool has not: a pool without blocks has no gauges of them.
+            for gauge, value in zip(gauges, values, strict=False):
                 gauge.add_metric([pool, family], float(value))
         return iter(gauges)
 
-    def _sums(self) -> dict[tuple[str, str], tuple[int, int, int, int]]:
-        sums: dict[tuple[str, str], tuple[int, int, int, int]] = {}
+    def _sums(self) -> dict[tuple[str, str], tuple[int, ...]]:
+        sums: dict[tuple[str, str], tuple[int, ...]] = {}
         try:
             for s in self._samples():
-                size, allocated, reserved, cooling = sums.get((s.pool, s.family), (0, 0, 0, 0))
-                sums[s.pool, s.family] = (
-                    size + s.size,
-                    allocated + s.allocated,
-                    reserved + s.reserved,
-                    cooling + s.cooling,
-                )
+                values = (s.size, s.allocated, s.reserved, s.cooling, s.elsewhere, *(s.blocks or ()))
+                so_far = sums.get((s.pool, s.family), (0,) * len(values))
+                sums[s.pool, s.family] = tuple(map(sum, zip(so_far, values, strict=True)))
         except Exception:
             _logger.exception("the pools' fill cannot be read; this scrape goes without it")
             return {}
@@ -192,10 +188,16 @@ class _Pools(Collector):
 
 
 def _pool_gauges() -> list[GaugeMetricFamily]:
-    labels = ["pool", "family"]
     return [
-        GaugeMetricFamily("netloom_ipamd_pool_size", "Addresses that the pool may hand out.", labels=labels),
-        GaugeMetricFamily("netloom_ipamd_pool_allocated", "Addresses in use.", labels=labels),
-        GaugeMetricFamily("netloom_ipamd_pool_reserved", "Addresses that an operator keeps back.", labels=labels),
-        GaugeMetricFamily("netloom_ipamd_pool_cooling", "Addresses freed lately, not yet to be reused.", labels=labels),
+        GaugeMetricFamily(f"netloom_ipamd_pool_{name}", text, labels=["pool", "family"])
+        for name, text in (
+            ("size", "Addresses that the pool may hand out; of a pool of mode node-block, from this node's blocks."),
+            ("allocated", "Addresses in use."),
+            ("reserved", "Addresses that an operator keeps back."),
+            ("cooling", "Addresses freed lately, not yet to be reused."),
+            ("elsewhere", "Addresses that other nodes hold, of a pool of mode cluster-address."),
+            ("blocks", "Blocks that this node holds, of a pool of mode node-block."),
+            ("blocks_claimed", "Blocks that nodes hold, all together."),
+            ("blocks_total", "Blocks that the pool has."),
+        )
     ]

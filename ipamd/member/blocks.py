@@ -50,6 +50,9 @@ class Counts(Protocol):
     def claimed(self, blocks: int, conflicts: int, seconds: float) -> None:
         """One claim that succeeded."""
 
+    def told(self, operation: str, seconds: float) -> None:
+        """Something else that etcd was told."""
+
 
 class _Flow:
     """How fast blocks of a range set are wanted."""

@@ -40,6 +40,7 @@ from ipamd.member.publish import Publisher
 from ipamd.member.shared import SharedAddresses
 from ipamd.store.base import Note
 from telemetry import log
+from telemetry.metrics import ClusterSample
 
 _logger = logging.getLogger("ipamd.member")
 
@@ -85,7 +86,7 @@ class Member:
         self.mirror = Mirror(self.etcd, engine, ledger, transaction.store, holdings, identity.node)
         self.blocks = Blocks(self.etcd, engine, ledger, holdings, self.mirror, own, counts)
         self.claims = SharedAddresses(self.etcd, engine, ledger, transaction.store, own, self.mirror.pools)
-        self.publisher = Publisher(self.etcd, engine, ledger, holdings, own)
+        self.publisher = Publisher(self.etcd, engine, ledger, holdings, own, counts)
         self.check = ClusterCheck(
             self.etcd,
             engine,
@@ -155,6 +156,10 @@ class Member:
     def unpublished(self) -> int:
         """How much the cluster does not know yet."""
         return self.publisher.unpublished
+
+    def sample(self) -> ClusterSample:
+        """For the metrics."""
+        return ClusterSample(self.etcd.state.connected, self.joined, self.draining, self.unpublished)
 
     def trouble(self) -> str:
         """What an operator should know, "" where all is well."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 
 from cluster import layout
 from cluster.errors import EtcdError
@@ -10,6 +11,7 @@ from cluster.layout import BlockRecord, PublishedRecord, PublishedRow
 from ipamd.engine import Engine
 from ipamd.errors import IpamdError
 from ipamd.lease import Ledger
+from ipamd.member.blocks import Counts
 from ipamd.member.holdings import Holdings
 from telemetry import log
 
@@ -26,12 +28,15 @@ Place = tuple[str, str]  # pool, block
 class Publisher:
     """See the top of this file."""
 
-    def __init__(self, etcd: Etcd, engine: Engine, ledger: Ledger, holdings: Holdings, identity: BlockRecord) -> None:
+    def __init__(
+        self, etcd: Etcd, engine: Engine, ledger: Ledger, holdings: Holdings, identity: BlockRecord, counts: Counts
+    ) -> None:
         self._etcd = etcd
         self._engine = engine
         self._changed = ledger.changed
         self._holdings = holdings
         self._identity = identity
+        self._counts = counts
         self._on_the_way: dict[Place, None] = {}
         # What a process before this one told is not known: these are compared first.
         self._unsure = dict.fromkeys((held.pool, held.cidr) for held in holdings.all())
@@ -93,4 +98,6 @@ class Publisher:
             if there is not None and there.value == value:
                 return
         ours = equals(layout.BLOCKS + ending, layout.encode(self._identity))
+        began = time.monotonic()
         await self._etcd.txn([ours], [Put(key, value)], repeatable=True)
+        self._counts.told("publish", time.monotonic() - began)
