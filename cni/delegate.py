@@ -106,6 +106,20 @@ def status(request: Request, host: Session) -> None:
         _optional(request, Command.STATUS)
 
 
+def execute(request: Request, kind: str, verb: Command) -> bytes:
+    """Run an interface plugin that is not ours, with the request's standard input; what it printed.
+
+    Raises:
+        CniError: the plugin's own, or 7 where there is none.
+    """
+    return _run(_find_in_path(request, kind, "$.delegate.type"), request, verb, request.stdin)
+
+
+def result_of(request: Request, kind: str, stdout: bytes) -> Result:
+    """What an interface plugin printed, as a result of the request's version. Raises CniError."""
+    return versions.decode(decode_object(stdout, f"result of plugin {kind}"), request.cni_version)
+
+
 def _is_ours(kind: str) -> bool:
     entry = registry.PLUGINS.get(kind)
     return entry is not None and entry.kind == "ipam"
@@ -173,14 +187,18 @@ def _find(request: Request) -> str:
             f"invalid network config: $.ipam.type: {shown(request.ipam_type)} is no IPAM plugin",
             "want one that gives addresses, such as ipamd or host-local",
         )
+    return _find_in_path(request, request.ipam_type, "$.ipam.type")
+
+
+def _find_in_path(request: Request, kind: str, key: str) -> str:
     for directory in request.path:
-        path = os.path.join(directory, request.ipam_type)
+        path = os.path.join(directory, kind)
         if os.path.isfile(path) and os.access(path, os.X_OK):
             return path
     raise CniError(
         Code.INVALID_CONFIG,
-        f"failed to find plugin {shown(request.ipam_type)} in path {list(request.path)}",
-        "install it into a directory of CNI_PATH, or correct $.ipam.type",
+        f"failed to find plugin {shown(kind)} in path {list(request.path)}",
+        f"install it into a directory of CNI_PATH, or correct {key}",
     )
 
 

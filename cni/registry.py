@@ -35,6 +35,7 @@ _ENTRIES = (
     Entry("ptp", "cni.interface.ptp", "interface"),
     Entry("macvlan", "cni.interface.macvlan", "interface"),
     Entry("netloom", "cni.interface.netloom", "interface"),
+    Entry("flannel", "cni.interface.flannel", "meta"),
     Entry("loopback", "cni.interface.loopback", "interface"),
     Entry("portmap", "cni.chained.portmap", "chained"),
     Entry("firewall", "cni.chained.firewall", "chained", oldest="0.4.0"),

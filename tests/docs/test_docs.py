@@ -24,7 +24,7 @@ from cni import registry, versions
 from cni.chained import bandwidth, firewall, portmap, tuning
 from cni.config import convert
 from cni.errors import Code
-from cni.interface import bridge, macvlan, ptp
+from cni.interface import bridge, flannel, macvlan, ptp
 from cni.interface import netloom as netloom_plugin
 from cni.ipam import host_local, ipamd, ranges, routing, static
 from cni.request import parse
@@ -235,6 +235,7 @@ def _as_json(value: object) -> object:
         ("Keys of ptp", ptp.PtpConf, 0),
         ("Keys of macvlan", macvlan.MacvlanConf, 0),
         ("Keys of netloom", netloom_plugin.NetloomConf, 0),
+        ("Keys of flannel", flannel.FlannelConf, 0),
         ("Keys of firewall", firewall.FirewallConf, 0),
         ("Keys of portmap", portmap.PortmapConf, 0),
         ("Keys of portmap", portmap.Mapping, 1),
