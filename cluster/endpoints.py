@@ -35,6 +35,7 @@ LARGEST_MESSAGE = 64 << 20
 # A server of etcd's hangs up on a client that pings more often than every 5 s.
 _PING_S, _PING_ANSWER_S = 6, 3
 _LONGEST_PAUSE_S = 0.25
+_NOT_ASKED = "not asked yet"
 _HAS_LEADER: Metadata = (("hasleader", "true"),)
 _OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.use_local_subchannel_pool", 1),
@@ -203,11 +204,15 @@ class Endpoints:
         random.shuffle(addresses)
         self.all = [Endpoint(address, config) for address in addresses]
         self._current = self.all[0]
-        self._state = EtcdState(False, "", time.monotonic(), "not asked yet")
+        self._state = EtcdState(False, "", time.monotonic(), _NOT_ASKED)
         self._metadata: Metadata = _HAS_LEADER
         self._logged_in = not config.user
         self._log_in = asyncio.Lock()
         self._closed = False
+
+    @property
+    def has_user(self) -> bool:
+        return bool(self._config.user)
 
     @property
     def state(self) -> EtcdState:
@@ -360,15 +365,15 @@ class Endpoints:
         start = self.all.index(endpoint)
         following = self.all[start + 1 :] + self.all[:start]
         self._current = next((one for one in others if one.ready()), following[0] if following else endpoint)
-        if self._state.connected or not self._state.reason:
-            self._note(False, endpoint.name, reason)
+        self._note(False, endpoint.name, reason)
 
     def _note(self, connected: bool, endpoint: str, reason: str) -> None:
-        since = self._state.since if connected == self._state.connected else time.monotonic()
+        before = self._state
+        since = before.since if connected == before.connected else time.monotonic()
         self._state = EtcdState(connected, endpoint, since, reason)
         if connected:
             _logger.info("etcd: connected to %s", endpoint)
-        else:
+        elif before.connected or before.reason == _NOT_ASKED:  # the others of a row are in `state`
             _logger.warning("etcd: left %s: %s", endpoint, reason)
 
     async def _renew_token(self, used: Metadata, deadline: float) -> None:

@@ -35,10 +35,12 @@ class TooLargeError(EtcdError):
 
 
 class CompactedError(EtcdError):
-    """The history from the wanted revision on was compacted away: list anew and watch from there."""
+    """The history from the wanted revision on is not there any more: list anew and watch from there."""
 
-    def __init__(self, revision: int) -> None:
-        super().__init__(f"etcd's history before revision {revision} was compacted away; the state has to be read anew")
+    def __init__(self, revision: int, text: str = "") -> None:
+        super().__init__(
+            text or f"etcd's history before revision {revision} was compacted away; the state has to be read anew"
+        )
         self.revision = revision  # the oldest that is left; 0: etcd did not say
 
 

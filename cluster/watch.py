@@ -78,28 +78,33 @@ async def watch(endpoints: Endpoints, root: bytes, prefix: str, start_revision: 
         before = progress.revision
         try:
             async with endpoints.stream() as (endpoint, metadata, failed):
-                stream = _Stream(endpoint, metadata, root, prefix)
+                stream = _Stream(endpoints, endpoint, metadata, root, prefix)
                 try:
                     async with aclosing(stream.batches(progress)) as batches:
                         async for batch in batches:
                             pause = denied = 0
                             yield batch
                 except _LostError as error:
-                    _logger.info("etcd: the watch on %s ended at %s: %s", prefix, endpoint.name, error)
+                    _logger.log(_level(pause), "etcd: the watch on %s ended at %s: %s", prefix, endpoint.name, error)
                     failed(str(error))
                     if isinstance(error, _SilentError):
                         endpoint.forget()
                 except DeniedError:
                     # A refused token looks like a missing right: once more, with a fresh one.
                     denied += 1
-                    if denied > 1 or len(metadata) < 2:
+                    if denied > 1 or not endpoints.has_user:
                         raise
                     await endpoints.renew_token(metadata)
         except UnavailableError as error:
-            _logger.info("etcd: no endpoint for the watch on %s: %s", prefix, error)
+            _logger.log(_level(pause), "etcd: no endpoint for the watch on %s: %s", prefix, error)
         if progress.revision == before:
             pause = min(_LONGEST_PAUSE_S, max(0.05, 2 * pause))
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - no secret
+
+
+def _level(pause: float) -> int:
+    """The first failure of a row is told, the others are for who looks for them."""
+    return logging.DEBUG if pause else logging.INFO
 
 
 class _Progress:
@@ -113,7 +118,8 @@ class _Progress:
 class _Stream:
     """One watch on one connection."""
 
-    def __init__(self, endpoint: Endpoint, metadata: Metadata, root: bytes, prefix: str) -> None:
+    def __init__(self, endpoints: Endpoints, endpoint: Endpoint, metadata: Metadata, root: bytes, prefix: str) -> None:
+        self._endpoints = endpoints
         self._endpoint = endpoint
         self._metadata = metadata
         self._cut = len(root)
@@ -171,6 +177,21 @@ class _Stream:
         if progress.revision < 0:
             # Begun at "now", which is after the revision that it tells.
             progress.revision = answer.header.revision
+        elif answer.header.revision < progress.revision:
+            await self._check(progress.revision)
+
+    async def _check(self, revision: int) -> None:
+        """The member is behind what was seen already: it lags, or this is another history than the one followed."""
+        try:
+            found = await self._endpoints.call("Range", pb.RangeRequest(key=self._first, count_only=True))
+        except UnavailableError as error:
+            raise _LostError(str(error)) from None
+        if found.header.revision < revision:
+            raise CompactedError(
+                found.header.revision,
+                f"etcd is at revision {found.header.revision}, and was at {revision} before: it was restored from a "
+                "backup, or begun anew; the state has to be read anew",
+            )
 
     async def _read(self, call: Any) -> Any:
         try:

@@ -151,7 +151,7 @@ def test_nobody_there(tmp_path: Path) -> None:
         assert not isinstance(caught.value, UnknownOutcomeError)
         assert all(f"{endpoint}: no such file or directory" in str(caught.value) for endpoint in endpoints)
         assert not etcd.state.connected
-        assert etcd.state.reason
+        assert etcd.state.reason == "no such file or directory"
         statuses = await etcd.status()
         assert {status.endpoint for status in statuses} == set(endpoints)
         assert all(status.error for status in statuses)

@@ -310,6 +310,23 @@ async def test_a_watch_whose_history_went_while_it_was_away(one: EtcdCluster, pr
         assert caught.value.revision == revision
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+@looped
+async def test_a_watch_when_etcd_begins_anew(version: Version) -> None:
+    with EtcdCluster(1, version) as cluster:
+        async with connected(cluster.sockets) as etcd, aclosing(etcd.watch("n/")) as watch:
+            await _next(watch)
+            for number in range(10):
+                await etcd.put("n/a", b"%d" % number)
+            await _events(watch, 10)
+            cluster.stop("m1")
+            cluster.members["m1"].host.run(["rm", "-rf", "/run/etcd/member"])
+            cluster.start("m1")
+            # It would wait in vain for revisions that come again.
+            with pytest.raises(CompactedError, match="restored from a backup, or begun anew"):
+                await _events(watch, 1)
+
+
 @looped
 async def test_a_watch_that_hears_nothing_looks_elsewhere(
     one: EtcdCluster, prefix: str, monkeypatch: pytest.MonkeyPatch

@@ -156,9 +156,15 @@ async def test_a_user_that_etcd_does_not_want_yet(version: Version) -> None:
     with EtcdCluster(1, version) as cluster:
         async with connected(cluster.sockets, user="root", password="root") as etcd:
             await etcd.put("a", b"1")
+            watch = etcd.watch("n/")
+            await anext(watch)
             cluster.etcdctl("user", "add", "root:root")
             cluster.etcdctl("user", "grant-role", "root", "root", check=False)
             cluster.etcdctl("auth", "enable")
             cluster.user = "root:root"
             await etcd.put("a", b"2")
             assert await etcd.count("") == 1
+            cluster.restart("m1")
+            await etcd.put("n/a", b"")
+            assert [event.pair.key for event in (await asyncio.wait_for(anext(watch), PATIENCE_S)).events] == ["n/a"]
+            await watch.aclose()

@@ -53,7 +53,7 @@ async def test_members_that_die(three: EtcdCluster) -> None:
         assert all(endpoint in str(caught.value) for endpoint in three.sockets)
         assert "connection refused" in str(caught.value)
         assert not etcd.state.connected
-        assert etcd.state.reason
+        assert etcd.state.reason == "connection refused"
 
 
 @looped
