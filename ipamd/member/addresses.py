@@ -253,7 +253,7 @@ class Addresses:
         self._suspects.setdefault(place, time.monotonic())
 
     async def _take_up(self) -> None:
-        """Claims what an earlier process recorded and had no answer for."""
+        """Claims what was recorded and got no answer: by an earlier process, or while etcd was away."""
         for generation in list(self._ledger.unconfirmed):
             page = await self._engine.run(partial(self._store.allocations, Filter(), generation - 1, 1))
             if page and page[0].generation == generation:
@@ -262,10 +262,15 @@ class Addresses:
                 self._ledger.unconfirmed.pop(generation, None)
 
     async def _clear_up(self) -> None:
+        taken_up_s = time.monotonic()
         while True:
             await asyncio.sleep(_PAUSE_S)
             if not self.known.is_set():
                 continue
+            if time.monotonic() - taken_up_s > _GRACE_S:
+                taken_up_s = time.monotonic()
+                with contextlib.suppress(IpamdError):
+                    await self._take_up()
             due = [place for place, since in self._suspects.items() if time.monotonic() - since >= _GRACE_S]
             for place in due:
                 del self._suspects[place]

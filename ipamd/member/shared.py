@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 
 from cluster.etcd import Etcd
 from cluster.layout import BlockRecord
@@ -14,6 +15,10 @@ from ipamd.member.mirror import Known
 from ipamd.member.unclaims import Unclaims
 from ipamd.shared import Place
 from ipamd.store.base import Allocation, Store
+
+# One call without an answer says little. Who asks in vain for longer is refused before the ledger chooses: each choice
+# that etcd could not be told of costs an address until it can.
+_DOUBT_S = 1.0
 
 
 class SharedAddresses:
@@ -70,8 +75,10 @@ class SharedAddresses:
                 await asyncio.wait_for(self._addresses.known.wait(), self._etcd.config.timeout_s)
         if not self._addresses.known.is_set():
             self._ledger.shared_refusal = state.reason or "the cluster's state was not read yet"
+        elif state.connected or time.monotonic() - state.since < _DOUBT_S:
+            self._ledger.shared_refusal = ""
         else:
-            self._ledger.shared_refusal = "" if state.connected else state.reason or "it does not answer"
+            self._ledger.shared_refusal = state.reason or "it does not answer"
 
     async def confirm(self, allocation: Allocation) -> None:
         """Returns when the cluster has the allocation's addresses as this node's."""
