@@ -46,10 +46,19 @@ class Agent:
     """Starts the thread on `start`; `call` has it do something between two rounds."""
 
     def __init__(
-        self, node: Node, choice: Choice, networks: tuple[Network, ...], peers: tuple[Node, ...], resync_s: float
+        self,
+        node: Node,
+        choice: Choice,
+        networks: tuple[Network, ...],
+        peers: tuple[Node, ...],
+        resync_s: float,
+        *,
+        may_drop: bool = True,
     ) -> None:
+        """`may_drop`: False where these are not all peers; see `Reconciler`."""
         self._node, self._choice, self._networks, self._peers = node, choice, networks, peers
         self._resync_s = resync_s
+        self._may_drop = may_drop
         self._asked: queue.SimpleQueue[Callable[[Reconciler], None]] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stopping = False
@@ -93,6 +102,7 @@ class Agent:
         try:
             with Session() as session, contextlib.closing(RouteEvents()) as events:
                 reconciler = Reconciler(session, self._node, self._choice, self._networks)
+                reconciler.may_drop = self._may_drop
                 for peer in self._peers:
                     reconciler.put_peer(peer)
                 self._full(reconciler)

@@ -37,6 +37,13 @@
     tx_checksum = true
     udp_checksum = false
 
+    [etcd]                            # where peers and networks come from, beside this file; as ipamd's
+    endpoints = ["10.0.0.1:2379"]
+    prefix = "/netloom/"
+
+    [cluster]
+    lease_s = 15                      # so long after its netd's last word a host counts as silent
+
     [log]
     level = "info"
     format = "text"                   # or "json"
@@ -57,6 +64,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 
+from cluster.config import EtcdConfig
+from cluster.settings import ETCD_KEYS, etcd_config
 from kernel import link, paths, settings
 from kernel.settings import ConfigError, Schema, Settings, WrongValueError
 from netd.fabric.registry import BACKENDS, TUNNELS
@@ -72,13 +81,15 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
         *("socket", "socket_mode", "socket_owner", "socket_group", "node", "http_listen", "http_allow_remote"),
         *("interface", "interface_regex", "can_reach", "public_ip", "subnets", *_WAY, "resync_s"),
     ),
+    "etcd": ETCD_KEYS,
+    "cluster": ("lease_s", "reclaim_nodes_after_s"),
     "log": ("level", "format"),
 }
 _LISTS: Mapping[str, tuple[str, ...]] = {
     "peer": ("name", "address", "subnets", "mac"),
     "network": ("name", "subnets", *_WAY),
 }
-_OTHERS = ("ipamd", "store", "pools", "reclaim", "docker", "cni", "etcd", "cluster")
+_OTHERS = ("ipamd", "store", "pools", "reclaim", "docker", "cni")
 # What a flag sets, under the name that `load` takes it by.
 _OVERRIDES: Mapping[str, tuple[str, str]] = {
     "socket": ("netd.socket", "--socket"),
@@ -116,6 +127,9 @@ class Config:
     networks: tuple[Network, ...]
     peers: tuple[Node, ...]
     resync_s: float
+    etcd: EtcdConfig | None  # None: peers are those of the file
+    lease_s: int
+    state_dir: str  # what survives a reboot
     log_level: str
     log_format: str
 
@@ -164,6 +178,7 @@ def load(path: str | None, overrides: Mapping[str, object], environment: Mapping
         required = path is not None or bool(environment.get("NETLOOM_CONFIG"))
         found = Settings(file, settings.read(file, required), _SCHEMA, overrides)
         socket_path = found.take("netd.socket", settings.absolute_path) or f"{paths.run_dir(environment)}/netd.sock"
+        state_dir = f"{paths.state_dir(environment)}/netd"
     except paths.PathError as error:
         raise ConfigError(str(error)) from None
     name = found.take("netd.node", settings.node) or _node_of_ipamd(found) or settings.default_node("netd")
@@ -194,6 +209,9 @@ def load(path: str | None, overrides: Mapping[str, object], environment: Mapping
         networks=networks,
         peers=peers,
         resync_s=60.0 if resync_s is None else resync_s,
+        etcd=etcd_config(found),
+        lease_s=found.take("cluster.lease_s", settings.whole(5, 3600)) or 15,
+        state_dir=state_dir,
         log_level=found.take("log.level", settings.one_of(LEVELS)) or "info",
         log_format=found.take("log.format", settings.one_of(FORMATS)) or "text",
     )
@@ -263,11 +281,11 @@ def _check_devices(found: Settings, networks: Sequence[Network]) -> None:
         if one.backend not in TUNNELS:
             continue
         other = first.setdefault(one.vni, one)
-        ours = (one.port, one.mtu, one.tx_checksum, one.udp_checksum)
-        if ours != (other.port, other.mtu, other.tx_checksum, other.udp_checksum):
+        ours = (one.port, one.tx_checksum, one.udp_checksum)
+        if ours != (other.port, other.tx_checksum, other.udp_checksum):
             key = f"network.{number}" if one.subnets else "netd"
-            found.refuse(f"{key}.vni", f"{one.name} and {other.name} share vni {one.vni}, but not port, mtu and"
-                         " checksums; give one of them another vni")  # fmt: skip
+            found.refuse(f"{key}.vni", f"{one.name} and {other.name} share vni {one.vni}, but not port and checksums;"
+                        " give one of them another vni")  # fmt: skip
 
 
 def _peers(found: Settings, own_name: str) -> tuple[tuple[Node, ...], Node | None]:

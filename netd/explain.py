@@ -137,7 +137,7 @@ def _to_peer(reconciler: Reconciler, peer: Node, subnet: AnyNetwork, kernel: str
         outer=str(forward.dst) if isinstance(forward, Forward) else "",
         vni=device.vni if isinstance(device, Device) else 0,
         port=device.port if isinstance(device, Device) else 0,
-        mtu=device.mtu if isinstance(device, Device) else (reconciler.underlay.mtu if reconciler.underlay else 0),
+        mtu=reconciler.mtu(network),
         entries=tuple(_state(session, one, found) for one in entries),
         kernel=kernel,
         problems=tuple(reconciler.problems_of(peer.name)),

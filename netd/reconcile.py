@@ -20,7 +20,7 @@ from kernel.session import Session
 from netd.apply import Refusal, apply_devices, apply_entries
 from netd.desired import OWN, Desired
 from netd.fabric.base import Place, UnreachableError
-from netd.fabric.registry import BACKENDS, TUNNELS
+from netd.fabric.registry import BACKENDS
 from netd.found import Found
 from netd.plan import Plan, plan
 from netd.underlay import Choice, UnderlayError, choose
@@ -65,6 +65,7 @@ class Reconciler:
         self.desired = Desired()
         self.counts = Counts()
         self.settled = False  # whether there was a full one
+        self.may_drop = True  # False while it is not known yet who the peers are: nothing is taken away
         self._places: tuple[Place, ...] = ()
         self._problems: dict[tuple[str, str], str] = {}
         self._refused: dict[Key, Refusal] = {}
@@ -157,6 +158,8 @@ class Reconciler:
         # Once more from here: what was on a device went with it.
         rest = plan((key for key in todo if key[0] != DEVICE), self.desired.get, self.found.get)
         going = Plan([], rest.put, rest.drop, self._outstayed(devices.drop_devices))
+        if not self.may_drop:
+            going = Plan([], rest.put, [], [])
         refusals += apply_entries(self.session, self.found, going, self.underlay)
         for one in refusals:
             self._refused[one.entry.key] = self._explained(one)
@@ -192,9 +195,10 @@ class Reconciler:
         """The links whose neighbours and forwarding entries matter."""
         return frozenset(self.found.indexes.values())
 
-    def tunnels(self) -> bool:
-        """Whether this host takes encapsulated packets."""
-        return any(one.backend in TUNNELS for one in self.networks)
+    def has_tunnels(self) -> bool:
+        """Whether this host has every tunnel's end that it should have."""
+        wanted = [key for key in self.desired.keys_of(OWN) if key[0] == DEVICE]
+        return bool(wanted) and all(self.found.get(key) is not None for key in wanted)
 
     # Inside
 

@@ -9,6 +9,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -22,6 +23,7 @@ from netd.agent import Agent
 from netd.config import Config
 from netd.metrics import NetdMetrics, Sample
 from netd.reconcile import Reconciler
+from netd.registry import Registry
 from netd.service import Service, Source
 from protos.node.v1 import node_pb2
 from protos.node.v1.node_pb2_grpc import add_NodeServicer_to_server
@@ -41,14 +43,19 @@ async def serve(
 ) -> None:
     """Serves until `stop` is set; reads the configuration again when `changed` is. Raises StartError before the first
     request only."""
-    agent = Agent(config.node, config.choice, config.networks, config.peers, config.resync_s)
+    agent = Agent(
+        config.node, config.choice, config.networks, config.peers, config.resync_s, may_drop=config.etcd is None
+    )
     loop = asyncio.get_running_loop()
     try:
         await loop.run_in_executor(None, agent.start)
     except KernelError as error:
         raise StartError(f"the kernel cannot be spoken to: {error}; netd runs as root") from None
     try:
-        daemon = _Daemon(config, agent, Source(), version)
+        registry = None
+        if config.etcd is not None:
+            registry = Registry(config.etcd, config.lease_s, config, agent, config.state_dir, version)
+        daemon = _Daemon(config, agent, registry, version)
         await daemon.run(reload, stop, changed)
     finally:
         await loop.run_in_executor(None, agent.stop)
@@ -56,16 +63,18 @@ async def serve(
 
 
 class _Daemon:
-    def __init__(self, config: Config, agent: Agent, source: Source, version: str) -> None:
+    def __init__(self, config: Config, agent: Agent, registry: Registry | None, version: str) -> None:
         self._config = config
         self._agent = agent
-        self._source = source
-        self._service = Service(agent, source, version)
+        self._registry = registry
+        self._source: Source = registry or Source()
+        self._service = Service(agent, self._source, version)
         self._sample = Sample()
         self._unwell = ""
         self._metrics = NetdMetrics(version, config.node.name, lambda: self._sample)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stubs leave it out
         self._written = ""
+        self._failed = False
 
     async def run(self, reload: Callable[[], Config], stop: asyncio.Event, changed: asyncio.Event) -> None:
         """Listens, serves, and drains."""
@@ -85,12 +94,28 @@ class _Daemon:
             await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
             await self._health.set(_SERVICE, health_pb2.HealthCheckResponse.SERVING)
             log.event(_logger, "info", "netd serves", socket=config.socket, node=config.node.name)
+            following = asyncio.create_task(self._follow(stop))
             try:
                 await self._until(stop, changed, reload)
+                if self._failed:
+                    raise StartError("etcd is followed no more; see above")
             finally:
+                following.cancel()
+                await asyncio.gather(following, return_exceptions=True)
                 place.remove()
                 await self._health.enter_graceful_shutdown()
                 await server.stop(_DRAIN_S)
+
+    async def _follow(self, stop: asyncio.Event) -> None:
+        """Peers from etcd; without that following, nothing is up to date, and the daemon had better start again."""
+        if self._registry is None:
+            return
+        try:
+            await self._registry.run()
+        except Exception as error:  # noqa: BLE001 - whatever it was
+            log.event(_logger, "critical", "etcd is followed no more", error=str(error), exc_info=True)
+            self._failed = True
+            stop.set()
 
     async def _until(self, stop: asyncio.Event, changed: asyncio.Event, reload: Callable[[], Config]) -> None:
         """Waits for `stop`; meanwhile looks after the configuration and the snapshot."""
@@ -110,7 +135,10 @@ class _Daemon:
         except ConfigError as error:
             log.event(_logger, "error", "the configuration is not taken; the one before stays", error=str(error))
             return
-        changed = await asyncio.wrap_future(self._agent.call(lambda reconciler: _take(reconciler, config)))
+        all_peers = self._registry is None
+        changed = await asyncio.wrap_future(self._agent.call(lambda one: _take(one, config, all_peers)))
+        if self._registry is not None:
+            await self._registry.reload(config)
         log.event(_logger, "info", "the configuration was read again", changed=changed)
 
     async def _look(self) -> None:
@@ -160,11 +188,14 @@ class _Daemon:
             await pages.close()
 
 
-def _take(reconciler: Reconciler, config: Config) -> int:
-    """In the thread: from now on this configuration."""
-    reconciler.configure(config.node, config.choice, config.networks)
+def _take(reconciler: Reconciler, config: Config, all_peers: bool) -> int:
+    """In the thread: from now on this configuration. `all_peers`: there are no others than the file's."""
+    if all_peers:
+        reconciler.configure(config.node, config.choice, config.networks)
+    else:  # own subnets and networks are the registry's to add to
+        reconciler.configure(replace(config.node, subnets=reconciler.node.subnets), config.choice, reconciler.networks)
     wanted = {one.name: one for one in config.peers}
-    for name in [name for name in reconciler.peers if name not in wanted]:
+    for name in [name for name in reconciler.peers if all_peers and name not in wanted]:
         reconciler.drop_peer(name)
     for peer in wanted.values():
         if reconciler.peers.get(peer.name) != peer:

@@ -18,9 +18,7 @@ from netd.values import Address, AnyNetwork, Device, Entry, Forward, Neighbour, 
 
 
 def mtu(place: Place) -> int:
-    overhead = OVERHEAD_IPV4 if place.underlay.local[0].version == 4 else OVERHEAD_IPV6
-    largest = place.underlay.mtu - overhead
-    return min(place.network.mtu or largest, largest)
+    return min(place.network.mtu or _largest(place), _largest(place))
 
 
 def own(place: Place) -> Iterable[Entry]:
@@ -33,7 +31,7 @@ def own(place: Place) -> Iterable[Entry]:
         # A loopback's addresses are reached over whichever link leads there.
         link=0 if place.underlay.link == "lo" else place.underlay.index,
         mac=place.node.mac,
-        mtu=mtu(place),
+        mtu=_largest(place),  # networks of several MTUs may share it
         tx_checksum=network.tx_checksum,
         udp_checksum=network.udp_checksum,
     )
@@ -61,6 +59,11 @@ def towards(place: Place, peer: Node, subnets: Sequence[AnyNetwork]) -> Iterable
         entries.append(Neighbour(name, one.network_address, peer.mac))
         entries.append(Route(name, one, one.network_address, onlink=True))
     return entries
+
+
+def _largest(place: Place) -> int:
+    overhead = OVERHEAD_IPV4 if place.underlay.local[0].version == 4 else OVERHEAD_IPV6
+    return place.underlay.mtu - overhead
 
 
 def device_name(network: Network) -> str:

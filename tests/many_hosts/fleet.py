@@ -6,8 +6,8 @@
         two = fleet.container(2)
         one.ping(two.ipv4)
 
-Host n has the number 10 + n on its segment, the subnets 10.2.n.0/24 and fd02:n::/64, and every host has the same
-configuration with all as [[peer]].
+Host n has the number 10 + n on its segment and the subnets 10.2.n.0/24 and fd02:n::/64. Every host has the same
+configuration with all as [[peer]]; with `etcd` each says only its own subnets, and peers come from there.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from typing import Any, Self
 
 from netd.client import Client, NodeError
 from protos.node.v1 import node_pb2 as pb
+from tests.etcd import EtcdCluster
 from tests.hosts import IPV6, PATIENCE_S, ROOT, Host, HostError, Netns, wait_until
 from tests.underlay import Underlay
 
+LEASE_S = 5
 SOCKET = "/run/netloom/netd.sock"
 CONFIG = "/etc/netloom/netloom.toml"
 
@@ -151,12 +153,15 @@ class Fleet:
         segments: Sequence[int] = (0, 0, 0),
         netd: Mapping[str, object] | None = None,
         ipv6_containers: bool = IPV6,
+        etcd: bool = False,
     ) -> None:
         self.backend = backend
         self.family = underlay
         self.segments = segments
         self.netd_keys = dict(netd or {})
         self.ipv6_containers = ipv6_containers
+        self._with_etcd = etcd
+        self.etcd: EtcdCluster
         self._stack = contextlib.ExitStack()
         self.underlays: list[Underlay] = []
         self.hosts: list[Host] = []
@@ -178,6 +183,8 @@ class Fleet:
                 self.netds.append(Netd(host))
             if len(self.underlays) > 1:
                 self._route_between(stack)
+            if self._with_etcd:
+                self.etcd = stack.enter_context(EtcdCluster(1, underlay=self.underlays[0]))
             self._stack = stack.pop_all()
         return self
 
@@ -210,8 +217,14 @@ class Fleet:
     def configure(self, host: Host, **netd_keys: object) -> None:
         """Writes the host's configuration; a running netd is not told."""
         own = {"node": host.name, "backend": self.backend, **self.netd_keys, **netd_keys}
-        tables = [("[netd]", own)]
-        for number, other in enumerate(self.hosts, 1):
+        tables: list[tuple[str, dict[str, object]]] = [("[netd]", own)]
+        if self._with_etcd:
+            own = {"subnets": self.subnets(self.hosts.index(host) + 1), **own}
+            if self.family == 6:
+                own = {"public_ip": [self.underlay_address(self.hosts.index(host) + 1)], **own}
+            tables = [("[netd]", {"interface": "eth0", **own}), ("[etcd]", {"endpoints": list(self.etcd.endpoints)})]
+            tables.append(("[cluster]", {"lease_s": LEASE_S}))
+        for number, other in enumerate(() if self._with_etcd else self.hosts, 1):
             tables.append(
                 (
                     "[[peer]]",
