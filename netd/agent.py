@@ -26,6 +26,7 @@ from typing import TypeVar
 from kernel.errors import KernelError
 from kernel.rtevents import RouteEvents
 from kernel.session import Session
+from netd.explain import text
 from netd.reconcile import Reconciler
 from netd.underlay import Choice
 from netd.values import Key, Network, Node
@@ -192,7 +193,7 @@ class Agent:
         self._rest_until = now + RATIO * (now - began)
         reconciler.counts.repairs += changed
         if changed:
-            log.event(_logger, "info", "put back what somebody changed", changed=changed, of=sorted(map(str, keys))[:8])
+            log.event(_logger, "info", "put back what somebody changed", changed=changed, of=_shown(reconciler, keys))
         if len(self._rounds) == _FIGHT_ROUNDS and now - self._rounds[0] < _FIGHT_WINDOW_S:
             log.event(_logger, "warning", "something changes netd's entries again and again; repairs are seldom now")
             self._rest_until = now + _FIGHT_PAUSE_S
@@ -209,3 +210,9 @@ class Agent:
             self._retry_at = float("inf")
         else:
             self._retry_at = at
+
+
+def _shown(reconciler: Reconciler, keys: set[Key]) -> str:
+    """The first few entries, as iproute2 writes them."""
+    entries = [reconciler.desired.get(key) for key in sorted(keys)[:5]]
+    return "; ".join(text(entry) for entry in entries if entry is not None)

@@ -69,7 +69,7 @@ class Registry(Source):
         self._changed = asyncio.Event()
         self._failed: dict[str, int] = {}  # silent peer → probes in a row that nobody answered
         self._down: set[str] = set()
-        self._withdrawn: list[float] = []  # when
+        self._withdrawn: dict[str, float] = {}  # of hosts that are still away, when
         self._excess = 0
 
     # What the API tells
@@ -151,6 +151,7 @@ class Registry(Source):
         static = {peer.name for peer in self._config.peers} | {self._config.node.name}
         for name in [name for name in names if name in self._view.alive]:
             self._down.discard(name)
+            self._withdrawn.pop(name, None)
             self._failed.pop(name, None)
         peers = {name: self._peer(name) for name in names if name not in static}
         config, defined = self._config, self._networks()
@@ -246,14 +247,16 @@ class Registry(Source):
         back = {name for name in self._down if name in answered or name not in silent}
         self._down -= back
         now = time.monotonic()
-        self._withdrawn = [when for when in self._withdrawn if now - when < WINDOW_S]
+        self._withdrawn = {
+            name: when for name, when in self._withdrawn.items() if now - when < WINDOW_S and name not in back
+        }
         allowed = max(1, len(self._view.records) // _SHARE) - len(self._withdrawn)
         dead = [name for name, number in self._failed.items() if number >= PROBES and name not in self._down]
         going = dead[: max(0, allowed)]
         self._excess = len(dead) - len(going)
         for name in going:
             self._down.add(name)
-            self._withdrawn.append(now)
+            self._withdrawn[name] = now
             log.event(
                 _logger, "warning", "a host is silent and does not answer; what leads there is taken away", host=name
             )

@@ -30,6 +30,14 @@ def states(netd: Netd) -> dict[str, str]:
     return {peer.name: peer.state for peer in netd.status().peers}
 
 
+def until_backend(netd: Netd, backend: str) -> None:
+    wait_until(lambda: netd.status().networks[0].backend == backend, f"the backend {backend}", netd.log)
+
+
+def until_ways(fleet: Fleet, device: str) -> None:
+    wait_until(lambda: {one["dev"] for one in routes_of_netd(fleet.host(1))} == {device}, f"routes over {device}")
+
+
 @pytest.fixture(scope="module")
 def containers(fleet: Fleet) -> list[Container]:
     made = [fleet.container(number) for number in (1, 2, 3)]
@@ -158,15 +166,9 @@ def test_another_backend_while_pings_run(fleet: Fleet, containers: list[Containe
             # An IPv6 subnet would need an IPv6 address of the peers, which they do not publish here by default.
             fleet.configure(host, backend=backend)
             fleet.netd(number).reload()
-            wait_until(
-                lambda number=number, backend=backend: backend == fleet.netd(number).status().networks[0].backend, "it"
-            )  # type: ignore[misc]
+            until_backend(fleet.netd(number), backend)
             settle(0.5)
-        device = "nl-vx1" if backend == "vxlan" else "eth0"
-        wait_until(
-            lambda device=device: {one["dev"] for one in routes_of_netd(fleet.host(1))} == {device},
-            "the routes",  # type: ignore[misc]
-        )
+        until_ways(fleet, "nl-vx1" if backend == "vxlan" else "eth0")
         results = [pinger.stop() for pinger in pingers]
         assert max(lost for _, lost in results) == 0, results
     fleet.backend = "vxlan"
