@@ -7,7 +7,7 @@ import time
 from cluster import layout
 from cluster.errors import EtcdError
 from cluster.etcd import Etcd, Put, equals
-from cluster.layout import BlockRecord, PublishedRecord, PublishedRow
+from cluster.layout import BlockRecord, PublishedRecord
 from ipamd.engine import Engine
 from ipamd.errors import IpamdError
 from ipamd.lease import Ledger
@@ -20,7 +20,8 @@ _logger = logging.getLogger("ipamd.member")
 # A block that changes all the time is told of so often; what changes seldom waits at most so long.
 _INTERVAL_S = 1.0
 _PAUSE_S = 1.0
-_AT_ONCE = 8
+_AT_ONCE = 16
+_LARGEST = 512 << 10  # bytes; etcd takes 1.5 MiB
 
 Place = tuple[str, str]  # pool, block
 
@@ -36,6 +37,7 @@ class Publisher:
         self._changed = ledger.changed
         self._holdings = holdings
         self._identity = identity
+        self._record = layout.encode(identity)
         self._counts = counts
         self._on_the_way: dict[Place, None] = {}
         # What a process before this one told is not known: these are compared first.
@@ -63,41 +65,47 @@ class Publisher:
             await self._some(places[start : start + _AT_ONCE])
 
     async def _some(self, places: list[Place]) -> None:
-        unsure = [place in self._unsure and place not in self._changed for place in places]
+        unsure = {place for place in places if place in self._unsure and place not in self._changed}
         for place in places:
             self._unsure.pop(place, None)
             self._changed.pop(place, None)
             self._on_the_way[place] = None
         try:
             rows = await self._engine.run(lambda: [self._holdings.rows(*place) for place in places])
-            done = await asyncio.gather(*map(self._publish, places, rows, unsure), return_exceptions=True)
+            # None: given back meanwhile, and what was published of it went along.
+            values = {
+                place: layout.encode(PublishedRecord(self._identity.node, some))
+                for place, some in zip(places, rows, strict=True)
+                if some is not None
+            }
+            for place in unsure & values.keys():
+                there = await self._etcd.get(layout.PUBLISHED + layout.place(*place))
+                if there is not None and there.value == values[place]:
+                    del values[place]
+            await self._publish(values)
         except BaseException:
-            self._take_back(places)
+            self._changed.update(dict.fromkeys(places))
             raise
-        failed = [place for place, result in zip(places, done, strict=True) if isinstance(result, BaseException)]
-        self._take_back(failed)
-        for place in places:
-            self._on_the_way.pop(place, None)
-        for result in done:
-            if isinstance(result, BaseException):
-                raise result
+        finally:
+            for place in places:
+                self._on_the_way.pop(place, None)
 
-    def _take_back(self, places: list[Place]) -> None:
-        for place in places:
-            self._changed[place] = None
-            self._on_the_way.pop(place, None)
+    async def _publish(self, values: dict[Place, bytes]) -> None:
+        """All in one transaction, if they are small and all of them ours."""
+        if not values:
+            return
+        size = sum(map(len, values.values()))
+        if (size <= _LARGEST or len(values) == 1) and await self._put(values):
+            return
+        if len(values) > 1:
+            for place, value in values.items():
+                await self._put({place: value})
 
-    async def _publish(self, place: Place, rows: tuple[PublishedRow, ...] | None, unsure: bool) -> None:
-        if rows is None:
-            return  # given back meanwhile, and its value with it
-        ending = layout.place(*place)
-        key = layout.PUBLISHED + ending
-        value = layout.encode(PublishedRecord(self._identity.node, rows))
-        if unsure:
-            there = await self._etcd.get(key)
-            if there is not None and there.value == value:
-                return
-        ours = equals(layout.BLOCKS + ending, layout.encode(self._identity))
+    async def _put(self, values: dict[Place, bytes]) -> bool:
+        endings = {layout.place(*place): value for place, value in values.items()}
+        ours = [equals(layout.BLOCKS + ending, self._record) for ending in endings]
+        puts = [Put(layout.PUBLISHED + ending, value) for ending, value in endings.items()]
         began = time.monotonic()
-        await self._etcd.txn([ours], [Put(key, value)], repeatable=True)
+        done = await self._etcd.txn(ours, puts, repeatable=True)
         self._counts.told("publish", time.monotonic() - began)
+        return done.succeeded
