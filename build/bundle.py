@@ -21,7 +21,7 @@ from typing import NoReturn
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OUT = os.path.join(ROOT, "out")
 BUNDLE = os.path.join(OUT, "bundle")
-PACKAGES = ("cli", "cluster", "cni", "ipamd", "kernel", "libnetwork", "protos", "telemetry", "warm")
+PACKAGES = ("cli", "cluster", "cni", "ipamd", "kernel", "libnetwork", "netd", "protos", "telemetry", "warm")
 # Elsewhere than in Debian's amd64 and arm64: named by NETLOOM_LIBNFTABLES.
 LIBRARY_DIRECTORIES = ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib")
 

@@ -21,7 +21,7 @@ from tests.build.places import GLIBC, Chroot
 from tests.hosts import IPV6, PROGRAM_PATH, ROOT, Host
 
 OLDEST = (2, 36)  # Debian 12's glibc
-PROGRAMS = ("netloom-cni", "netloom-warm", "ipamd", "netloom", "netloom-docker")
+PROGRAMS = ("netloom-cni", "netloom-warm", "ipamd", "netd", "netloom", "netloom-docker")
 CONF = {
     "cniVersion": "1.1.0",
     "name": "web",
@@ -143,6 +143,7 @@ def test_the_command_and_the_daemon_say_who_they_are(bundle: Path) -> None:
     assert printed("netloom", "--version") == f"netloom {VERSION}\n"
     assert "Container networking" in printed("netloom", "--help")
     assert "address daemon" in printed("ipamd", "--help")
+    assert "network daemon" in printed("netd", "--help")
     assert "warm workers" in printed("netloom-warm", "--help").lower()
     assert "Docker" in printed("netloom-docker", "--help")
 

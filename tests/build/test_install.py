@@ -12,7 +12,7 @@ import pytest
 from cni.registry import PLUGINS
 from tests.build.places import Tree
 
-PROGRAMS = ("ipamd", "netloom", "netloom-cni", "netloom-docker", "netloom-warm")
+PROGRAMS = ("ipamd", "netd", "netloom", "netloom-cni", "netloom-docker", "netloom-warm")
 UNKIND = 'a folder, it\'s "so" $HOME & co'
 
 
@@ -80,6 +80,7 @@ def test_everything_is_in_its_place(tree: Tree, destination: Path, launcher: Pat
         "netloom-docker.service",
         "netloom-docker.socket",
         "netloom-ipamd.service",
+        "netloom-netd.service",
     }
     for name in ("usr/lib/sysusers.d", "usr/lib/tmpfiles.d"):
         assert (destination / name / "netloom.conf").exists()

@@ -23,6 +23,7 @@ UNITS = (
     "netloom-cni.service",
     "netloom-docker.socket",
     "netloom-docker.service",
+    "netloom-netd.service",
 )
 
 
