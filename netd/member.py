@@ -110,8 +110,9 @@ class Member:
                 " give one of them another name (node under [netd])"
             )
         for address, claim in zip(record.addresses, claims, strict=True):
-            owner = claim.value.decode(errors="replace").partition("#")[0] if claim is not None else ""
-            if claim is not None and claim.value.decode(errors="replace") != f"{self._name}#{record.id}":
+            owner, _, its_id = (claim.value if claim is not None else b"").decode(errors="replace").partition("#")
+            # Its own of before, under another name, is no rival's.
+            if claim is not None and its_id != record.id and not problem:
                 problem = (
                     f"{owner} has the underlay address {address}, which this host, {self._name}, has too: give one of"
                     " them another; until then the others are not told of this host"
