@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -28,6 +27,7 @@ from ipamd.member.follow import Follower
 from netd import probe
 from netd.agent import Agent
 from netd.config import Config
+from netd.disk import Directory
 from netd.fabric.registry import TUNNELS
 from netd.member import Member
 from netd.reconcile import Reconciler
@@ -41,6 +41,7 @@ _logger = logging.getLogger("netd")
 PROBES = 2
 WINDOW_S = 60.0
 _SHARE = 5  # one of so many
+_ID, _PEERS = "id", "peers.json"  # files
 _KEEP_S = 1.0  # between two writes to the disk
 _PROBE_WAIT_S = 1.0
 
@@ -53,16 +54,18 @@ class Registry(Source):
     def __init__(
         self, etcd: EtcdConfig, lease_s: int, config: Config, agent: Agent, directory: str, version: str
     ) -> None:
-        """`directory` keeps this host's id and what is known of the others; it is made where it is missing."""
-        os.makedirs(directory, mode=0o700, exist_ok=True)
+        """`directory` keeps this host's id and what is known of the others; it is made where it is missing.
+
+        Raises DirectoryError, OSError.
+        """
+        self._disk = Directory(directory, own=True)
         self._etcd = Etcd(etcd)
         self._config = config
         self._agent = agent
-        self._file = f"{directory}/peers.json"
         self._version = version
         self._lease_s = lease_s
-        self._id = _id_on_disk(f"{directory}/id")
-        self._view = View(_state_on_disk(self._file))
+        self._id = _id_on_disk(self._disk)
+        self._view = View(_state_on_disk(self._disk))
         self._member = Member(self._etcd, config.node.name, f"{self._id} {_boot_id()}", lease_s, self._own_record)
         self._followers = {prefix: self._follower(prefix) for prefix in PREFIXES}
         self._confirmed = False
@@ -222,9 +225,7 @@ class Registry(Source):
         if not self._confirmed:
             return
         try:
-            with open(f"{self._file}.new", "wb") as file:
-                file.write(msgspec.json.encode(self._view.state()))
-            os.rename(f"{self._file}.new", self._file)
+            self._disk.write(_PEERS, msgspec.json.encode(self._view.state()))
         except OSError as error:
             log.event(_logger, "error", "what is known of other hosts cannot be kept on the disk", error=str(error))
 
@@ -283,31 +284,18 @@ def _confirm(reconciler: Reconciler) -> None:
     reconciler.full()
 
 
-def _id_on_disk(path: str) -> str:
-    try:
-        with open(path, encoding="ascii") as file:
-            found = file.read().strip()
-        if found:
-            return found
-    except FileNotFoundError:
-        pass
-    made = str(uuid.uuid4())
-    descriptor = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(descriptor, f"{made}\n".encode())
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    os.rename(f"{path}.new", path)
-    return made
+def _id_on_disk(disk: Directory) -> str:
+    found = (disk.read(_ID) or b"").decode(errors="replace").strip()
+    if not found:
+        found = str(uuid.uuid4())
+        disk.write(_ID, f"{found}\n".encode(), durable=True)
+    return found
 
 
-def _state_on_disk(path: str) -> State | None:
+def _state_on_disk(disk: Directory) -> State | None:
     try:
-        with open(path, "rb") as file:
-            return read_state(file.read())
-    except FileNotFoundError:
-        return None
+        data = disk.read(_PEERS)
+        return read_state(data) if data is not None else None
     except (OSError, ValueError) as error:
         log.event(_logger, "warning", "what was known of other hosts cannot be read; etcd has it", error=str(error))
         return None

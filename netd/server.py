@@ -21,6 +21,7 @@ from kernel.errors import KernelError
 from kernel.settings import ConfigError
 from netd.agent import Agent
 from netd.config import Config
+from netd.disk import Directory, DirectoryError
 from netd.metrics import NetdMetrics, Sample
 from netd.reconcile import Reconciler
 from netd.registry import Registry
@@ -54,7 +55,10 @@ async def serve(
     try:
         registry = None
         if config.etcd is not None:
-            registry = Registry(config.etcd, config.lease_s, config, agent, config.state_dir, version)
+            try:
+                registry = Registry(config.etcd, config.lease_s, config, agent, config.state_dir, version)
+            except (DirectoryError, OSError) as error:
+                raise StartError(f"{config.state_dir} cannot be used: {error}") from None
         daemon = _Daemon(config, agent, registry, version)
         await daemon.run(reload, stop, changed)
     finally:
@@ -146,9 +150,10 @@ class _Daemon:
         self._sample, self._unwell, document = await asyncio.wrap_future(self._agent.call(self._snapshot))
         if document != self._written:
             try:
-                _write(f"{os.path.dirname(self._config.socket)}/netd.json", document)
+                with contextlib.closing(Directory(os.path.dirname(self._config.socket))) as directory:
+                    directory.write("netd.json", document.encode(), mode=0o644)
                 self._written = document
-            except OSError as error:
+            except (OSError, DirectoryError) as error:
                 log.event(_logger, "error", "the state file cannot be written", error=str(error))
 
     def _snapshot(self, reconciler: Reconciler) -> tuple[Sample, str, str]:
@@ -217,12 +222,3 @@ def _document(reconciler: Reconciler) -> dict[str, object]:
             for one in reconciler.networks
         },
     }
-
-
-def _write(path: str, text: str) -> None:
-    """Whoever reads it finds the old one or the new one."""
-    fresh = f"{path}.new"
-    with open(fresh, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(fresh, 0o644)
-    os.rename(fresh, path)
