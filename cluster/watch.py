@@ -2,6 +2,8 @@
 
 - It goes on after the last revision that was handed on whole. A revision is never cut: etcd sends all changes of one
   transaction in one answer, or in fragments, which are put together.
+- It asks for that revision once more, and leaves it out. Of the very revision up to which history was compacted etcd
+  serves a watch, but has forgotten the deletions; asked for the one before, it says that history is gone.
 - etcd's own notices of progress come in order with the events, so they count. The answer to a progress request does
   not: in etcd before 3.4.25 and 3.5.8 it may overtake events of earlier revisions. It only shows that the member lives.
 """
@@ -144,8 +146,9 @@ class _Stream:
                 fragments.extend(answer.events)
                 if answer.fragment:
                     continue
-                events, fragments = fragments, []
-                revision = events[-1].kv.mod_revision if events else answer.header.revision
+                # What an answer with events says of the store's revision may be ahead of what is still to come.
+                revision = fragments[-1].kv.mod_revision if fragments else answer.header.revision
+                events, fragments = [e for e in fragments if e.kv.mod_revision > progress.revision], []
                 if revision > progress.revision:
                     progress.revision = revision
                     yield Batch([self._event(event) for event in events], revision)
@@ -159,7 +162,7 @@ class _Stream:
         request = pb.WatchCreateRequest(
             key=self._first,
             range_end=prefix_end(self._first),
-            start_revision=progress.revision + 1 if progress.revision >= 0 else 0,
+            start_revision=max(1, progress.revision) if progress.revision >= 0 else 0,
             progress_notify=True,
             prev_kv=True,
             fragment=True,
