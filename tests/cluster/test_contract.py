@@ -117,8 +117,8 @@ def etcd(request: pytest.FixtureRequest) -> Iterator[EtcdCluster]:
         yield cluster
 
 
-@pytest.fixture
-def store(etcd: EtcdCluster, tmp_path: Path) -> Iterator[Store]:  # type: ignore[no-redef]  # in place of the suite's
+@pytest.fixture  # type: ignore[no-redef]  # in place of the suite's
+def store(etcd: EtcdCluster, tmp_path: Path) -> Iterator[Store]:
     made = ToldStore(str(tmp_path / "s.db"), etcd.sockets, f"/{tmp_path.name}/")
     yield made
     made.close()
