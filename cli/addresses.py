@@ -23,18 +23,21 @@ def addresses() -> None:
 @click.option("--container", metavar="ID", default="", help="Only of this container.")
 @click.option("--client", metavar="NAME", default="", help="Only of this client: cni, docker.")
 @click.option("--node", metavar="NAME", default="", help="Only of this node.")
+@click.option("--cluster", is_flag=True, help="Of all nodes, out of the cluster's pools.")
 @click.option("--reserved", is_flag=True, help="The reservations instead; of the filters, --pool only.")
 @pass_choices
-def list_(choices: Choices, pool: str, network: str, container: str, client: str, node: str, reserved: bool) -> None:
+def list_(
+    choices: Choices, pool: str, network: str, container: str, client: str, node: str, cluster: bool, reserved: bool
+) -> None:
     """List the addresses that are in use."""
     with choices.ipamd() as ipamd:
         if reserved:
-            if network or container or client or node:
+            if network or container or client or node or cluster:
                 raise click.UsageError("--reserved goes with --pool only: a reservation belongs to no container")
             _print_reservations(choices, _reservations(ipamd, pool))
             return
         request = ipam_pb2.ListAllocationsRequest(
-            pool=pool, network=network, container_id=container, client=client, node=node
+            pool=pool, network=network, container_id=container, client=client, node=node, cluster=cluster
         )
         found = [documents.allocation(entry) for entry in ipamd.list_allocations(request)]
     # An attachment is found by any of its addresses; a row is one address, and only those of the pool were asked for.

@@ -30,6 +30,7 @@ from ipamd.events import Events
 from ipamd.handlers import Context, abort, unary
 from ipamd.lease import Ask, Ledger
 from ipamd.member.handlers import NodeHandlers, add_state
+from ipamd.member.listing import listing
 from ipamd.member.member import Member
 from ipamd.networks import Directory
 from ipamd.pool import Pool, address_text, parse_address
@@ -219,21 +220,31 @@ class Service(NodeHandlers, IpamServicer):
         except IpamdError as error:
             await abort(context, error)
         wanted = Filter(request.node, request.client, request.network, request.container_id, request.pool, ip)
-        after = 0
         self.in_hand += 1
         try:
-            while True:
-                try:
-                    page = await self._engine.run(functools.partial(self._store.allocations, wanted, after, _PAGE))
-                except IpamdError as error:
-                    await abort(context, error)
-                for allocation in page:
-                    yield messages.allocation_message(allocation)
-                if len(page) < _PAGE:
-                    return
-                after = page[-1].generation
+            async for allocation in self._of_all_nodes(wanted) if request.cluster else self._of_this_node(wanted):
+                yield messages.allocation_message(allocation)
+        except IpamdError as error:
+            await abort(context, error)
         finally:
             self.in_hand -= 1
+
+    async def _of_this_node(self, wanted: Filter) -> AsyncIterator[Allocation]:
+        after = 0
+        while True:
+            page = await self._engine.run(functools.partial(self._store.allocations, wanted, after, _PAGE))
+            for allocation in page:
+                yield allocation
+            if len(page) < _PAGE:
+                return
+            after = page[-1].generation
+
+    def _of_all_nodes(self, wanted: Filter) -> AsyncIterator[Allocation]:
+        if self._member is None:
+            raise PreconditionError(
+                'this ipamd belongs to no cluster ([store] kind = "etcd" makes it a member); list without the cluster'
+            )
+        return listing(self._member.etcd, wanted)
 
     async def WatchAllocations(
         self, request: pb.WatchAllocationsRequest, context: Context

@@ -15,7 +15,7 @@ from ipamd.client import Client, IpamError
 from protos.ipam.v1 import ipam_pb2 as pb
 from tests.cluster.daemons import Node
 from tests.etcd import EtcdCluster
-from tests.ipamd.daemon import cidrs, key, now, spec, wait_for
+from tests.ipamd.daemon import Daemon, cidrs, key, now, spec, wait_for
 
 pytestmark = pytest.mark.kernel
 
@@ -303,3 +303,43 @@ def test_history_is_compacted_under_the_watch(etcd: EtcdCluster, prefix: str, tm
             b.process.send_signal(signal.SIGCONT)
             assert eventually(to_b, "x", old) == [f"{old}/24"]
             assert refusal(to_b, "y", new).code is Code.ALREADY_EXISTS
+
+
+def test_all_of_the_cluster_is_listed_on_every_node(etcd: EtcdCluster, prefix: str, tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        a, b = start(stack, etcd, prefix, tmp_path, "a", "b")
+        make_pool([a, b], "10.10.0.0/22", "fd00:10::/64")
+        with a.client() as to_a, b.client() as to_b:
+            to_a.create_pool("blocks", spec("10.11.0.0/20"))
+            wait_for("the pool on b", lambda: len(to_b.list_pools()) == 2)
+            expected = {}
+            for client, node in ((to_a, "a"), (to_b, "b")):
+                for number in range(40):
+                    name = f"{node}{number}"
+                    expected[name, "p"] = node, cidrs(client.allocate(key(name), pools=["p"], workload=name))
+                for number in range(100):
+                    name = f"{node}{number}"
+                    of = key(name, network="other")
+                    expected[name, "blocks"] = node, cidrs(client.allocate(of, pools=["blocks"]))
+
+            def listed(client: Client, **wanted: str) -> dict[tuple[str, str], tuple[str, list[str]]]:
+                request = pb.ListAllocationsRequest(cluster=True, **wanted)
+                found = list(client.list_allocations(request))
+                by_name = {(e.key.container_id, e.addresses[0].pool): (e.key.node, cidrs(e)) for e in found}
+                assert len(by_name) == len(found)
+                return by_name
+
+            wait_for("all is published", lambda: len(listed(to_a)) == len(expected))
+            assert listed(to_a) == listed(to_b) == expected
+            some = listed(to_b, node="a", pool="p")
+            assert some == {what: held for what, held in expected.items() if held[0] == "a" and what[1] == "p"}
+            ip = expected["b7", "p"][1][1].partition("/")[0]
+            assert list(listed(to_a, address=ip)) == [("b7", "p")]
+            assert len(list(to_a.list_allocations())) == 140  # without the cluster: this node's
+
+
+def test_who_is_in_no_cluster_cannot_list_it(tmp_path: Path) -> None:
+    with Daemon(tmp_path) as daemon, daemon.client() as client:
+        with pytest.raises(IpamError, match="belongs to no cluster") as caught:
+            list(client.list_allocations(pb.ListAllocationsRequest(cluster=True)))
+        assert caught.value.code is Code.FAILED_PRECONDITION
