@@ -202,6 +202,10 @@ class EtcdCluster:
     def pause(self, member: Member | str) -> None:
         """It accepts connections, and never answers."""
         self._signal(member, signal.SIGSTOP)
+        process = self._named(member).process
+        assert process is not None
+        # One of its threads takes the signal, when it gets to run, and only then all stand still.
+        wait_until(lambda: _stands_still(process.pid), f"etcd {self._named(member).name} to stand still")
 
     def resume(self, member: Member | str) -> None:
         self._signal(member, signal.SIGCONT)
@@ -424,3 +428,11 @@ class EtcdCluster:
         assert found.process is not None
         found.process.wait(PATIENCE_S)
         found.process = None
+
+
+def _stands_still(pid: int) -> bool:
+    """Whether every thread is stopped (proc_pid_stat(5): the state comes after the name, which is in brackets)."""
+    return all(
+        file.read_text(encoding="ascii").rpartition(") ")[2][0] == "T"
+        for file in Path(f"/proc/{pid}/task").glob("*/stat")
+    )
