@@ -110,7 +110,7 @@ async def test_a_member_that_hangs(three: EtcdCluster) -> None:
         hung = _current(etcd, three)
         three.pause(hung)
         began = time.monotonic()
-        # Half of its answer's time is not waited for: each endpoint has its share.
+        # Not all of the time is spent on it: each endpoint has its share.
         await etcd.get("a")
         assert time.monotonic() - began < 25
         assert _current(etcd, three) is not hung
