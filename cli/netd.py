@@ -101,7 +101,7 @@ def look() -> NetdDocument | None:
             return document(netd.status(), path)
     except Failure as failure:
         # Its state file stays when it ends, and goes with a reboot.
-        if not os.path.exists(f"{os.path.dirname(path)}/netd.json") or os.geteuid() != 0:
+        if not os.path.exists(f"{paths.run_dir(os.environ)}/fabric.json") or os.geteuid() != 0:
             return None
         return document(pb.StatusResponse(), path, failure.message)
 

@@ -11,8 +11,7 @@ from cli import output
 from cli.daemon import connected
 from cli.failure import Failure, Status
 from cli.options import Choices, command, pass_choices
-from cni.interface.netloom import shared_elements
-from kernel import nft, paths
+from kernel import paths, shared
 from kernel.errors import KernelError
 from kernel.record import Records
 from kernel.session import Session
@@ -202,9 +201,8 @@ def _tell_kernel(networks: Iterable[ipam_pb2.Network]) -> None:
     try:
         records = Records(paths.run_dir(os.environ))
         with Session() as host:
-            for network in networks:
-                wanted = shared_elements(network.subnets, network.reachable, is_open=network.open)
-                records.change_shared(host, nft.no_masquerade(network.subnets[0]), wanted)
+            wanted = [shared.elements(one.subnets, one.reachable, is_open=one.open) for one in networks]
+            shared.tell(host, records, wanted)
     except KernelError as error:
         raise Failure(f"the network is changed, but this host's kernel refused: {error}; run it again") from None
     except paths.PathError as error:

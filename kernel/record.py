@@ -177,15 +177,15 @@ class Records:
         nft.delete(session, record.elements)
         nft.delete_chains(session, (chain.name for chain in record.chains))
 
-    def change_shared(self, session: Session, having: Element, shared: Sequence[Element]) -> int:
-        """Let the attachments whose shared elements include one want these shared elements from now on, and have the
-        kernel hold them. Nothing is done where they want them already.
+    def change_shared(self, session: Session, having: Element, shared: Sequence[Element], plugin: str) -> int:
+        """Let the plugin's attachments whose shared elements include one want these shared elements from now on, and
+        have the kernel hold them. Nothing is done where they want them already.
 
         Returns:
             How many attachments there are.
         """
         with self._locked(fcntl.LOCK_EX):
-            found = [record for record in self.all() if having in record.shared]
+            found = [one for one in self.all() if one.key.plugin == plugin and having in one.shared]
             changed = [record for record in found if set(record.shared) != set(shared)]
             for record in changed:
                 _write(self._root, self._path(record.key), msgspec.json.encode(replace(record, shared=tuple(shared))))

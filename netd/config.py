@@ -127,9 +127,11 @@ class Config:
     networks: tuple[Network, ...]
     peers: tuple[Node, ...]
     resync_s: float
-    etcd: EtcdConfig | None  # None: peers are those of the file
+    etcd: EtcdConfig | None  # None: peers are those of the file, and networks ipamd's
+    ipamd_socket: str
     lease_s: int
     state_dir: str  # what survives a reboot
+    run_dir: str  # where plugins keep what is attached, and look for what netd says
     log_level: str
     log_format: str
 
@@ -177,8 +179,10 @@ def load(path: str | None, overrides: Mapping[str, object], environment: Mapping
         file = path or paths.config_file(environment)
         required = path is not None or bool(environment.get("NETLOOM_CONFIG"))
         found = Settings(file, settings.read(file, required), _SCHEMA, overrides)
-        socket_path = found.take("netd.socket", settings.absolute_path) or f"{paths.run_dir(environment)}/netd.sock"
+        run_dir = paths.run_dir(environment)
+        socket_path = found.take("netd.socket", settings.absolute_path) or f"{run_dir}/netd.sock"
         state_dir = f"{paths.state_dir(environment)}/netd"
+        ipamd_socket = paths.ipamd_socket(environment)
     except paths.PathError as error:
         raise ConfigError(str(error)) from None
     name = found.take("netd.node", settings.node) or _node_of_ipamd(found) or settings.default_node("netd")
@@ -210,8 +214,10 @@ def load(path: str | None, overrides: Mapping[str, object], environment: Mapping
         peers=peers,
         resync_s=60.0 if resync_s is None else resync_s,
         etcd=etcd_config(found),
+        ipamd_socket=str(found.other("ipamd", "socket") or ipamd_socket),
         lease_s=found.take("cluster.lease_s", settings.whole(5, 3600)) or 15,
         state_dir=state_dir,
+        run_dir=run_dir,
         log_level=found.take("log.level", settings.one_of(LEVELS)) or "info",
         log_format=found.take("log.format", settings.one_of(FORMATS)) or "text",
     )

@@ -56,7 +56,7 @@ class Reconciler:
 
     def __init__(self, session: Session, node: Node, choice: Choice, networks: Sequence[Network]) -> None:
         self.session = session
-        self._choice = choice
+        self.choice = choice
         self.node = node
         self.networks = tuple(networks)
         self.peers: dict[str, Node] = {}
@@ -76,9 +76,9 @@ class Reconciler:
 
     def configure(self, node: Node, choice: Choice, networks: Sequence[Network]) -> None:
         """Other networks, or another self. Takes effect with the next `full`."""
-        if choice != self._choice:
+        if choice != self.choice:
             self.underlay = None
-        self.node, self._choice, self.networks = node, choice, tuple(networks)
+        self.node, self.choice, self.networks = node, choice, tuple(networks)
 
     def put_peer(self, peer: Node) -> set[Key]:
         """A peer is new or has changed; the keys to be synced."""
@@ -127,7 +127,7 @@ class Reconciler:
         self.found.read(self.session)
         before = self.underlay
         try:
-            self.underlay = choose(self.session, self._choice, before)
+            self.underlay = choose(self.session, self.choice, before)
             self._problems.pop((OWN, "underlay"), None)
         except (UnderlayError, KernelError) as error:
             # What is there may still work, and what leads nowhere harms nobody: nothing is withdrawn.

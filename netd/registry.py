@@ -13,7 +13,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -23,6 +23,7 @@ import msgspec
 from cluster import layout
 from cluster.config import EtcdConfig
 from cluster.etcd import Etcd, Event, Pair
+from cluster.layout import NetworkRecord
 from ipamd.member.follow import Follower
 from netd import probe
 from netd.agent import Agent
@@ -68,8 +69,10 @@ class Registry(Source):
         self._view = View(_state_on_disk(self._disk))
         self._member = Member(self._etcd, config.node.name, f"{self._id} {_boot_id()}", lease_s, self._own_record)
         self._followers = {prefix: self._follower(prefix) for prefix in PREFIXES}
+        self.changed: Callable[[Mapping[str, NetworkRecord]], None] = lambda _: None  # hears of all networks
         self._confirmed = False
         self._changed = asyncio.Event()
+        self.networks_changed = asyncio.Event()  # for whoever tells others of them
         self._failed: dict[str, int] = {}  # silent peer → probes in a row that nobody answered
         self._down: set[str] = set()
         self._withdrawn: dict[str, float] = {}  # of hosts that are still away, when
@@ -145,6 +148,8 @@ class Registry(Source):
     async def _take(self, prefix: str, concerned: set[str]) -> None:
         own = self._config.node.name
         await self._push(concerned - {own}, networks=prefix == layout.NETWORKS or own in concerned)
+        if prefix == layout.NETWORKS:
+            self.changed(self._view.definitions())
         if own in concerned and prefix == NETD:
             self._member.nudge()
         self._changed.set()
@@ -179,6 +184,7 @@ class Registry(Source):
         await self._ask(take)
         if networks:
             self._member.nudge()
+            self.networks_changed.set()
 
     def _peer(self, name: str) -> Node | None:
         node = self._view.node(name)

@@ -6,22 +6,24 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from cluster.layout import NetworkRecord
 from ipamd.errors import StartError
 from ipamd.listen import SocketPlace
 from kernel.errors import KernelError
 from kernel.settings import ConfigError
 from netd.agent import Agent
+from netd.attached import Attached
 from netd.config import Config
 from netd.disk import Directory, DirectoryError
+from netd.local import LocalNetworks
 from netd.metrics import NetdMetrics, Sample
 from netd.reconcile import Reconciler
 from netd.registry import Registry
@@ -79,6 +81,15 @@ class _Daemon:
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stubs leave it out
         self._written = ""
         self._failed = False
+        self._news = asyncio.Event()  # the snapshot is old
+        self._attached = Attached(config.run_dir, config.resync_s)
+        self._local = LocalNetworks(config, agent, self._hear) if registry is None else None
+        if registry is not None:
+            registry.changed = self._hear
+
+    def _hear(self, networks: Mapping[str, NetworkRecord]) -> None:
+        self._attached.want(networks)
+        self._news.set()
 
     async def run(self, reload: Callable[[], Config], stop: asyncio.Event, changed: asyncio.Event) -> None:
         """Listens, serves, and drains."""
@@ -102,7 +113,7 @@ class _Daemon:
             try:
                 await self._until(stop, changed, reload)
                 if self._failed:
-                    raise StartError("etcd is followed no more; see above")
+                    raise StartError("networks are followed no more; see above")
             finally:
                 following.cancel()
                 await asyncio.gather(following, return_exceptions=True)
@@ -111,26 +122,26 @@ class _Daemon:
                 await server.stop(_DRAIN_S)
 
     async def _follow(self, stop: asyncio.Event) -> None:
-        """Peers from etcd; without that following, nothing is up to date, and the daemon had better start again."""
-        if self._registry is None:
-            return
+        """Peers and networks; without that following, nothing is up to date, and the daemon had better start again."""
+        source = self._registry or self._local
         try:
-            await self._registry.run()
+            await asyncio.gather(self._attached.run(), *([source.run()] if source is not None else []))
         except Exception as error:  # noqa: BLE001 - whatever it was
-            log.event(_logger, "critical", "etcd is followed no more", error=str(error), exc_info=True)
+            log.event(_logger, "critical", "networks are followed no more", error=str(error), exc_info=True)
             self._failed = True
             stop.set()
 
     async def _until(self, stop: asyncio.Event, changed: asyncio.Event, reload: Callable[[], Config]) -> None:
         """Waits for `stop`; meanwhile looks after the configuration and the snapshot."""
         while not stop.is_set():
-            waits = [asyncio.create_task(event.wait()) for event in (stop, changed)]
+            waits = [asyncio.create_task(event.wait()) for event in (stop, changed, self._news)]
             await asyncio.wait(waits, timeout=_SAMPLE_INTERVAL_S, return_when=asyncio.FIRST_COMPLETED)
             for wait in waits:
                 wait.cancel()
             if changed.is_set():
                 changed.clear()
                 await self._reload(reload)
+            self._news.clear()
             await self._look()
 
     async def _reload(self, reload: Callable[[], Config]) -> None:
@@ -143,6 +154,8 @@ class _Daemon:
         changed = await asyncio.wrap_future(self._agent.call(lambda one: _take(one, config, all_peers)))
         if self._registry is not None:
             await self._registry.reload(config)
+        if self._local is not None:
+            self._local.reload(config)
         log.event(_logger, "info", "the configuration was read again", changed=changed)
 
     async def _look(self) -> None:
@@ -150,8 +163,8 @@ class _Daemon:
         self._sample, self._unwell, document = await asyncio.wrap_future(self._agent.call(self._snapshot))
         if document != self._written:
             try:
-                with contextlib.closing(Directory(os.path.dirname(self._config.socket))) as directory:
-                    directory.write("netd.json", document.encode(), mode=0o644)
+                with contextlib.closing(Directory(self._config.run_dir)) as directory:
+                    directory.write("fabric.json", document.encode(), mode=0o644)
                 self._written = document
             except (OSError, DirectoryError) as error:
                 log.event(_logger, "error", "the state file cannot be written", error=str(error))

@@ -12,7 +12,7 @@ A record that this version cannot read is as if it were not there, and is told.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import ip_address, ip_network
 
 import msgspec
@@ -102,25 +102,12 @@ class View:
         return Node(name, addresses, tuple(dict.fromkeys((*own, *self.subnets(name)))), record.mac, record.takes_vxlan)
 
     def networks(self, default: Network, taken: Sequence[Network]) -> list[Network]:
-        """The defined networks that do not contradict the configuration's own ones."""
-        found = []
-        for name, record in sorted(self._networks.items()):
-            subnets = tuple(ip_network(text) for text in record.subnets)
-            clash = any(one.name == name or any(a.overlaps(b) for a in subnets for b in one.subnets) for one in taken)
-            if subnets and not clash:
-                found.append(
-                    Network(
-                        name=name,
-                        subnets=subnets,
-                        backend=record.backend or default.backend,
-                        vni=default.vni,
-                        port=default.port,
-                        mtu=record.mtu or default.mtu,
-                        tx_checksum=default.tx_checksum,
-                        udp_checksum=default.udp_checksum,
-                    )
-                )
-        return found
+        """The defined networks; see `usable`."""
+        return usable(self._networks, default, taken)
+
+    def definitions(self) -> dict[str, NetworkRecord]:
+        """Of the networks, as they stand in etcd."""
+        return dict(self._networks)
 
     def _keys(self, prefix: str) -> list[str]:
         known = {
@@ -190,6 +177,28 @@ class View:
             if not self._blocks_of[node]:
                 del self._blocks_of[node]
         return {node}
+
+
+def usable(records: Mapping[str, NetworkRecord], default: Network, taken: Sequence[Network]) -> list[Network]:
+    """The defined networks that do not contradict the configuration's own ones."""
+    found = []
+    for name, record in sorted(records.items()):
+        subnets = tuple(ip_network(text) for text in record.subnets)
+        clash = any(one.name == name or any(a.overlaps(b) for a in subnets for b in one.subnets) for one in taken)
+        if subnets and not clash:
+            found.append(
+                Network(
+                    name=name,
+                    subnets=subnets,
+                    backend=record.backend or default.backend,
+                    vni=default.vni,
+                    port=default.port,
+                    mtu=record.mtu or default.mtu,
+                    tx_checksum=default.tx_checksum,
+                    udp_checksum=default.udp_checksum,
+                )
+            )
+    return found
 
 
 def read_state(data: bytes) -> State:

@@ -10,8 +10,7 @@ ports or limits; firewall. A DEL goes by the records, the other way round, and a
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from ipaddress import ip_network
+from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -27,7 +26,7 @@ from cni.ipam import ipamd
 from cni.request import Request
 from cni.result import DNS, Result
 from cni.undo import Undo
-from kernel import leftovers, netns, nft, paths
+from kernel import leftovers, netns, paths, shared
 from kernel.nft import Element
 from kernel.record import Record, Records
 from kernel.session import Session
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from protos.ipam.v1 import ipam_pb2 as pb
 
 _LEAST_MTU = 68  # RFC 791
+_OTHERWISE = "default"  # netd's word for networks that it does not know, or not yet
 
 # What comes after the bridge, and the capability without which it is left out.
 _CHAIN: tuple[tuple[str, ModuleType], ...] = (("portmap", portmap), ("firewall", firewall), ("bandwidth", bandwidth))
@@ -117,7 +117,7 @@ def _fabric_mtu(request: Request, network: str) -> int:
             known = msgspec.json.decode(stream.read(), type=_Fabrics)
     except (FileNotFoundError, msgspec.DecodeError):
         return 0
-    return known.networks.get(network, _Fabric()).mtu
+    return (known.networks.get(network) or known.networks.get(_OTHERWISE) or _Fabric()).mtu
 
 
 @trace.step("network")
@@ -131,24 +131,8 @@ def _definition(request: Request, conf: NetloomConf) -> "pb.Network":
     return ipamd.network(asked, _name(request, conf))
 
 
-def shared_elements(subnets: Iterable[str], reachable: Sequence[str], *, is_open: bool) -> list[Element]:
-    """What all attachments of a network want of the host's kernel: who may reach them, and that packets between hosts
-    keep their source."""
-    elements = []
-    for subnet in subnets:
-        elements.append(nft.no_masquerade(subnet))
-        if not is_open:
-            elements += [nft.keep_apart(subnet), nft.join(subnet, subnet)]
-        for other in reachable:
-            if ip_network(other).version == ip_network(subnet).version:
-                # Both ways, so that it does not matter which of the networks learns of it first.
-                elements += [nft.no_masquerade(subnet, other), nft.no_masquerade(other, subnet)]
-                elements += [nft.join(other, subnet), nft.join(subnet, other)]
-    return elements
-
-
 def _shared(network: "pb.Network") -> list[Element]:
-    return shared_elements(network.subnets, network.reachable, is_open=network.open)
+    return shared.elements(network.subnets, network.reachable, is_open=network.open)
 
 
 # ADD
