@@ -72,7 +72,6 @@ class Registry(Source):
         self.changed: Callable[[Mapping[str, NetworkRecord]], None] = lambda _: None  # hears of all networks
         self._confirmed = False
         self._changed = asyncio.Event()
-        self.networks_changed = asyncio.Event()  # for whoever tells others of them
         self._failed: dict[str, int] = {}  # silent peer → probes in a row that nobody answered
         self._down: set[str] = set()
         self._withdrawn: dict[str, float] = {}  # of hosts that are still away, when
@@ -184,7 +183,6 @@ class Registry(Source):
         await self._ask(take)
         if networks:
             self._member.nudge()
-            self.networks_changed.set()
 
     def _peer(self, name: str) -> Node | None:
         node = self._view.node(name)
