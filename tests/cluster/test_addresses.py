@@ -1,7 +1,10 @@
 """Pools of mode cluster-address on real ipamd processes and a real etcd."""
 
 import contextlib
+import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +16,10 @@ import pytest
 
 from ipamd.client import Client, IpamError
 from protos.ipam.v1 import ipam_pb2 as pb
+from tests.cluster import faulty
 from tests.cluster.daemons import Node
 from tests.etcd import EtcdCluster
-from tests.ipamd.daemon import Daemon, cidrs, key, now, spec, wait_for
+from tests.ipamd.daemon import ROOT, Daemon, cidrs, key, now, spec, wait_for
 
 pytestmark = pytest.mark.kernel
 
@@ -33,7 +37,7 @@ def etcd() -> Iterator[EtcdCluster]:
 @pytest.fixture
 def prefix(request: pytest.FixtureRequest) -> str:
     """A part of etcd that is this test's own."""
-    return f"/{request.node.name}/"
+    return f"/{request.node.name.partition('[')[0]}-{abs(hash(request.node.name))}/"
 
 
 def start(
@@ -343,3 +347,57 @@ def test_who_is_in_no_cluster_cannot_list_it(tmp_path: Path) -> None:
         with pytest.raises(IpamError, match="belongs to no cluster") as caught:
             list(client.list_allocations(pb.ListAllocationsRequest(cluster=True)))
         assert caught.value.code is Code.FAILED_PRECONDITION
+
+
+class Mortal(Node):
+    """Dies at a step of a claim or release, if one is set."""
+
+    step = ""
+
+    def spawn(self) -> "subprocess.Popen[bytes]":
+        if not self.step:
+            return super().spawn()
+        environment = {**os.environ, "NETLOOM_RUN_DIR": f"{self.directory}/run", "PYTHONPATH": ROOT}
+        argv = [sys.executable, "-m", "tests.cluster.faulty", self.step, "--config", str(self.config)]
+        with open(self.log, "ab") as log:
+            return subprocess.Popen(argv, cwd=ROOT, env=environment, stderr=log, stdin=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("step", faulty.STEPS)
+def test_killed_at_any_step_nothing_is_lost_and_nothing_stays(
+    etcd: EtcdCluster, prefix: str, tmp_path: Path, step: str
+) -> None:
+    """Whatever was answered holds; store and etcd agree again soon after the restart; and all can be released."""
+    with ExitStack() as stack:
+        node = stack.enter_context(Mortal(tmp_path, "a", etcd.sockets, FAST, prefix=prefix))
+        make_pool([node], "10.12.0.0/24", "fd00:12::/64")
+        with node.client() as client:
+            held = {"old": cidrs(allocate(client, "old"))}
+            going = cidrs(allocate(client, "going"))
+            assert node.stop() == 0
+            node.step = step
+            node.start()
+            process = node.process
+            assert process is not None
+            process.send_signal(signal.SIGUSR1)
+            with contextlib.suppress(IpamError):
+                client.release(key("going"))
+                held["new"] = cidrs(allocate(client, "new"))
+            wait_for("its death", lambda: process.poll() is not None)
+            node.step = ""
+            node.start()
+
+            def agree() -> bool:
+                here = {a.cidr.partition("/")[0] for e in client.list_allocations() for a in e.addresses}
+                return {f"p#{ip}" for ip in here} == set(keys(etcd, prefix, "addresses/"))
+
+            wait_for("store and etcd to agree", agree)
+            found = {entry.key.container_id: cidrs(entry) for entry in client.list_allocations()}
+            assert held.items() <= found.items()
+            assert set(found) <= {"old", "new"}
+            eventually(client, "new")
+            for container in ("old", "new"):
+                client.release(key(container))
+            wait_for("the end", lambda: not keys(etcd, prefix, "addresses/") and not keys(etcd, prefix, "owned/"))
+            # Every address can be had again, as the pool has no cool-down.
+            assert eventually(client, "again", *(cidr.partition("/")[0] for cidr in going)) == going
