@@ -56,6 +56,9 @@ class Node:
     def claimed(self, _blocks: int, conflicts: int, _seconds: float) -> None:
         self.retries = conflicts
 
+    def told(self, _operation: str, _seconds: float) -> None:
+        pass
+
     async def begin(self, known: Known) -> None:
         self.mirror.pools[POOL] = known
         await self.engine.run(lambda: self.ledger.create_pool(POOL, SPEC))

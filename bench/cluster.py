@@ -38,13 +38,22 @@ _FIRST = 11  # number on the underlay
 BLOCK_RATE = Spec(
     "cluster: node-block allocations, 8 clients", "1/s", "higher", 0.9, 1.0, "peer: the same with SQLite alone"
 )
+_TOGETHER = f"{NODES * WIDTH} clients, three members; peer: {NODES} processes with {WIDTH} under way"
 ADDRESS_RATE = Spec(
     f"cluster: cluster-address allocations, {NODES} nodes",
     "1/s",
     "higher",
     0.5,
     None,
-    f"{NODES * WIDTH} clients, three members; peer: bare transactions, {NODES} processes with {WIDTH} under way",
+    f"{_TOGETHER}, the same transactions one by one without ipamd",
+)
+ADDRESS_LEAST = Spec(
+    f"cluster: cluster-address beside puts, {NODES} nodes",
+    "1/s",
+    "higher",
+    None,
+    None,
+    f"{_TOGETHER}, transactions that only make a key",
 )
 CLAIM_TIME = Spec(f"cluster: {CLAIMANTS:,} nodes claim their first block", "s", "lower", 30, None, "all at once")
 CLAIM_RETRIES = Spec(f"cluster: retries of a first block, {CLAIMANTS:,} nodes", "", "lower", 5, None, "p95: over nodes")
@@ -74,7 +83,7 @@ class Many:
 
 def specs(plan: Plan) -> list[Spec]:
     """All rows of this file, in their order."""
-    return [BLOCK_RATE, ADDRESS_RATE, CLAIM_TIME, CLAIM_RETRIES, *Many(plan.taken).specs]
+    return [BLOCK_RATE, ADDRESS_RATE, ADDRESS_LEAST, CLAIM_TIME, CLAIM_RETRIES, *Many(plan.taken).specs]
 
 
 def measure(plan: Plan, place: Path, wanted: Callable[[Spec], bool], say: Callable[[str], None]) -> Iterable[Row]:
@@ -82,7 +91,7 @@ def measure(plan: Plan, place: Path, wanted: Callable[[Spec], bool], say: Callab
     many = Many(plan.taken)
     parts: list[tuple[list[Spec], Callable[[ExitStack], Iterator[Row]]]] = [
         ([BLOCK_RATE], lambda stack: _blocks(plan, place, stack)),
-        ([ADDRESS_RATE], lambda stack: _addresses(plan, place, stack)),
+        ([ADDRESS_RATE, ADDRESS_LEAST], lambda stack: _addresses(plan, place, stack)),
         ([CLAIM_TIME, CLAIM_RETRIES], _claims),
         (many.specs, lambda stack: _many(many, place, stack)),
     ]
@@ -182,29 +191,31 @@ def _addresses(plan: Plan, place: Path, stack: ExitStack) -> Iterator[Row]:
     window_s = max(0.5, _WINDOW_S * plan.scale)
 
     def ours() -> float:
-        return _rate(load, sockets, NODES * WIDTH, window_s)
+        rate = _rate(load, sockets, NODES * WIDTH, window_s)
+        # Releases reach etcd in the background.
+        wait_until(lambda: not etcd.keys("/netloom/addresses/"), "etcd hearing of all releases")
+        return rate
 
     def theirs() -> float:
         return _transactions(bare, etcd.endpoints, window_s)
 
+    def least() -> float:
+        return _transactions(bare, etcd.endpoints, window_s, least=True)
+
     wait_until(lambda: _knows(load, sockets), "the pool on every node")
-    ours()
-    theirs()
-    found: list[list[float]] = []
-    peer: list[list[float]] = []
+    samples: dict[Callable[[], float], list[list[float]]] = {ours: [], theirs: [], least: []}
+    for work in samples:
+        work()
     for number in range(plan.rounds):
         if number and plan.budget.over:
             break
-        if number % 2:
-            found.append([ours()])
-            peer.append([theirs()])
-        else:
-            peer.append([theirs()])
-            found.append([ours()])
+        for work in (ours, theirs, least) if number % 2 else (least, theirs, ours):
+            samples[work].append([work()])
         etcd.compact()
     for member in members:
         member.stop()
-    yield finished(plan, ADDRESS_RATE, found, peer)
+    yield finished(plan, ADDRESS_RATE, samples[ours], samples[theirs])
+    yield finished(plan, ADDRESS_LEAST, samples[ours], samples[least])
 
 
 def _knows(load: Helper, sockets: Sequence[str]) -> bool:
@@ -219,9 +230,10 @@ def _knows(load: Helper, sockets: Sequence[str]) -> bool:
     return True
 
 
-def _transactions(bare: Sequence[Helper], endpoints: Sequence[str], seconds: float) -> float:
+def _transactions(bare: Sequence[Helper], endpoints: Sequence[str], seconds: float, least: bool = False) -> float:
     begin_s = time.monotonic() + _LEAD_S
-    request = {"endpoints": list(endpoints), "width": WIDTH, "begin_s": begin_s, "end_s": begin_s + seconds}
+    request: dict[str, Any] = {"endpoints": list(endpoints), "width": WIDTH, "least": least}
+    request |= {"begin_s": begin_s, "end_s": begin_s + seconds}
     for helper in bare:
         helper.say(request)
     return sum(len(helper.answer()["took_us"]) for helper in bare) / seconds
