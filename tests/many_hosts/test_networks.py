@@ -1,0 +1,218 @@
+"""Networks that are defined once, over three hosts with all of Netloom and one etcd."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+
+import pytest
+
+from tests.cni.chained.traffic import Query, ask, no_answer, serving, until
+from tests.hosts import IPV6, Netns, wait_until
+from tests.many_hosts.fleet import Container, Pinger, routes_of_netd, settle
+from tests.many_hosts.pods import Pods, outside_of
+
+pytestmark = pytest.mark.kernel
+
+PODS6 = ("--subnet", "fd02::/64", "--block6", "120") if IPV6 else ()
+WEB6 = ("--subnet", "fd03::/64", "--block6", "120") if IPV6 else ()
+# Backend, and what remains of 1500 bytes with an IPv4 underlay (RFC 7348: 50 bytes go).
+BACKENDS = {"vxlan": 1450, "host-gw": 1500}
+
+# A datagram that may not be cut (IP_MTU_DISCOVER: IP_PMTUDISC_DO), and its answer.
+_LARGE = """
+import socket, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+    one.setsockopt(socket.IPPROTO_IP, 10, 2)
+    one.settimeout(2)
+    one.connect((sys.argv[1], 53))
+    one.send(bytes(int(sys.argv[2])))
+    one.recv(100)
+"""
+
+
+@pytest.fixture(scope="module")
+def fleet() -> Iterator[Pods]:
+    with Pods((4, 6) if IPV6 else (4,)) as made:
+        made.start()
+        yield made
+
+
+@pytest.fixture(scope="module")
+def outside(fleet: Pods) -> Netns:
+    return outside_of(fleet)
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request: pytest.FixtureRequest, fleet: Pods) -> Iterator[str]:
+    """Two networks of a backend, pods and web; gone after the tests."""
+    name = str(request.param)
+    pods = ("network", "create", "pods", "--subnet", "10.2.0.0/16", "--block", "24", *PODS6, "--backend", name)
+    fleet.netloom(1, *pods)
+    fleet.netloom(2, "network", "create", "web", "--subnet", "10.3.0.0/16", *WEB6, "--backend", name)
+    for network in ("pods", "web"):
+        fleet.until_known(network)
+    yield name
+    for network in ("pods", "web"):
+        fleet.netloom(3, "network", "delete", network)
+
+
+@pytest.fixture
+def pods(fleet: Pods, backend: str) -> Iterator[list[Container]]:
+    """A container of pods on each host."""
+    made = [fleet.pod(number, "pods") for number in (1, 2, 3)]
+    fleet.until_ways(*made)
+    yield made
+    fleet.release_all()
+
+
+def ports_of(*containers: Container) -> list[Query]:
+    return [("tcp", address, 80) for one in containers for address in (one.ipv4, one.ipv6) if address]
+
+
+def whole(one: Container, other: Container, size: int) -> bool:
+    """Whether a packet of this size gets there in one piece, and an answer comes."""
+    argv = [sys.executable, "-I", "-S", "-c", _LARGE, other.ipv4, str(size - 28)]  # but for headers of IP and UDP
+    return one.netns.run(argv, check=False).returncode == 0
+
+
+def all_reach_all_with_their_own_addresses(containers: list[Container]) -> None:
+    with ExitStack() as servers:
+        for one in containers:
+            servers.enter_context(serving(one.netns, one.id, "tcp:80"))
+        for one in containers:
+            for other in containers:
+                if one is not other:
+                    own = [address for address in (one.ipv4, one.ipv6) if address]
+                    assert ask(one.netns, *ports_of(other)) == [f"{other.id} {address}" for address in own]
+
+
+def test_every_container_reaches_every_other_with_its_own_address(
+    fleet: Pods, backend: str, pods: list[Container]
+) -> None:
+    all_reach_all_with_their_own_addresses(pods)
+    for one in pods:
+        fleet.check(one)
+    devices = {one["dev"] for one in routes_of_netd(fleet.host(1))}
+    assert devices == {"nl-vx1" if backend == "vxlan" else "eth0"}
+    explained = fleet.netd(1).explain(pods[1].ipv4)
+    assert (explained.node, explained.network, explained.backend) == ("host2", "pods", backend)
+
+
+def test_the_mtu_of_the_way_is_inside(fleet: Pods, backend: str, pods: list[Container]) -> None:
+    assert [fleet.fabric(number)["pods"]["mtu"] for number in (1, 2, 3)] == [BACKENDS[backend]] * 3
+    for one, other in zip(pods, [*pods[1:], pods[0]], strict=True):
+        assert one.netns.links()["eth0"]["mtu"] == BACKENDS[backend]
+        with serving(other.netns, "large", "udp:53"):
+            wait_until(partial(whole, one, other, BACKENDS[backend]), "an answer to a packet that fills the MTU")
+
+
+def test_the_outside_by_masquerade_and_published_ports(
+    fleet: Pods, backend: str, pods: list[Container], outside: Netns
+) -> None:
+    published = fleet.pod(2, "pods", (8080, 80))
+    host, there = fleet.underlay_address(2, 4), fleet.underlays[0].address(99)
+    with serving(published.netns, "published", "tcp:80"), serving(outside, "outside", "tcp:80"):
+        assert ask(pods[0].netns, ("tcp", there, 80)) == [f"outside {fleet.underlay_address(1, 4)}"]
+        # From outside, from another host, from a container of another host.
+        assert ask(outside, ("tcp", host, 8080)) == [f"published {there}"]
+        assert ask(fleet.host(1), ("tcp", host, 8080)) == [f"published {fleet.underlay_address(1, 4)}"]
+        assert ask(pods[2].netns, ("tcp", host, 8080))[0].startswith("published ")
+        # What is not published is not reached, though there is a way.
+        outside.run(["ip", "route", "replace", "10.2.0.0/16", "via", host])
+        assert no_answer(outside, ("tcp", published.ipv4, 80)) == [""]
+
+
+def test_networks_are_apart_on_all_hosts_until_they_are_connected(
+    fleet: Pods, backend: str, pods: list[Container]
+) -> None:
+    webs = [fleet.pod(number, "web") for number in (1, 2, 3)]
+    fleet.until_ways(*webs)
+    ways = [(one, web) for one in pods for web in webs] + [(web, one) for one in pods for web in webs]
+
+    def apart() -> None:
+        for one, others in [*((one, webs) for one in pods), *((web, pods) for web in webs)]:
+            assert set(no_answer(one.netns, *ports_of(*others))) == {""}
+
+    with ExitStack() as servers:
+        for one in (*pods, *webs):
+            servers.enter_context(serving(one.netns, one.id, "tcp:80"))
+        apart()
+        fleet.netloom(1, "network", "connect", "pods", "web")
+        for one, other in ways:
+            until(one.netns, ("tcp", other.ipv4, 80), f"{other.id} {one.ipv4}")
+            if one.ipv6:
+                until(one.netns, ("tcp", other.ipv6, 80), f"{other.id} {one.ipv6}")
+        for one in (*pods, *webs):
+            fleet.check(one)
+        fleet.netloom(3, "network", "disconnect", "web", "pods")
+        for one, other in ways:
+            until(one.netns, ("tcp", other.ipv4, 80), "")
+        apart()
+        assert ask(pods[0].netns, *ports_of(pods[1]))[0] == f"{pods[1].id} {pods[0].ipv4}"
+        for one in (*pods, *webs):
+            fleet.check(one)
+
+
+def test_a_network_in_use_is_not_deleted_whoever_uses_it(fleet: Pods, backend: str, pods: list[Container]) -> None:
+    fleet.release(pods[0], pods[2])
+    done = fleet.try_netloom(1, "network", "delete", "pods")
+    assert done.returncode != 0
+    assert pods[1].id in done.stderr
+    assert "host2" in done.stderr
+    assert fleet.pod(1, "pods").ipv4.startswith("10.2.")
+
+
+def test_etcd_away(fleet: Pods, backend: str, pods: list[Container]) -> None:
+    """Traffic goes on, and containers come and go with addresses of the blocks that a host has."""
+    pinger = Pinger(pods[0].netns, pods[1].ipv4)
+    fleet.etcd.kill("m1")
+    try:
+        more = [fleet.pod(number, "pods") for number in (1, 2, 3)]
+        all_reach_all_with_their_own_addresses([*pods, *more])
+        assert {one.netns.links()["eth0"]["mtu"] for one in more} == {BACKENDS[backend]}
+        fleet.release(*more)
+    finally:
+        fleet.etcd.start("m1")
+    sent, lost = pinger.stop()
+    assert sent > 20
+    assert lost == 0
+
+
+def test_another_backend_of_the_network(fleet: Pods, backend: str, pods: list[Container]) -> None:
+    """Changed where it is defined: each host follows as soon as it hears of it."""
+    other = next(name for name in BACKENDS if name != backend)
+    pingers = [Pinger(one.netns, two.ipv4) for one in pods for two in pods if one is not two]
+    key = "/netloom/networks/pods"
+    before = fleet.etcd.etcdctl("get", "--print-value-only", key).strip()
+    for record, device in (
+        (json.dumps({**json.loads(before), "backend": other}), "eth0" if other == "host-gw" else "nl-vx1"),
+        (before, "eth0" if other == "vxlan" else "nl-vx1"),
+    ):
+        fleet.etcd.etcdctl("put", key, record)
+        for one in pods:
+            for two, host in zip(pods, fleet.hosts, strict=True):
+                if one is not two:
+                    wait_until(partial(fleet.goes_by, host, one.ipv4, device), f"{one.ipv4} by {device}")
+        settle(0.5)
+    results = [pinger.stop() for pinger in pingers]
+    assert max(lost for _, lost in results) <= 5, results
+
+
+@pytest.mark.skipif(not IPV6, reason="no IPv6 on this machine")
+@pytest.mark.parametrize(("name", "segments", "mtu"), [("vxlan", (0, 0, 0), 1430), ("direct", (0, 0, 1), 1430)])
+def test_over_an_ipv6_underlay(name: str, segments: tuple[int, ...], mtu: int) -> None:
+    """IPv6 takes 20 bytes more; `direct` has tunnels to the second segment only."""
+    with Pods((6,), segments) as fleet:
+        fleet.start()
+        fleet.netloom(1, "network", "create", "pods", "--subnet", "10.2.0.0/16", *PODS6, "--backend", name)
+        fleet.until_known("pods")
+        made = [fleet.pod(number, "pods") for number in (1, 2, 3)]
+        fleet.until_ways(*made)
+        all_reach_all_with_their_own_addresses(made)
+        assert {one.netns.links()["eth0"]["mtu"] for one in made} == {mtu}
+        fleet.release_all()
+        fleet.netloom(1, "network", "delete", "pods")
