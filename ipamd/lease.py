@@ -93,7 +93,7 @@ class Ledger(SharedPools):
             claims = self._claims([self.pool(address.pool) for address in allocation.addresses])
             for address in allocation.addresses:
                 self._occupy(address)
-            generation = self._transaction.apply(Grant(allocation, claims))
+            generation = self._transaction.apply(Grant(_with_generation(allocation, 0), claims))
             if claims:
                 self._await_confirmation(generation)
         except Exception:
