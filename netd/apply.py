@@ -7,6 +7,7 @@ never leaves the host's namespace (a sysctl and an ioctl are of the thread's).
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -146,6 +147,8 @@ def _finish(device: Device) -> None:
 
 
 def _device_refusal(session: Session, want: Device, error: KernelError) -> Refusal:
+    if error.errno == errno.EOPNOTSUPP:
+        return Refusal(want, "this kernel has no VXLAN; load its module (modprobe vxlan), or use the backend host-gw")
     if not isinstance(error, Exists):
         return Refusal(want, str(error))
     if link.find(session, want.name) is not None:

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 
 from cluster import layout
 from cluster.errors import EtcdError
-from cluster.etcd import Compare, Etcd, Get, Pair, Put, absent, unchanged
+from cluster.etcd import Compare, Delete, Etcd, Get, Pair, Put, absent, unchanged
 from cluster.layout import LayoutError
 from cluster.leases import LeaseKeeper
 from netd.view import NETD, NETD_ALIVE, UNDERLAY, NetdRecord
@@ -89,8 +89,10 @@ class Member:
                 Put(keys[1], self._alive, lease.id),
                 *(Put(key, f"{self._name}#{record.id}".encode(), lease.id) for key in addresses),
             ]
+            left = set(self._said.addresses if self._said is not None else ()) - set(record.addresses)
+            drops = [Delete(UNDERLAY + address) for address in left]  # for who may get it now
             conditions = [_as_read(key, pair) for key, pair in wanted.items()]
-            if (await self._etcd.txn(conditions, puts, repeatable=True)).succeeded:
+            if (await self._etcd.txn(conditions, [*puts, *drops], repeatable=True)).succeeded:
                 break
         if self._keeper is None:
             self._keeper = LeaseKeeper(self._etcd, lease, lambda _: self._nudged.set())

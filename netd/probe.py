@@ -36,12 +36,16 @@ def echo(wanted: Iterable[Probe], wait_s: float = 1.0) -> Mapping[Probe, float |
     """
     probes = list(dict.fromkeys(wanted))
     found: dict[Probe, float | None] = dict.fromkeys(probes)
-    sockets: dict[int, socket.socket] = {
-        version: _socket(version) for version in {address.version for address, _ in probes}
-    }
+    sockets: dict[int, socket.socket] = {}
+    for version in {address.version for address, _ in probes}:
+        try:
+            sockets[version] = _socket(version)
+        except OSError as error:
+            if error.errno != errno.EAFNOSUPPORT:  # a kernel without IPv6: nobody answers
+                raise
     try:
         for _ in range(_TRIES):
-            left = [probe for probe in probes if found[probe] is None]
+            left = [probe for probe in probes if found[probe] is None and probe[0].version in sockets]
             if left:
                 found.update(_round(sockets, left, wait_s))
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -126,6 +127,35 @@ def test_a_host_that_is_cut_off_withdraws_nothing(fleet: Fleet, containers: list
     wait_until(lambda: knows(fleet.netd(1), 2) and knows(fleet.netd(3), 2), "all to be up", fleet.netd(1).log)
     assert [state_of_netd(host) for host in fleet.hosts] == before
     containers[0].ping(containers[2].ipv4)
+
+
+def test_when_many_are_silent_only_a_fifth_is_withdrawn_at_once(fleet: Fleet) -> None:
+    """Twenty hosts that nobody ever hears of again: it may be this one that is cut off."""
+    for number in range(20):
+        record = {
+            "id": f"ghost{number}",
+            "addresses": [f"192.168.77.{100 + number}"],
+            "mac": f"02:00:00:00:01:{number:02x}",
+            "subnets": [f"10.9.{number}.0/24"],
+        }
+        fleet.etcd.etcdctl("put", f"/netloom/netd/ghost{number}", json.dumps(record))
+    netd = fleet.netd(1)
+
+    def ghosts(state: str) -> int:
+        return sum(peer.state == state and peer.name.startswith("ghost") for peer in netd.status().peers)
+
+    wait_until(lambda: ghosts("down"), "the first to go", netd.log)
+    settle(8)
+    # 23 hosts are known; a fifth of them is four.
+    assert (ghosts("down"), ghosts("silent")) == (4, 16)
+    assert len([one for one in routes_of_netd(fleet.host(1)) if one["dst"].startswith("10.9.")]) == 16
+    assert any(
+        "16 more hosts are silent and do not answer; their entries are kept" in one for one in netd.status().problems
+    )
+    assert states(netd)["host2"] == "up"
+    fleet.etcd.etcdctl("del", "--prefix", "/netloom/netd/ghost")
+    wait_until(lambda: knows(netd, 2) and not netd.status().problems, "them to be forgotten", netd.log)
+    assert not [one for one in routes_of_netd(fleet.host(1)) if one["dst"].startswith("10.9.")]
 
 
 def test_two_hosts_of_one_name(fleet: Fleet) -> None:
