@@ -10,6 +10,7 @@
 """
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import time
@@ -110,6 +111,8 @@ class Blocks:
         self._resting: set[tuple[str, str]] = set()  # empty at the last look
         self._claiming: set[tuple[str, str]] = set()
         self._wake = asyncio.Event()
+        self._untidy = asyncio.Event()
+        mirror.on_deleting = self._untidy.set
         self.follower = Follower(etcd, layout.BLOCKS, self._listed, self._changed)
         ledger.count_claimed = self.count_others
         engine.after_commit(self._after_commit)
@@ -342,7 +345,9 @@ class Blocks:
     async def keep_tidy(self) -> None:
         """Gives empty blocks back. Never returns."""
         while True:
-            await asyncio.sleep(_GIVE_BACK_INTERVAL_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._untidy.wait(), _GIVE_BACK_INTERVAL_S)
+            self._untidy.clear()
             try:
                 await self.tidy()
             except EtcdError as error:
@@ -354,6 +359,7 @@ class Blocks:
         """One round: what was empty at the last look too, and is not needed."""
         for name, cidr in list(self._returns):
             await self._give_back(name, cidr)
+        await self._adopt([(name, cidr) for name, known in self.claims.items() for cidr in known])
         resting = set()
         for pool in list(self._ledger.pools.values()):
             known = self._mirror.pools.get(pool.name)
@@ -464,7 +470,13 @@ class Blocks:
             if pool.home(cidr) is None:
                 log.event(_logger, "error", "a block of this node does not fit its pool", pool=name, block=cidr)
                 continue
-            await self._keep(name, [cidr])
+            try:
+                await self._keep(name, [cidr])
+            except IpamdError as error:
+                # A full disk: the next round tries again.
+                log.event(_logger, "warning", "a block of this node cannot be kept yet", pool=name, block=cidr,
+                          error=str(error))  # fmt: skip
+                continue
             log.event(_logger, "info", "a block of this node was not known here, and is now", pool=name, block=cidr)
 
     async def _settle(self, name: str, cidr: str) -> None:

@@ -117,12 +117,13 @@ class Member:
         except JoinError as error:
             raise StartError(str(error)) from None
         except (EtcdError, TimeoutError) as error:
+            why = str(error) or f"it took longer than {_START_S:g} s to join"
             if not self.identity.cluster:
                 raise StartError(
-                    f"etcd cannot be used, and this node was never one of its cluster: {error}; see [etcd] in the "
+                    f"etcd cannot be used, and this node was never one of its cluster: {why}; see [etcd] in the "
                     "configuration"
                 ) from None
-            log.event(_logger, "warning", "etcd is away: this node goes on with what it holds", error=str(error))
+            log.event(_logger, "warning", "etcd is away: this node goes on with what it holds", error=why)
         if self._config.reclaim_nodes_after_s:
             self._run(self._watch_silence())
         if not self.joined:
@@ -155,7 +156,7 @@ class Member:
     @property
     def unpublished(self) -> int:
         """How much the cluster does not know yet."""
-        return self.publisher.unpublished
+        return self.publisher.unpublished + self.claims.pending
 
     def sample(self) -> ClusterSample:
         """For the metrics."""
@@ -306,6 +307,14 @@ class Member:
         if pair.key != layout.NODES + self.identity.node:
             return
         record = layout.decode(NodeRecord, pair.key, pair.value)
+        if record.id != self.identity.node_id:
+            self.refusal = (
+                f"the cluster gave the name {self.identity.node} to host {record.hostname} (id {record.id}) after this "
+                "node was removed; give one of them another name"
+            )
+            log.event(_logger, "error", "the cluster has another node of this name", error=self.refusal)
+            self._judge()
+            return
         if record.draining != self.draining:
             await self._engine.run(lambda: self._transaction.apply(Note(_DRAINING, "1" if record.draining else "")))
             log.event(_logger, "warning", "the node is drained" if record.draining else "the node is no longer drained")

@@ -16,7 +16,7 @@ from msgspec import Struct
 from cluster import layout
 from cluster.errors import EtcdError
 from cluster.etcd import Compare, Delete, Etcd, Event, Get, Pair, Put, TxnResult, absent, unchanged
-from cluster.layout import BlockRecord, LayoutError, PoolRecord, ReservationRecord
+from cluster.layout import BlockRecord, LayoutError, PoolRecord, PublishedRecord, ReservationRecord
 from ipamd.engine import Engine
 from ipamd.errors import AlreadyExistsError, IpamdError, NotFoundError, PreconditionError, UnavailableError
 from ipamd.lease import Ledger
@@ -29,7 +29,8 @@ from telemetry import log
 _logger = logging.getLogger("ipamd.member")
 
 # How long the others have to give their empty blocks of a pool back that is being deleted.
-_GIVE_BACK_S = 10.0
+_GIVE_BACK_S = 4.0
+_SHOWN = 5
 _POLL_S = 0.25
 
 
@@ -46,6 +47,7 @@ class Mirror:
     def __init__(self, etcd: Etcd, engine: Engine, ledger: Ledger, store: Store, holdings: Holdings, node: str) -> None:
         self.pools: dict[str, Known] = {}
         self.reservations: dict[str, dict[str, str]] = {}
+        self.on_deleting: Callable[[], None] = lambda: None  # called when a pool's empty blocks are to go back
         self._etcd = etcd
         self._engine = engine
         self._ledger = ledger
@@ -64,13 +66,15 @@ class Mirror:
 
     # --- what etcd says
 
-    async def _list_pools(self, pairs: Sequence[Pair], _revision: int) -> None:
+    async def _list_pools(self, pairs: Sequence[Pair], revision: int) -> None:
         found = {pair.key.removeprefix(layout.POOLS): pair for pair in pairs}
-        self.pools.clear()
+        # What this node did meanwhile is newer than the list.
+        for name in [name for name, known in self.pools.items() if known.revision <= revision]:
+            del self.pools[name]
         for name, pair in found.items():
             await self._take_pool(name, pair)
         for pool in list(self._ledger.pools.values()):
-            if pool.spec.mode != "local" and pool.name not in found:
+            if pool.spec.mode != "local" and pool.name not in found and pool.name not in self.pools:
                 await self._lost_pool(pool)
 
     async def _change_pools(self, events: Sequence[Event]) -> None:
@@ -79,6 +83,9 @@ class Mirror:
             if event.kind == "put":
                 await self._take_pool(name, event.pair)
                 continue
+            known = self.pools.get(name)
+            if known is not None and known.revision > event.pair.mod_revision:
+                continue  # it was made again since
             self.pools.pop(name, None)
             pool = self._ledger.pools.get(name)
             if pool is not None and pool.spec.mode != "local":
@@ -87,7 +94,12 @@ class Mirror:
     async def _take_pool(self, name: str, pair: Pair) -> None:
         try:
             record = layout.decode(PoolRecord, pair.key, pair.value)
+            known = self.pools.get(name)
+            if known is not None and known.revision > pair.mod_revision:
+                return
             self.pools[name] = Known(record, pair.mod_revision)
+            if record.deleting:
+                self.on_deleting()
             spec = PoolSpec.decode(record.spec)
             there = self._ledger.pools.get(name)
             if there is not None and there.spec == spec:
@@ -173,8 +185,11 @@ class Mirror:
             if there is not None:
                 raise AlreadyExistsError(f"this node has a pool {name} of its own; take another name")
             key = layout.POOLS + name
-            done = await self._txn([absent(key)], [Put(key, layout.encode(PoolRecord(spec.encode())))], [Get(key)])
+            record = PoolRecord(spec.encode())
+            done = await self._txn([absent(key)], [Put(key, layout.encode(record))], [Get(key)])
             found = done.pairs[0] if done.pairs else None
+            if done.succeeded:
+                self.pools[name] = Known(record, done.revision)  # the watch may take its time
             if found is not None:
                 record = layout.decode(PoolRecord, key, found.value)
                 if record.deleting:
@@ -183,6 +198,7 @@ class Mirror:
                     raise AlreadyExistsError(
                         f"the cluster has a pool {name} with another spec; delete it first, or take another name"
                     )
+                self.pools[name] = Known(record, found.mod_revision)
         return await self._engine.run(lambda: self._ledger.create_pool(name, spec), grows=True)
 
     async def delete_pool(self, name: str) -> None:
@@ -196,13 +212,7 @@ class Mirror:
         done = await self._txn([unchanged(key, pair.mod_revision)], [Put(key, marked)], [Get(key)])
         if not done.succeeded:
             raise UnavailableError(f"pool {name} was changed by another node at the same moment; ask again")
-        in_use = ""
-        deadline = time.monotonic() + _GIVE_BACK_S
-        while time.monotonic() < deadline:
-            in_use = await self._in_use(name)
-            if not in_use:
-                break
-            await asyncio.sleep(_POLL_S)
+        in_use = await self._wait_until_free(name)
         if in_use:
             # Its first node may still be there, and gave nothing back because an address is in use.
             await self._txn([unchanged(key, done.revision)], [Put(key, layout.encode(PoolRecord(record.spec)))])
@@ -216,17 +226,32 @@ class Mirror:
         with contextlib.suppress(NotFoundError):
             await self._engine.run(lambda: self._ledger.delete_pool(name))
 
-    async def _in_use(self, name: str) -> str:
-        try:
-            blocks = await self._etcd.range(layout.BLOCKS + layout.place(name, ""), limit=5)
-            addresses = await self._etcd.range(layout.ADDRESSES + layout.place(name, ""), limit=5, keys_only=True)
-        except EtcdError as error:
-            raise UnavailableError(str(error)) from None
-        found = [
-            f"block {layout.split(pair.key)[1]} by node {layout.decode(BlockRecord, pair.key, pair.value).node}"
-            for pair in blocks.pairs
-        ] + [layout.split(pair.key)[1] for pair in addresses.pairs]
-        return ", ".join(found) + (", ..." if blocks.more or addresses.more else "")
+    async def _wait_until_free(self, name: str) -> str:
+        """Returns "" when no node has anything of a pool, else what they have and will not give back."""
+        deadline = time.monotonic() + _GIVE_BACK_S
+        while True:
+            try:
+                blocks = await self._etcd.range(layout.BLOCKS + layout.place(name, ""), limit=_SHOWN)
+                addresses = await self._etcd.range(
+                    layout.ADDRESSES + layout.place(name, ""), limit=_SHOWN, keys_only=True
+                )
+                used = [pair for pair in blocks.pairs if await self._is_used(pair)]
+            except EtcdError as error:
+                raise UnavailableError(f"the cluster cannot be asked: {error}; delete the pool again later") from None
+            if not blocks.pairs and not addresses.pairs:
+                return ""
+            if used or addresses.pairs or time.monotonic() > deadline:
+                found = [
+                    f"block {layout.split(pair.key)[1]} by node {layout.decode(BlockRecord, pair.key, pair.value).node}"
+                    for pair in used or blocks.pairs
+                ] + [layout.split(pair.key)[1] for pair in addresses.pairs]
+                return ", ".join(found) + (", ..." if blocks.more or addresses.more else "")
+            await asyncio.sleep(_POLL_S)
+
+    async def _is_used(self, block: Pair) -> bool:
+        """Whether its node has told that addresses of a block are in use."""
+        pair = await self._etcd.get(layout.PUBLISHED + block.key.removeprefix(layout.BLOCKS))
+        return pair is not None and bool(layout.decode(PublishedRecord, pair.key, pair.value).rows)
 
     async def reserve(self, name: str, text: str, note: str) -> Reservation:
         """As `Ledger.reserve`, for all nodes."""
