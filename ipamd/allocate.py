@@ -8,7 +8,7 @@ from typing import Protocol
 from ipamd.engine import Engine
 from ipamd.errors import NeedsBlockError, UnavailableError
 from ipamd.lease import Ask, Ledger
-from ipamd.store.base import Allocation
+from ipamd.store.base import Allocation, Instant, Key
 
 # Each refusal teaches this node who holds what it asked for, so a few tries are many.
 _MOST_TRIES = 32
@@ -48,15 +48,77 @@ class Member(Protocol):
     def claims(self) -> Claims: ...
 
 
-async def allocate(engine: Engine, ledger: Ledger, member: Member | None, ask: Ask) -> tuple[Allocation, bool]:
+class Turn:
+    """An ask that is not answered yet."""
+
+    __slots__ = ("ask", "ended")
+
+    def __init__(self, ask: Ask) -> None:
+        self.ask = ask
+        self.ended = False
+
+    def check(self) -> None:
+        """Raises UnavailableError where the attachment was released meanwhile."""
+        if self.ended:
+            raise UnavailableError(f"{self.ask.key} was released while it was being asked for")
+
+
+class Underway:
+    """The asks that wait for the cluster. A release ends those of its key that were there before it.
+
+    A client that waited too long gives up and releases, before this daemon has heard that it gave up. The ask would
+    then get an address of which nobody knows.
+    """
+
+    def __init__(self) -> None:
+        self._turns: dict[Key, list[Turn]] = {}
+
+    def begin(self, ask: Ask) -> Turn:
+        """To be ended by `done`."""
+        turn = Turn(ask)
+        self._turns.setdefault(ask.key, []).append(turn)
+        return turn
+
+    def done(self, turn: Turn) -> None:
+        """It is answered."""
+        turns = self._turns[turn.ask.key]
+        turns.remove(turn)
+        if not turns:
+            del self._turns[turn.ask.key]
+
+    def end(self, key: Key, before: Instant | None) -> None:
+        """The key is released; `before`: only what was asked for before that moment."""
+        for turn in self._turns.get(key, ()):
+            at = turn.ask.at
+            if before is None or (at and at.boot_id == before.boot_id and at.boottime_ns < before.boottime_ns):
+                turn.ended = True
+
+
+async def allocate(
+    engine: Engine, ledger: Ledger, member: Member | None, underway: Underway, ask: Ask
+) -> tuple[Allocation, bool]:
     """As `Ledger.allocate`, durably, and with the cluster's consent where it is needed. Raises IpamdError."""
     if member is None:
         return await engine.run(lambda: ledger.allocate(ask), grows=True)
+    turn = underway.begin(ask)
+    try:
+        return await _allocate(engine, ledger, member, turn)
+    finally:
+        underway.done(turn)
+
+
+async def _allocate(engine: Engine, ledger: Ledger, member: Member, turn: Turn) -> tuple[Allocation, bool]:
+    ask = turn.ask
+
+    def choose() -> tuple[Allocation, bool]:
+        turn.check()
+        return ledger.allocate(ask)
+
     if ledger.wants_claims(ask.pools):
         await member.claims.ready()
     for _ in range(_MOST_TRIES):
         try:
-            allocation, created = await engine.run(lambda: ledger.allocate(ask), grows=True)
+            allocation, created = await engine.run(choose, grows=True)
         except NeedsBlockError as need:
             await member.blocks.provide(need)
             continue
@@ -66,5 +128,6 @@ async def allocate(engine: Engine, ledger: Ledger, member: Member | None, ask: A
             await member.claims.confirm(allocation)
         except LostError:
             continue
+        turn.check()
         return allocation, created
     raise UnavailableError(f"others were faster each of {_MOST_TRIES} times; ask again")

@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncIterator
 
 from ipamd import backup, messages
-from ipamd.allocate import allocate
+from ipamd.allocate import Underway, allocate
 from ipamd.check import Checker, KernelAddress
 from ipamd.clock import Clock
 from ipamd.desk import Desk
@@ -78,6 +78,7 @@ class Service(NodeHandlers, IpamServicer):
     ) -> None:
         super().__init__(metrics, directory, member)
         self._desk = desk
+        self._underway = Underway()
         self._engine = engine
         self._ledger = ledger
         self._store = store
@@ -93,7 +94,7 @@ class Service(NodeHandlers, IpamServicer):
     async def Allocate(self, request: pb.AllocateRequest, request_id: str) -> pb.AllocateResponse:
         try:
             ask = messages.ask_of(request, self._node)
-            allocation, created = await allocate(self._engine, self._ledger, self._member, ask)
+            allocation, created = await allocate(self._engine, self._ledger, self._member, self._underway, ask)
         except IpamdError as error:
             self.metrics.allocation(next(result for kind, result in _RESULTS if isinstance(error, kind)))
             raise
@@ -110,6 +111,8 @@ class Service(NodeHandlers, IpamServicer):
     async def Release(self, request: pb.ReleaseRequest, request_id: str) -> pb.ReleaseResponse:
         key = messages.key_of(request.key, self._node)
         before = messages.instant_of(request.before) if request.HasField("before") else None
+        if not request.generation:
+            self._underway.end(key, before)
         held = await self._engine.run(lambda: self._ledger.release(key, request.generation, before))
         if held is None:
             return pb.ReleaseResponse()
