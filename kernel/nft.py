@@ -35,7 +35,8 @@ from kernel.netlink import Message, attr, attribute_list, attributes, nested, st
 from kernel.session import Session
 
 TABLE = "netloom"
-SCHEMA = "schema4"  # raise the number with every change of _TABLES
+FLANNEL_TABLE = "netloom_flannel"  # netd's (netd/flannel_rules.py): what it marks is to pass, too
+SCHEMA = "schema5"  # raise the number with every change of _TABLES
 
 # masq4, masq6: containers whose traffic leaves under the host's address.
 # nomasq4, nomasq6: (source network . destination network) where it does not. No element may lie within another: the
@@ -57,7 +58,9 @@ SCHEMA = "schema4"  # raise the number with every change of _TABLES
 #   isolated: (bridge . bridge), where not even that passes. A published port is there for everybody: it is reached from
 #   another such bridge, by the host's address.
 # apart4, apart6: (any source . network): networks of whose addresses nobody begins to talk to one; joined4, joined6:
-#   (network . network) but for these. A published port is there for everybody.
+#   (network . network) but for these. A published port is there for everybody. What leaves such a network through a
+#   tunnel of netd's (nl-vx…) keeps its source: the other host judges by it, and an address of the tunnel's end lies in
+#   some network of containers.
 # internal: bridges, and host's ends, from which nothing goes to any other link than these, nor comes from there.
 # guarded: bridge ports whose source MAC is checked; allowed: (port . MAC) that may pass there.
 # What no element is in costs one hash look-up a packet.
@@ -102,6 +105,8 @@ table inet {TABLE} {{
 	chain postrouting {{
 		type nat hook postrouting priority srcnat; policy accept;
 		ct status dnat jump published
+		oifname "nl-vx*" ip daddr . ip saddr @apart4 accept
+		oifname "nl-vx*" ip6 daddr . ip6 saddr @apart6 accept
 		ip saddr @masq4 ip daddr != 224.0.0.0/4 ip saddr . ip daddr != @nomasq4 masquerade
 		ip6 saddr @masq6 ip6 daddr != ff00::/8 ip6 saddr . ip6 daddr != @nomasq6 masquerade
 	}}
@@ -223,6 +228,7 @@ _SUBSYSTEM = 10 << 8
 _GETCHAIN, _DELCHAIN = _SUBSYSTEM | 4, _SUBSYSTEM | 5
 _GETRULE, _DELRULE = _SUBSYSTEM | 7, _SUBSYSTEM | 8
 _GETSET = _SUBSYSTEM | 10
+_GETTABLE, _TABLE_NAME = _SUBSYSTEM | 1, 1
 _CHAIN_TABLE, _CHAIN_NAME = 1, 3
 _RULE_TABLE, _RULE_CHAIN = 1, 2
 _SET_NAME = 2
@@ -364,7 +370,18 @@ def internal(link: str) -> Element:
 def forwards(version: int) -> bool:
     """Whether anybody wants packets of this family, 4 or 6, to pass where other firewalls drop them: in the calling
     thread's namespace. Constant cost."""
-    return any(_holds_any(name) for name in FORWARDING[version])
+    return any(_holds_any(name) for name in FORWARDING[version]) or has_table(FLANNEL_TABLE)
+
+
+def has_table(name: str) -> bool:
+    """Whether there is a table inet of this name, in the calling thread's namespace."""
+    body = _HEADER.pack(_FAMILIES["inet"], 0, 0) + string(_TABLE_NAME, name)
+    try:
+        with netlink.Socket(netlink.NETFILTER) as own:
+            own.get(Message(_GETTABLE, 0, body, f"look for table {name}"))
+    except NotFound:
+        return False
+    return True
 
 
 def _holds_any(set_name: str) -> bool:
