@@ -5,7 +5,7 @@ own truth. An attachment with addresses of several blocks or pools comes once fo
 """
 
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 
 import msgspec
 
@@ -23,7 +23,7 @@ _BLOCKS_AT_ONCE = 32  # a block of 1,024 addresses has some 200 KiB
 _ADDRESSES_AT_ONCE = 500
 
 
-async def listing(etcd: Etcd, wanted: Filter) -> AsyncIterator[Allocation]:
+async def listing(etcd: Etcd, wanted: Filter) -> AsyncGenerator[Allocation, None]:
     """Those that match. Raises UnavailableError."""
     only = layout.place(wanted.pool, "") if wanted.pool else ""
     try:

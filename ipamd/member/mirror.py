@@ -22,8 +22,9 @@ from ipamd.errors import AlreadyExistsError, IpamdError, NotFoundError, Precondi
 from ipamd.lease import Ledger
 from ipamd.member.follow import Follower
 from ipamd.member.holdings import Holdings
+from ipamd.member.listing import listing
 from ipamd.pool import Pool, PoolSpec, address_text, parse_address
-from ipamd.store.base import Allocation, Reservation, Store
+from ipamd.store.base import Allocation, Filter, Reservation, Store
 from telemetry import log
 
 _logger = logging.getLogger("ipamd.member")
@@ -216,7 +217,8 @@ class Mirror:
         if in_use:
             # Its first node may still be there, and gave nothing back because an address is in use.
             await self._txn([unchanged(key, done.revision)], [Put(key, layout.encode(PoolRecord(record.spec)))])
-            raise PreconditionError(f"pool {name} is in use: {in_use}; release its addresses first")
+            users = await self._users(name)
+            raise PreconditionError(f"pool {name} is in use: {users or in_use}; release its addresses first")
         done = await self._txn(
             [unchanged(key, done.revision)], [Delete(key), Delete(layout.RESERVATIONS + layout.place(name, ""), True)]
         )
@@ -247,6 +249,18 @@ class Mirror:
                 ] + [layout.split(pair.key)[1] for pair in addresses.pairs]
                 return ", ".join(found) + (", ..." if blocks.more or addresses.more else "")
             await asyncio.sleep(_POLL_S)
+
+    async def _users(self, name: str) -> str:
+        """Some who hold addresses of a pool, as far as their nodes have told."""
+        found: list[str] = []
+        async with contextlib.aclosing(listing(self._etcd, Filter(pool=name))) as allocations:
+            async for one in allocations:
+                if len(found) == _SHOWN:
+                    found.append("...")
+                    break
+                addresses = " and ".join(address.ip for address in one.addresses)
+                found.append(f"{one.key.container_id or one.key.client} on node {one.key.node} has {addresses}")
+        return ", ".join(found)
 
     async def _is_used(self, block: Pair) -> bool:
         """Whether its node has told that addresses of a block are in use."""

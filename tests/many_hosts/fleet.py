@@ -185,6 +185,9 @@ class Fleet:
                 self._route_between(stack)
             if self._with_etcd:
                 self.etcd = stack.enter_context(EtcdCluster(1, underlay=self.underlays[0]))
+                for there in self.underlays[1:]:
+                    back = ["ip", "route", "add", str(there.ipv4), "via", self.underlays[0].address(254)]
+                    self.etcd.members["m1"].host.run(back)
             self._stack = stack.pop_all()
         return self
 
@@ -277,18 +280,18 @@ class Fleet:
                         one.ping(other.ipv6)
 
     def _route_between(self, stack: contextlib.ExitStack) -> None:
-        """A router with number 2 on both segments."""
+        """A router with number 254 on both segments."""
         router = stack.enter_context(Host("router", plugins=False))
         for number, underlay in enumerate(self.underlays):
-            underlay.join(router, 2, f"eth{number}")
+            underlay.join(router, 254, f"eth{number}")
         router.run(["sysctl", "-qw", "net.ipv4.ip_forward=1"])
         if IPV6:
             router.run(["sysctl", "-qw", "net.ipv6.conf.all.forwarding=1"])
         for host, segment in zip(self.hosts, self.segments, strict=True):
             here, there = self.underlays[segment], self.underlays[1 - segment]
-            host.run(["ip", "route", "add", str(there.ipv4), "via", here.address(2)])
+            host.run(["ip", "route", "add", str(there.ipv4), "via", here.address(254)])
             if IPV6:
-                host.run(["ip", "-6", "route", "add", str(there.ipv6), "via", here.address(2, 6)])
+                host.run(["ip", "-6", "route", "add", str(there.ipv6), "via", here.address(254, 6)])
 
 
 def routes_of_netd(host: Host, family: int = 4) -> list[dict[str, Any]]:

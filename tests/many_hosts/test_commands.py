@@ -102,7 +102,7 @@ def test_route_shows_what_is_missing(fleet: Fleet) -> None:
     netd.start()
     assert state_of_netd(host) == before
     # An entry that netd may not touch stays missing.
-    host.run(["ip", "route", "replace", "10.2.1.0/24", "via", "192.168.78.2", "proto", "static"])
+    host.run(["ip", "route", "replace", "10.2.1.0/24", "via", "192.168.78.254", "proto", "static"])
     wait_until(lambda: netd.status().problems, "a problem")
     done = netloom(host, "route", "10.2.1.5")
     assert done.returncode == 1

@@ -157,6 +157,19 @@ def test_networks_are_apart_on_all_hosts_until_they_are_connected(
             fleet.check(one)
 
 
+def test_who_has_none_of_a_network_is_apart_from_it_too(fleet: Pods, backend: str) -> None:
+    """Then that host's kernel does not know of it: the others guard it, who must see where packets come from."""
+    old = fleet.pod(1, "pods")  # its block stays with the host, and an address of it at the tunnel's end
+    web, pod = fleet.pod(1, "web"), fleet.pod(2, "pods")
+    fleet.until_ways(web, pod)
+    fleet.release(old)
+    with serving(pod.netns, "pod", "tcp:80"), serving(web.netns, "web", "tcp:80"):
+        assert ask(fleet.host(2), *ports_of(pod))[0].startswith("pod ")
+        assert set(no_answer(web.netns, *ports_of(pod))) == {""}
+        assert set(no_answer(pod.netns, *ports_of(web))) == {""}
+    fleet.release(web, pod)
+
+
 def test_a_network_in_use_is_not_deleted_whoever_uses_it(fleet: Pods, backend: str, pods: list[Container]) -> None:
     fleet.release(pods[0], pods[2])
     done = fleet.try_netloom(1, "network", "delete", "pods")
