@@ -28,7 +28,7 @@ from ipamd.allocate import LostError
 from ipamd.engine import Engine
 from ipamd.errors import IpamdError
 from ipamd.lease import Ledger
-from ipamd.member.book import Book, Own, address_key, holder_of
+from ipamd.member.book import Book, Own, address_key, holder_of, workload_of
 from ipamd.member.claims import Claims, note_pair
 from ipamd.pool import address_number, address_text
 from ipamd.shared import Place
@@ -40,6 +40,7 @@ _logger = logging.getLogger("ipamd.member")
 _PAUSE_S = 0.5
 _GRACE_S = 3.0
 _PAGE = 500
+_LATEST = 1 << 63
 _GATHER_S = 0.05
 
 
@@ -56,6 +57,8 @@ class Addresses:
         self._suspects: dict[Place, float] = {}  # since when, time.monotonic()
         self._listed = {layout.ADDRESSES: False, layout.FREED: False}
         self._wanted = asyncio.Event()
+        # Of an earlier process, which may have answered them: they are not dropped where others have the address.
+        self._doubtful = frozenset(ledger.unconfirmed)
         self.known = asyncio.Event()
 
     def want(self) -> None:
@@ -158,9 +161,11 @@ class Addresses:
             await self._tell(partial(self._note_page, page.pairs, found))
         await self._tell(partial(self._drop_others, found))
         for place, own in list(self._book.own.items()):
-            if place not in found and own.revision <= revision:
-                del self._book.own[place]
+            if place not in found:
+                # Claimed since, unless etcd was restored from an older copy, in which case revisions say nothing.
                 self.suspect(place)
+                if own.revision <= revision:
+                    del self._book.own[place]
         for place in await self._engine.run(self._held_here):
             if place not in self._book.own:
                 self.suspect(place)
@@ -187,9 +192,10 @@ class Addresses:
         if known is not None and known.revision > pair.mod_revision:
             return
         held = self._store.holder(*place)
-        workload = known.workload if known is not None and known.generation == holder.generation else ""
-        self._book.own[place] = Own(pair.mod_revision, holder.generation, workload)
-        if not isinstance(held, Allocation) or held.generation != holder.generation:
+        if isinstance(held, Allocation) and held.generation == holder.generation:
+            self._book.own[place] = Own(pair.mod_revision, holder.generation, workload_of(held))
+        else:
+            self._book.own[place] = Own(pair.mod_revision, holder.generation)
             self.suspect(place)
 
     def _drop_others(self, found: set[Place]) -> None:
@@ -224,7 +230,7 @@ class Addresses:
         async for page in self._etcd.walk(layout.FREED, page=_PAGE):
             revision = page.revision
             await self._tell(partial(self._note_freed, page.pairs, found))
-        await self._tell(partial(self._drop_rested, found, revision))
+        await self._tell(partial(self._drop_rested, found))
         return revision
 
     def _note_freed(self, pairs: Sequence[Pair], found: set[Place]) -> None:
@@ -234,10 +240,10 @@ class Addresses:
             with contextlib.suppress(LayoutError, ValueError, OSError):
                 note_pair(self._ledger, place, pair)
 
-    def _drop_rested(self, found: set[Place], revision: int) -> None:
+    def _drop_rested(self, found: set[Place]) -> None:
         for name, shared in self._ledger.shared.items():
             for number in [number for number in shared.resting if (name, address_text(*number)) not in found]:
-                self._ledger.rested(name, address_text(*number), revision)
+                self._ledger.rested(name, address_text(*number), _LATEST)
 
     def _change_freed(self, event: Event) -> None:
         place = _place(event.pair, layout.FREED)
@@ -257,9 +263,15 @@ class Addresses:
         for generation in list(self._ledger.unconfirmed):
             page = await self._engine.run(partial(self._store.allocations, Filter(), generation - 1, 1))
             if page and page[0].generation == generation:
-                self._claims.begin(page[0])
+                claim = self._claims.begin(page[0], again=generation in self._doubtful)
+                claim.future.add_done_callback(partial(self._taken_up, claim.places))
             else:
                 self._ledger.unconfirmed.pop(generation, None)
+
+    def _taken_up(self, places: Sequence[Place], done: "asyncio.Future[None]") -> None:
+        if not done.cancelled() and isinstance(done.exception(), LostError):
+            for place in places:
+                self.suspect(place)
 
     async def _clear_up(self) -> None:
         taken_up_s = time.monotonic()
@@ -276,7 +288,7 @@ class Addresses:
                 del self._suspects[place]
                 try:
                     await self._compare(place)
-                except (EtcdError, IpamdError, LayoutError, msgspec.MsgspecError) as error:
+                except Exception as error:  # noqa: BLE001 (one address must not keep the others from being looked at)
                     log.event(_logger, "warning", "an address could not be compared with etcd's", pool=place[0],
                               address=place[1], error=str(error))  # fmt: skip
                     self.suspect(place)
@@ -294,7 +306,7 @@ class Addresses:
             self._book.conflicts.pop(place, None)
             if ours and pair is not None:
                 await self._adopt(place, pair)
-        elif held.generation in self._ledger.unconfirmed:
+        elif held.generation in self._ledger.unconfirmed and held.generation not in self._doubtful:
             return
         elif ours and holder is not None and holder.generation == held.generation:
             self._book.conflicts.pop(place, None)
@@ -313,7 +325,7 @@ class Addresses:
         log.event(_logger, "warning", "etcd had lost an address that is in use; it is claimed again", pool=place[0],
                   address=place[1])  # fmt: skip
         try:
-            await asyncio.shield(self._claims.begin(held).future)
+            await asyncio.shield(self._claims.begin(held, again=True).future)
         except LostError:
             self.suspect(place)
 

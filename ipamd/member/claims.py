@@ -40,9 +40,12 @@ _GATHER_S = 0.004
 class Claim:
     """An allocation whose addresses are asked for."""
 
-    __slots__ = ("allocation", "expected", "future", "places")
+    __slots__ = ("again", "allocation", "expected", "future", "places")
 
-    def __init__(self, allocation: Allocation, places: Sequence[Place], future: "asyncio.Future[None]") -> None:
+    def __init__(
+        self, allocation: Allocation, places: Sequence[Place], future: "asyncio.Future[None]", *, again: bool
+    ) -> None:
+        self.again = again
         self.allocation = allocation
         self.places = tuple(places)
         self.future = future
@@ -83,8 +86,11 @@ class Claims:
             await self._cancel(allocation)
             raise
 
-    def begin(self, allocation: Allocation) -> Claim:
-        """Asks for an allocation's addresses; the future of what is returned tells how it went."""
+    def begin(self, allocation: Allocation, *, again: bool = False) -> Claim:
+        """Asks for an allocation's addresses; the future of what is returned tells how it went.
+
+        `again`: they were this node's before.
+        """
         claim = self._waiting.get(allocation.generation)
         if claim is None:
             places = [
@@ -92,7 +98,7 @@ class Claims:
                 for address in allocation.addresses
                 if (pool := self._ledger.pools.get(address.pool)) is not None and pool.is_shared
             ]
-            claim = Claim(allocation, places, asyncio.get_running_loop().create_future())
+            claim = Claim(allocation, places, asyncio.get_running_loop().create_future(), again=again)
             claim.future.add_done_callback(lambda done: self._done(allocation.generation, done))
             self._waiting[allocation.generation] = claim
             self._more.set()
@@ -186,6 +192,9 @@ class Claims:
             self._learn_pool(name, await self._etcd.get(layout.POOLS + name))
         found = []
         for claim in batch:
+            if not claim.again and claim.allocation.generation not in self._ledger.unconfirmed:
+                claim.fail(UnavailableError(f"{claim.allocation.key} was released while its addresses were claimed"))
+                continue
             for name, _ in claim.places:
                 known = self._pools.get(name)
                 if known is None or known.record.deleting:
@@ -302,8 +311,8 @@ class Claims:
                     with contextlib.suppress(IpamdError):
                         self._ledger.reserve(*place, layout.decode(ReservationRecord, pair.key, pair.value).note)
 
-        if allocation.generation not in self._ledger.unconfirmed:
-            # It was ours before, and its container uses it.
+        if claim.again:
+            # Its container uses it.
             claim.fail(LostError(lost[0][1].key))
             return
         try:

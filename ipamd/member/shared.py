@@ -72,7 +72,7 @@ class SharedAddresses:
         if self._running and not self._addresses.known.is_set():
             self._addresses.want()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._addresses.known.wait(), self._etcd.config.timeout_s)
+                await asyncio.wait_for(self._addresses.known.wait(), self._etcd.config.timeout_s / 2)
         if not self._addresses.known.is_set():
             self._ledger.shared_refusal = state.reason or "the cluster's state was not read yet"
         elif state.connected or time.monotonic() - state.since < _DOUBT_S:
