@@ -20,6 +20,8 @@
     tx_checksum = true                # false where the network card spoils checksums inside tunnels
     udp_checksum = false              # of the tunnels' outer packets
     resync_s = 60                     # how often everything is read and compared, beside all events
+    flannel_network = "pods"          # whose part of this host /run/flannel tells; absent: none
+    flannel_masquerade = true         # whether netd masquerades what leaves that network
 
     [[peer]]
     name = "host-2"                   # this host's own name: says what the others know of it
@@ -80,6 +82,7 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
     "netd": (
         *("socket", "socket_mode", "socket_owner", "socket_group", "node", "http_listen", "http_allow_remote"),
         *("interface", "interface_regex", "can_reach", "public_ip", "subnets", *_WAY, "resync_s"),
+        *("flannel_network", "flannel_masquerade"),
     ),
     "etcd": ETCD_KEYS,
     "cluster": ("lease_s", "reclaim_nodes_after_s"),
@@ -127,6 +130,8 @@ class Config:
     networks: tuple[Network, ...]
     peers: tuple[Node, ...]
     resync_s: float
+    flannel_network: str  # "": none
+    flannel_masquerade: bool
     etcd: EtcdConfig | None  # None: peers are those of the file, and networks ipamd's
     ipamd_socket: str
     lease_s: int
@@ -200,6 +205,7 @@ def load(path: str | None, overrides: Mapping[str, object], environment: Mapping
     allow_remote = found.take("netd.http_allow_remote", settings.boolean) or False
     mode = found.take("netd.socket_mode", settings.socket_mode("whoever opens the socket sees all hosts"))
     resync_s = found.take("netd.resync_s", settings.seconds)
+    masquerade = found.take("netd.flannel_masquerade", settings.boolean)
     return Config(
         file=file,
         socket=socket_path,
@@ -213,6 +219,8 @@ def load(path: str | None, overrides: Mapping[str, object], environment: Mapping
         networks=networks,
         peers=peers,
         resync_s=60.0 if resync_s is None else resync_s,
+        flannel_network=found.take("netd.flannel_network", _defined_name) or "",
+        flannel_masquerade=True if masquerade is None else masquerade,
         etcd=etcd_config(found),
         ipamd_socket=str(found.other("ipamd", "socket") or ipamd_socket),
         lease_s=found.take("cluster.lease_s", settings.whole(5, 3600)) or 15,
@@ -326,6 +334,12 @@ def _peers(found: Settings, own_name: str) -> tuple[tuple[Node, ...], Node | Non
 def _name(value: object) -> str:
     if not _NAME.fullmatch(settings.string(value)):
         raise WrongValueError("wanted a network's name: 1 to 63 letters, digits, '.', '_' and '-', not '-' first")
+    return str(value)
+
+
+def _defined_name(value: object) -> str:
+    if value != "" and _name(value) == DEFAULT_NETWORK:
+        raise WrongValueError(f"{DEFAULT_NETWORK} has no subnets of its own; wanted a defined network")
     return str(value)
 
 

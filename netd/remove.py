@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from kernel import link, route
 from kernel.session import Session
+from netd import flannel_rules
 from netd.found import PROTOCOL, Found
 
 
 def remove() -> int:
     """Every route of our protocol and every device with our alias; how many those were."""
+    flannel_rules.converge(None)
     with Session() as session:
         routes = [one for version in (4, 6) for one in route.all_routes(session, version, protocol=PROTOCOL)]
         for one in routes:

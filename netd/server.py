@@ -23,6 +23,7 @@ from netd.agent import Agent
 from netd.attached import Attached
 from netd.config import Config
 from netd.disk import Directory, DirectoryError
+from netd.flannel import Flannel
 from netd.local import LocalNetworks
 from netd.metrics import NetdMetrics, Sample
 from netd.reconcile import Reconciler
@@ -74,7 +75,8 @@ class _Daemon:
         self._agent = agent
         self._registry = registry
         self._source: Source = registry or Source()
-        self._service = Service(agent, self._source, version)
+        self._flannel = Flannel(config, agent)
+        self._service = Service(agent, self._source, version, self._flannel.problems)
         self._sample = Sample()
         self._unwell = ""
         self._metrics = NetdMetrics(version, config.node.name, lambda: self._sample)
@@ -89,6 +91,7 @@ class _Daemon:
 
     def _hear(self, networks: Mapping[str, NetworkRecord]) -> None:
         self._attached.want(networks)
+        self._flannel.nudge()
         self._news.set()
 
     async def run(self, reload: Callable[[], Config], stop: asyncio.Event, changed: asyncio.Event) -> None:
@@ -125,7 +128,8 @@ class _Daemon:
         """Peers and networks; without that following, nothing is up to date, and the daemon had better start again."""
         source = self._registry or self._local
         try:
-            await asyncio.gather(self._attached.run(), *([source.run()] if source is not None else []))
+            work = [self._attached.run(), self._flannel.run(), *([source.run()] if source is not None else [])]
+            await asyncio.gather(*work)
         except Exception as error:  # noqa: BLE001 - whatever it was
             log.event(_logger, "critical", "networks are followed no more", error=str(error), exc_info=True)
             self._failed = True
@@ -156,6 +160,7 @@ class _Daemon:
             await self._registry.reload(config)
         if self._local is not None:
             self._local.reload(config)
+        self._flannel.reload(config)
         log.event(_logger, "info", "the configuration was read again", changed=changed)
 
     async def _look(self) -> None:
@@ -170,7 +175,7 @@ class _Daemon:
                 log.event(_logger, "error", "the state file cannot be written", error=str(error))
 
     def _snapshot(self, reconciler: Reconciler) -> tuple[Sample, str, str]:
-        counts, problems = reconciler.counts, [*self._source.problems(), *reconciler.problems()]
+        counts, problems = reconciler.counts, self._service.problems(reconciler)
         kinds = Counter(type(entry).__name__.lower() for entry in reconciler.found.entries.values())
         states = Counter(self._source.peer_state(name) for name in reconciler.peers)
         sample = Sample(

@@ -78,10 +78,12 @@ def _unary(handler: Callable[[Service, Req], Awaitable[Resp]]) -> Callable[[Serv
 class Service(NodeServicer):
     """The handlers."""
 
-    def __init__(self, agent: Agent, source: Source, version: str) -> None:
+    def __init__(self, agent: Agent, source: Source, version: str, others: Callable[[], list[str]] = list) -> None:
+        """`others`: what else is wrong beside the kernel."""
         self._agent = agent
         self._source = source
         self._version = version
+        self._others = others
         self._began = time.monotonic()
 
     @_unary
@@ -105,6 +107,10 @@ class Service(NodeServicer):
             return pb.SyncResponse(changed=reconciler.full(), problems=reconciler.problems())
 
         return await asyncio.wrap_future(self._agent.call(sync))
+
+    def problems(self, reconciler: Reconciler) -> list[str]:
+        """All that is wrong, in words."""
+        return [*self._source.problems(), *reconciler.problems(), *self._others()]
 
     def _status(self, reconciler: Reconciler) -> pb.StatusResponse:
         counts, underlay = reconciler.counts, reconciler.underlay
@@ -136,7 +142,7 @@ class Service(NodeServicer):
                 for one in reconciler.networks
             ],
             peers=[self._peer(reconciler, one) for _, one in sorted(reconciler.peers.items())],
-            problems=[*self._source.problems(), *reconciler.problems()],
+            problems=self.problems(reconciler),
             counts=pb.Counts(
                 full=counts.full,
                 changes=counts.changes,
