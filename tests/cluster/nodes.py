@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -144,7 +144,10 @@ class Fleet:
         """No address had two owners, none is lost, and every node finds its state in order. For a fleet at rest."""
         verdict = self.verdict()
         verdict.assert_clean()
-        self._until_none("what clients own and what ipamd has", lambda: verdict.compare(self._held()))
+        try:
+            self._until_none("what clients own and what ipamd has", lambda: verdict.compare(self._held()))
+        except HostError as error:
+            raise HostError(f"{error}\n{self._stories(verdict.compare(self._held()))}") from None
         for node in self.nodes.values():
             self._until_none(f"ip check on {node.name}", node.check)
         # The command itself, once: it looks into the kernel too.
@@ -163,6 +166,16 @@ class Fleet:
             return not found
 
         wait_until(none, what, lambda: "\n" + "\n".join(found[:20]), _SETTLE_S)
+
+    def _stories(self, differences: Sequence[str]) -> str:
+        """What clients and ipamd wrote down about the first keys that are not as they should be."""
+        lines: list[str] = []
+        for text in differences[:3]:
+            name, _, key = text.split()[1].partition("/")
+            node = self.nodes[name]
+            for log in (node.clients.log.read_text(encoding="utf-8"), node.ipamd.log()):
+                lines += [line for line in log.splitlines() if f'"k":"{key}"' in line or f"container_id={key} " in line][-12:]
+        return "\n".join(lines)
 
     def _held(self) -> dict[tuple[str, str], frozenset[str]]:
         found: dict[tuple[str, str], frozenset[str]] = {}
