@@ -17,18 +17,18 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from msgspec import Struct
-
 from cluster import layout
 from cluster.errors import EtcdError
 from cluster.etcd import Delete, Etcd, Event, Get, Pair, Put, TxnResult, absent, equals, unchanged
-from cluster.layout import BlockRecord, LayoutError, PoolRecord, ReservationRecord
+from cluster.layout import BlockRecord, PoolRecord, ReservationRecord
 from ipamd.engine import Engine
 from ipamd.errors import CoolingError, ExhaustedError, IpamdError, NeedsBlockError, PreconditionError, UnavailableError
 from ipamd.lease import Ledger
 from ipamd.member.follow import Follower
-from ipamd.member.holdings import Held, Holdings
+from ipamd.member.holdings import Holdings
 from ipamd.member.mirror import Known, Mirror
+from ipamd.member.settle import Settling
+from ipamd.member.table import Table
 from ipamd.pool import Pool
 from ipamd.store.base import Reservation
 from telemetry import log
@@ -66,22 +66,6 @@ class _Flow:
         self.enough_s = float("-inf")
 
 
-class Claim(Struct, frozen=True):
-    """Whose a block is, and since which revision of etcd."""
-
-    node: str
-    node_id: str
-    revision: int
-
-
-class Frozen(Struct, frozen=True):
-    """A block that two nodes believe to be theirs."""
-
-    pool: str
-    cidr: str
-    reason: str
-
-
 class Blocks:
     """See the top of this file. `identity` is put into each record of this node."""
 
@@ -96,7 +80,7 @@ class Blocks:
         counts: Counts,
     ) -> None:
         self.draining = False
-        self.claims: dict[str, dict[str, Claim]] = {}  # by pool and CIDR, as etcd has them
+        self.table = Table(identity)
         self._etcd = etcd
         self._engine = engine
         self._ledger = ledger
@@ -112,6 +96,8 @@ class Blocks:
         self._claiming: set[tuple[str, str]] = set()
         self._wake = asyncio.Event()
         self._untidy = asyncio.Event()
+        self._settling = Settling(etcd, engine, ledger, holdings, self.table, self._record)
+        self.frozen = self._settling.frozen
         mirror.on_deleting = self._untidy.set
         self.follower = Follower(etcd, layout.BLOCKS, self._listed, self._changed)
         ledger.count_claimed = self.count_others
@@ -205,7 +191,7 @@ class Blocks:
                 f"pool {pool.name} has no free address in {pool.describe(index)} here: this node holds {have} blocks, "
                 "as many as blocks_per_node lets it; release some addresses, or make the pool anew with more"
             )
-        claimed = {*self.claims.get(pool.name, ()), *pool.cidrs[index]}
+        claimed = {*self.table.cidrs(pool.name), *pool.cidrs[index]}
         free = grid.total - len(claimed)
         many = 1 if conflicts else max(1, min(self._at_once(pool.name, index), room, free // 16))
         found: list[str] = []
@@ -235,7 +221,7 @@ class Blocks:
         return flow.at_once
 
     def _refuse_wanted(self, pool: Pool, index: int, cidr: str) -> None:
-        owner = self.claims.get(pool.name, {}).get(cidr)
+        owner = self.table.get(pool.name, cidr)
         if owner is not None and owner.node_id != self._identity.node_id:
             raise PreconditionError(
                 f"block {cidr} of pool {pool.name} is node {owner.node}'s, which alone hands its addresses out; ask "
@@ -259,16 +245,36 @@ class Blocks:
         )
         if done.succeeded:
             for cidr in cidrs:
-                self._note_own(name, cidr, done.revision)
+                self.table.note_own(name, cidr, done.revision)
             return list(cidrs)
         self._learn_pool(name, done)
         got = []
         for cidr, pair in zip(cidrs, done.pairs[1:], strict=True):
             if pair is not None:
-                self._note(pair)
-                if self.claims[name][cidr].node_id == self._identity.node_id:
-                    got.append(cidr)  # the answer to an earlier try was lost
+                self.table.note(pair)
+                # Ours: the answer to an earlier try was lost, or it is about to be given back.
+                if self.table.is_own(name, cidr) and await self._assert(name, cidr):
+                    got.append(cidr)
         return got
+
+    async def _assert(self, name: str, cidr: str) -> bool:
+        """Writes our record of a block anew, so that no deletion that was sent before can meet it any more.
+
+        False where it is not there, or not ours, any more.
+        """
+        key = layout.BLOCKS + layout.place(name, cidr)
+        known = self.table.get(name, cidr)
+        before = known.revision if known else 0
+        done = await self._etcd.txn([unchanged(key, before)], [Put(key, self._record)], [Get(key)], repeatable=True)
+        if done.succeeded:
+            self.table.note_own(name, cidr, done.revision)
+            return True
+        pair = done.pairs[0]
+        if pair is None:
+            self.table.note_free(name, cidr, done.revision)
+            return False
+        self.table.note(pair)
+        return pair.value == self._record
 
     def _learn_pool(self, name: str, done: TxnResult) -> None:
         pair = done.pairs[0]
@@ -299,10 +305,7 @@ class Blocks:
                 revision = page.revision
         except EtcdError as error:
             raise UnavailableError(f"the cluster cannot be asked for blocks of pool {name}: {error}") from None
-        known = self.claims.get(name, {})
-        self.claims[name] = {cidr: claim for cidr, claim in known.items() if claim.revision > revision}
-        for pair in pairs:
-            self._note(pair)
+        self.table.replace(pairs, revision, name)
 
     # --- claiming ahead
 
@@ -358,8 +361,9 @@ class Blocks:
     async def tidy(self) -> None:
         """One round: what was empty at the last look too, and is not needed."""
         for name, cidr in list(self._returns):
-            await self._give_back(name, cidr)
-        await self._adopt([(name, cidr) for name, known in self.claims.items() for cidr in known])
+            if self._holdings.one(name, cidr) is None:
+                await self._give_back(name, cidr)
+        await self._adopt(self.table.own())
         resting = set()
         for pool in list(self._ledger.pools.values()):
             known = self._mirror.pools.get(pool.name)
@@ -371,10 +375,19 @@ class Blocks:
                         resting.add(place)
                         continue
                     hot = known is not None and known.record.deleting
-                    if await self._engine.run(lambda p=place, h=hot: self._holdings.retire(*p, hot=h)):  # type: ignore[misc]
-                        self._returns[place] = None
+                    if await self._retire(place, hot):
                         await self._give_back(*place)
         self._resting = resting
+
+    async def _retire(self, place: tuple[str, str], hot: bool) -> bool:
+        self._returns[place] = None
+        retired = False
+        try:
+            retired = await self._engine.run(lambda: self._holdings.retire(*place, hot=hot))
+        finally:
+            if not retired:
+                self._returns.pop(place, None)
+        return retired
 
     def _spare(self, pool: Pool, index: int, leaving: bool) -> list[str]:
         """Empty blocks that may go, the newest first."""
@@ -393,13 +406,21 @@ class Blocks:
         return spare
 
     async def _give_back(self, name: str, cidr: str) -> None:
+        """Deletes our record of a block that the store has forgotten, if it is still the one that we know."""
         ending = layout.place(name, cidr)
         key = layout.BLOCKS + ending
+        known = self.table.get(name, cidr)
+        ours = unchanged(key, known.revision) if known else equals(key, self._record)
         done = await self._etcd.txn(
-            [equals(key, self._record)], [Delete(key), Delete(layout.PUBLISHED + ending)], repeatable=True
+            [ours], [Delete(key), Delete(layout.PUBLISHED + ending)], [Get(key)], repeatable=True
         )
+        if not done.succeeded and done.pairs[0] is not None:
+            self.table.note(done.pairs[0])
+            if self.table.is_own(name, cidr):
+                return  # written anew: the next round, unless it was taken again
+        else:
+            self.table.note_free(name, cidr, done.revision)
         self._returns.pop((name, cidr), None)
-        self._note_free(name, cidr, done.revision)
         log.event(_logger, "info", "block given back", pool=name, block=cidr)
 
     # --- keeping in step
@@ -409,61 +430,39 @@ class Blocks:
         pool = self._ledger.pools.get(name)
         if pool is None:
             return 0
-        mine = self._identity.node_id
-        others = (cidr for cidr, record in self.claims.get(name, {}).items() if record.node_id != mine)
+        others = self.table.others(name)
         if len(pool.cidrs) == 1:
-            return sum(1 for _ in others)
-        return sum(1 for cidr in others if pool.home(cidr) == index)
-
-    def _note(self, pair: Pair) -> tuple[str, str]:
-        name, cidr = layout.split(pair.key.removeprefix(layout.BLOCKS))
-        try:
-            record = layout.decode(BlockRecord, pair.key, pair.value)
-        except LayoutError as error:
-            record = BlockRecord("?", "?")
-            log.event(_logger, "error", "a block of the cluster cannot be read", error=str(error))
-        known = self.claims.setdefault(name, {})
-        if cidr not in known or known[cidr].revision <= pair.mod_revision:
-            known[cidr] = Claim(record.node, record.node_id, pair.mod_revision)
-        return name, cidr
-
-    def _note_own(self, name: str, cidr: str, revision: int) -> None:
-        self.claims.setdefault(name, {})[cidr] = Claim(self._identity.node, self._identity.node_id, revision)
-
-    def _note_free(self, name: str, cidr: str, revision: int) -> None:
-        known = self.claims.get(name, {})
-        if cidr in known and known[cidr].revision <= revision:
-            del known[cidr]
+            return len(others)
+        alike = [i for i in range(len(pool.cidrs)) if pool.family(i) == pool.family(index)]
+        six = pool.family(index) == "ipv6"
+        return sum((":" in cidr) == six and (len(alike) == 1 or pool.home(cidr) == index) for cidr in others)
 
     async def _listed(self, pairs: Sequence[Pair], revision: int) -> None:
-        # What a claim found out meanwhile is newer than the list.
-        newer = {n: {c: k for c, k in known.items() if k.revision > revision} for n, known in self.claims.items()}
-        self.claims = {name: known for name, known in newer.items() if known}
-        for pair in pairs:
-            self._note(pair)
+        self.table.replace(pairs, revision)
         for held in self._holdings.all():
-            await self._settle(held.pool, held.cidr)
-        await self._adopt((name, cidr) for name, cidrs in self.claims.items() for cidr in cidrs)
+            if (held.pool, held.cidr) not in self._claiming:
+                await self._settling.settle(held.pool, held.cidr)
+        await self._adopt(self.table.own())
 
     async def _changed(self, events: Sequence[Event]) -> None:
         places = []
         for event in events:
             if event.kind == "put":
-                places.append(self._note(event.pair))
+                places.append(self.table.note(event.pair))
             else:
                 name, cidr = layout.split(event.pair.key.removeprefix(layout.BLOCKS))
-                self._note_free(name, cidr, event.pair.mod_revision)
+                self.table.note_free(name, cidr, event.pair.mod_revision)
                 places.append((name, cidr))
         for place in places:
-            await self._settle(*place)
+            if place not in self._claiming:
+                await self._settling.settle(*place)
         await self._adopt(places)
 
     async def _adopt(self, places: Iterable[tuple[str, str]]) -> None:
         """Takes blocks that etcd says are ours, and the ledger does not know: the answer to a claim was lost."""
         for name, cidr in places:
-            record = self.claims.get(name, {}).get(cidr)
             pool = self._ledger.pools.get(name)
-            if record is None or record.node_id != self._identity.node_id or pool is None:
+            if pool is None or not self.table.is_own(name, cidr):
                 continue
             if (name, cidr) in self._claiming or (name, cidr) in self._returns or pool.find_block(cidr) is not None:
                 continue
@@ -471,6 +470,8 @@ class Blocks:
                 log.event(_logger, "error", "a block of this node does not fit its pool", pool=name, block=cidr)
                 continue
             try:
+                if not await self._assert(name, cidr):
+                    continue
                 await self._keep(name, [cidr])
             except IpamdError as error:
                 # A full disk: the next round tries again.
@@ -478,53 +479,3 @@ class Blocks:
                           error=str(error))  # fmt: skip
                 continue
             log.event(_logger, "info", "a block of this node was not known here, and is now", pool=name, block=cidr)
-
-    async def _settle(self, name: str, cidr: str) -> None:
-        """Brings one block of ours in step with etcd's record of it."""
-        held = self._holdings.one(name, cidr)
-        if held is None or (name, cidr) in self._claiming:
-            return
-        record = self.claims.get(name, {}).get(cidr)
-        if record is None:
-            if not await self._retire_quietly(held):
-                await self._put_again(held)
-        elif record.node_id == self._identity.node_id:
-            if held.closed and await self._engine.run(lambda: self._holdings.thaw(name, cidr)):
-                log.event(_logger, "warning", "the block is this node's again", pool=name, block=cidr)
-        elif not await self._retire_quietly(held):
-            reason = f"node {record.node} ({record.node_id}) claims it, too"
-            await self._freeze(held, reason)
-
-    async def _put_again(self, held: Held) -> None:
-        key = layout.BLOCKS + layout.place(held.pool, held.cidr)
-        done = await self._etcd.txn([absent(key)], [Put(key, self._record)], [Get(key)], repeatable=True)
-        self._ledger.changed[held.pool, held.cidr] = None
-        if done.succeeded:
-            log.event(_logger, "warning", "etcd had lost a block of this node, and has it again", pool=held.pool,
-                      block=held.cidr)  # fmt: skip
-            self._note_own(held.pool, held.cidr, done.revision)
-        elif done.pairs[0] is not None:
-            self._note(done.pairs[0])
-            await self._settle(held.pool, held.cidr)
-
-    async def _retire_quietly(self, held: Held) -> bool:
-        """Forgets a block that etcd no longer says is ours, if nothing of it is in use or was lately."""
-        if held.held or not await self._engine.run(lambda: self._holdings.retire(held.pool, held.cidr)):
-            return False
-        log.event(_logger, "warning", "a block is no longer this node's, and was empty", pool=held.pool,
-                  block=held.cidr)  # fmt: skip
-        return True
-
-    async def _freeze(self, held: Held, reason: str) -> None:
-        if await self._engine.run(lambda: self._holdings.freeze(held.pool, held.cidr, reason)):
-            log.event(_logger, "error", "a block is claimed by two nodes: it hands nothing out here any more, and its "
-                      "addresses may be in use twice (netloom ip check)", pool=held.pool, block=held.cidr,
-                      reason=reason)  # fmt: skip
-
-    def frozen(self) -> list[Frozen]:
-        """Blocks that hand nothing out. Inside a batch of the engine."""
-        return [
-            Frozen(held.pool, held.cidr, self._holdings.frozen(held.pool, held.cidr))
-            for held in self._holdings.all()
-            if held.closed
-        ]
