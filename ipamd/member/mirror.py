@@ -30,7 +30,8 @@ from telemetry import log
 _logger = logging.getLogger("ipamd.member")
 
 # How long the others have to give their empty blocks of a pool back that is being deleted.
-_GIVE_BACK_S = 4.0
+_GIVE_BACK_S = 3.5
+_TELL_S = 1.5
 _SHOWN = 5
 _POLL_S = 0.25
 
@@ -230,7 +231,7 @@ class Mirror:
 
     async def _wait_until_free(self, name: str) -> str:
         """Returns "" when no node has anything of a pool, else what they have and will not give back."""
-        deadline = time.monotonic() + _GIVE_BACK_S
+        began = time.monotonic()
         while True:
             try:
                 blocks = await self._etcd.range(layout.BLOCKS + layout.place(name, ""), limit=_SHOWN)
@@ -242,7 +243,9 @@ class Mirror:
                 raise UnavailableError(f"the cluster cannot be asked: {error}; delete the pool again later") from None
             if not blocks.pairs and not addresses.pairs:
                 return ""
-            if used or addresses.pairs or time.monotonic() > deadline:
+            # A node gives empty blocks back at once, but tells of what was released a moment later.
+            waited_s = time.monotonic() - began
+            if waited_s > _GIVE_BACK_S or (waited_s > _TELL_S and (used or addresses.pairs)):
                 found = [
                     f"block {layout.split(pair.key)[1]} by node {layout.decode(BlockRecord, pair.key, pair.value).node}"
                     for pair in used or blocks.pairs

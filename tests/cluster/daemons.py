@@ -18,5 +18,5 @@ class Node(Daemon):
             f'[ipamd]\nsocket = "{self.socket}"\nnode = "{name}"\nhttp_listen = ""\n'
             f'[store]\nkind = "etcd"\npath = "{self.database}"\n'
             f'[etcd]\nendpoints = {list(endpoints)}\nprefix = "{prefix}"\n'
-            f'[log]\nlevel = "debug"\nformat = "json"\n{settings}'
+            f'[log]\nlevel = "info"\nformat = "json"\n{settings}'
         )
