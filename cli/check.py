@@ -83,12 +83,19 @@ def _look(ipamd: Client, request: ipam_pb2.CheckStoreRequest) -> None:
     """Fills in what this host's containers have on their interfaces.
 
     A namespace counts as a container's where an attachment record or an allocation names it: others on this machine,
-    such as those of a host inside a container, may use the same ranges for themselves.
+    such as those of a host inside a container, may use the same ranges for themselves. An allocation may not know its
+    namespace, such as one that was imported: its address counts wherever it is.
     """
     with open(_BOOT_ID, encoding="ascii") as stream:
         request.at.boot_id = stream.read().strip()
     request.at.boottime_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-    ours = {entry.netns.inode for entry in ipamd.list_allocations()}
+    ours: set[int] = set()
+    anywhere: set[str] = set()
+    for entry in ipamd.list_allocations():
+        if entry.netns.inode:
+            ours.add(entry.netns.inode)
+        else:
+            anywhere.update(address.cidr.partition("/")[0] for address in entry.addresses)
     try:
         ours |= {record.netns_inode for record in Records(paths.run_dir(os.environ)).all()}
         found = everywhere.addresses()
@@ -99,7 +106,7 @@ def _look(ipamd: Client, request: ipam_pb2.CheckStoreRequest) -> None:
     request.kernel.extend(
         ipam_pb2.KernelAddress(address=one.ip, netns_inode=one.netns_inode, ifname=one.ifname)
         for one in found
-        if one.netns_inode in ours
+        if one.netns_inode in ours or one.ip in anywhere
     )
 
 

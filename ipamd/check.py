@@ -77,7 +77,8 @@ class Report(Struct, frozen=True):
 
 
 class Checker:
-    """See the top of this file. `further` is asked in each check."""
+    """See the top of this file. `reserve` keeps an address of a pool back, with a note: in a cluster for all nodes.
+    `further` is asked in each check."""
 
     def __init__(
         self,
@@ -88,6 +89,7 @@ class Checker:
         *,
         node: str,
         grace_s: float,
+        reserve: Callable[[str, str, str], Awaitable[object]],
         further: Sequence[Callable[[], Awaitable[Further]]] = (),
     ) -> None:
         self._engine = engine
@@ -96,6 +98,7 @@ class Checker:
         self._clock = clock
         self._node = node
         self._grace_ns = int(grace_s * 1e9)
+        self._reserve = reserve
         self._further = further
         self._found_ns: dict[tuple[str, str, str, str, int], int] = {}  # CLOCK_BOOTTIME of when it was found first
 
@@ -104,19 +107,24 @@ class Checker:
         if at is not None and at.boot_id != self._clock.boot_id:
             raise InvalidArgumentError(f"at: wanted a moment of this boot ({self._clock.boot_id}), found {at.boot_id}")
         seen = _by_address(kernel)
-        found = list(self._duplicates_in_kernel(seen)) if at is not None else []
+        found: list[Difference] = []
         allocations = 0
+        holders: dict[str, list[int]] = {}  # address → inodes of those that hold it, in whatever pool
         held: dict[str, int] = {}  # address → generation, of what was looked at
         after = 0
         while True:
             page = await self._engine.run(functools.partial(self._store.allocations, Filter(), after, _PAGE))
             for allocation in page:
                 found += self._judge(allocation, seen, at, held)
+                for address in allocation.addresses:
+                    if len(seen.get(address.ip, ())) > 1:
+                        holders.setdefault(address.ip, []).append(allocation.netns.inode)
             allocations += len(page)
             if len(page) < _PAGE:
                 break
             after = page[-1].generation
         if at is not None:
+            found += self._duplicates_in_kernel(seen, holders)
             found += await self._engine.run(lambda: list(self._missing(seen, held)))
         repairs: dict[int, Repair] = {}
         blocks = 0
@@ -125,7 +133,7 @@ class Checker:
             repairs.update({id(difference): more.repair for difference in more.differences})
             found += more.differences
             blocks += more.blocks
-        return Report(tuple(await self._mend(found, repairs, repair)), allocations, blocks)
+        return Report(tuple(await self._mend(found, repairs, at, repair)), allocations, blocks)
 
     def _judge(
         self, allocation: Allocation, seen: dict[str, list[KernelAddress]], at: Instant | None, held: dict[str, int]
@@ -174,10 +182,15 @@ class Checker:
         number = address_number(ip)
         return [pool for pool in self._ledger.pools.values() if pool.locate(*number) is not None]
 
-    def _duplicates_in_kernel(self, seen: dict[str, list[KernelAddress]]) -> Iterator[Difference]:
+    def _duplicates_in_kernel(
+        self, seen: dict[str, list[KernelAddress]], holders: dict[str, list[int]]
+    ) -> Iterator[Difference]:
         for ip, where in seen.items():
             namespaces = sorted({one.netns_inode for one in where})
-            pools = self._pools_with(ip) if len(namespaces) > 1 else []
+            known = holders.get(ip, [])
+            # Pools of networks apart may have the same ranges: then each has a holder of its own.
+            strangers = len(set(namespaces) - set(known)) - known.count(0)
+            pools = self._pools_with(ip) if len(namespaces) > 1 and strangers > 0 else []
             for pool in pools:
                 yield Difference(
                     "duplicate", pool.name, ip, self._node,
@@ -185,7 +198,9 @@ class Checker:
                     "'netloom ip show' names",
                 )  # fmt: skip
 
-    async def _mend(self, found: Iterable[Difference], repairs: dict[int, Repair], repair: bool) -> list[Difference]:
+    async def _mend(
+        self, found: Iterable[Difference], repairs: dict[int, Repair], at: Instant | None, repair: bool
+    ) -> list[Difference]:
         now = self._clock.now_ns()
         before, self._found_ns = self._found_ns, {}
         answer = []
@@ -193,7 +208,8 @@ class Checker:
             print_ = (difference.kind, difference.pool, difference.address, difference.node, difference.generation)
             first = self._found_ns[print_] = before.get(print_, now)
             if repair and difference.repairable and first < now and now - first >= self._grace_ns:
-                answer.append(await self._repair(difference, repairs.get(id(difference), self._repair_here)))
+                here = functools.partial(self._repair_here, at)
+                answer.append(await self._repair(difference, repairs.get(id(difference), here)))
             else:
                 answer.append(difference)
         return answer
@@ -208,17 +224,19 @@ class Checker:
                       address=difference.address, node=difference.node, was=difference.text)  # fmt: skip
         return msgspec.structs.replace(difference, repaired=repaired)
 
-    async def _repair_here(self, difference: Difference) -> bool:
+    async def _repair_here(self, at: Instant | None, difference: Difference) -> bool:
         if difference.kind == "leaked":
-            return await self._engine.run(lambda: self._release(difference))
+            return await self._engine.run(lambda: self._release(difference, at))
         note = f"found in use by a check: {difference.text.partition(',')[0].removeprefix('in use on ')}"
-        await self._engine.run(lambda: self._ledger.reserve(difference.pool, difference.address, note), grows=True)
+        await self._reserve(difference.pool, difference.address, note)
         return True
 
-    def _release(self, difference: Difference) -> bool:
+    def _release(self, difference: Difference, at: Instant | None) -> bool:
         holder = self._store.holder(difference.pool, difference.address)
         if not isinstance(holder, Allocation) or holder.generation != difference.generation:
             return False
+        if at is None or not self._ledger.is_before(holder, at):
+            return False  # asked for again since the look: its generation stays, its namespace is a new one
         self._ledger.drop(holder)
         return True
 

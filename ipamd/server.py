@@ -203,6 +203,7 @@ class _Daemon:
             clock,
             node=config.node,
             grace_s=config.reclaim_grace_s,
+            reserve=desk.reserve,
             further=[member.check] if member else (),
         )
         self._service = Service(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from kernel import addr, link, liveness, netlink
@@ -26,12 +27,13 @@ class _Here:
 
 
 def addresses() -> list[InterfaceAddress]:
-    """Every address of every interface in every namespace but the caller's own; loopback's are left out.
+    """Every address of every interface in every namespace, the caller's own among them; loopback's are left out.
 
     Raises:
-        KernelError: a namespace's interfaces could not be read.
+        KernelError: a namespace's interfaces could not be read, or a process hides its namespace.
     """
-    return [found for namespace in liveness.visit_others(_addresses_here) for found in namespace]
+    own = _addresses_here(os.stat("/proc/thread-self/ns/net").st_ino)
+    return own + [found for namespace in liveness.visit_others(_addresses_here) for found in namespace]
 
 
 def _addresses_here(inode: int) -> list[InterfaceAddress]:

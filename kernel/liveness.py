@@ -24,7 +24,7 @@ import errno
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -59,12 +59,8 @@ def observe() -> tuple[LiveNetns, ...]:
     """
     view = _look()
     found = _in_a_thread(lambda: [_identified(inode, paths, bool(view.hidden)) for inode, paths in view.paths.items()])
-    unknown = view.hidden.keys() - {net_dev for _, net_dev in found}
-    if unknown:
-        processes = ", ".join(sorted(view.hidden[net_dev] for net_dev in unknown))
-        raise Denied(
-            "observe network namespaces", errno.EACCES, f"that of {processes} cannot be seen; run as real root"
-        )
+    seen = {net_dev for _, net_dev in found}
+    _refuse_hidden({net_dev: process for net_dev, process in view.hidden.items() if net_dev not in seen})
     return tuple(sorted(namespace for namespace, _ in found))
 
 
@@ -74,12 +70,15 @@ def visit_others(work: Callable[[int], T]) -> list[T]:
     `work` runs in a thread of its own, and must leave nothing open there.
 
     Raises:
+        Denied: a process hides its namespace.
         KernelError: what `work` raises, but for namespaces that are gone.
     """
     own = os.stat("/proc/thread-self/ns/net").st_ino
+    view = _look()
+    view.hidden.pop(os.stat("/proc/thread-self/net/dev").st_ino, None)
 
     def visit() -> Iterator[T]:
-        for inode, paths in _look().paths.items():
+        for inode, paths in view.paths.items():
             for path in paths if inode != own else ():
                 try:
                     with netns.opened(path) as opened:
@@ -88,10 +87,22 @@ def visit_others(work: Callable[[int], T]) -> list[T]:
                         netns.setns(opened.fd)
                 except (KernelError, OSError):
                     continue
+                if view.hidden:
+                    view.hidden.pop(os.stat("/proc/thread-self/net/dev").st_ino, None)
                 yield work(inode)
                 break
 
-    return _in_a_thread(lambda: list(visit()))
+    found = _in_a_thread(lambda: list(visit()))
+    _refuse_hidden(view.hidden)
+    return found
+
+
+def _refuse_hidden(hidden: Mapping[int, str]) -> None:
+    if hidden:
+        processes = ", ".join(sorted(hidden.values()))
+        raise Denied(
+            "observe network namespaces", errno.EACCES, f"that of {processes} cannot be seen; run as real root"
+        )
 
 
 def _look() -> _View:

@@ -2,12 +2,15 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 
+from ipamd.client import Client
+from protos.ipam.v1 import ipam_pb2
 from tests.cli.conftest import Ipamd, Netloom
 from tests.hosts import Host, Netns
 
@@ -77,6 +80,33 @@ def test_namespaces_that_are_no_containers_of_this_host_are_left_out(host: Host)
     other.run(["ip", "link", "add", "x0", "type", "veth", "peer", "name", "x1"])
     other.run(["ip", "address", "add", "10.1.0.9/24", "dev", "x0"])
     assert _check(host) == (0, {"kernel": True, "allocations": 0, "blocks": 0, "differences": []})
+
+
+@pytest.mark.kernel
+def test_an_allocation_that_does_not_know_its_namespace_is_not_leaked(host: Host) -> None:
+    """Such as one that was imported from host-local."""
+    host.start_ipamd(reclaim={"grace_s": 0, "interval_s": 0})
+    assert _netloom(host, "pool", "create", "blue", "--subnet", "10.1.0.0/24").returncode == 0
+    one = _add(host, "one")
+    with Client(str(host.path("/run/netloom/ipamd.sock")), timeout_s=30) as ipamd:
+        key = ipam_pb2.AttachmentKey(client="cni", network="net", container_id="one", ifname="eth0")
+        ipamd.release(key)
+        asked = ipamd.allocate(key, pools=["blue"], requested=["10.1.0.99"])
+    one.run(["ip", "address", "del", "10.1.0.2/24", "dev", "eth0"])
+    one.run(["ip", "address", "add", "10.1.0.99/24", "dev", "eth0"])
+    shutil.rmtree(host.path("/run/netloom/attachments"))
+    assert [address.cidr for address in asked.addresses] == ["10.1.0.99/24"]
+    assert _check(host, "--repair")[1]["differences"] == []
+    assert _check(host, "--repair") == (0, {"kernel": True, "allocations": 1, "blocks": 0, "differences": []})
+
+
+@pytest.mark.kernel
+def test_from_within_a_container_that_container_is_seen(host: Host) -> None:
+    host.start_ipamd()
+    assert _netloom(host, "pool", "create", "blue", "--subnet", "10.1.0.0/24").returncode == 0
+    one = _add(host, "one")
+    done = one.run([sys.executable, "-m", "cli", "ip", "check", "--json"], env=_ENVIRONMENT, check=False)
+    assert json.loads(done.stdout)["differences"] == [], done
 
 
 def test_without_the_kernel_nothing_is_said_of_containers(ipamd: Ipamd, netloom: Netloom) -> None:

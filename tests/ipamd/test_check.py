@@ -7,6 +7,7 @@ from typing import TypeVar
 import pytest
 
 from ipamd.check import Checker, Difference, Further, KernelAddress, Report
+from ipamd.desk import Desk
 from ipamd.engine import Engine, Transaction
 from ipamd.errors import InvalidArgumentError
 from ipamd.lease import Ask, Ledger
@@ -30,7 +31,14 @@ class World:
         self.ledger = Ledger(self.transaction, self.clock, 30)
         self.engine = Engine(self.transaction)
         self.checker = Checker(
-            self.engine, self.ledger, self.store, self.clock, node="n1", grace_s=GRACE_S, further=further
+            self.engine,
+            self.ledger,
+            self.store,
+            self.clock,
+            node="n1",
+            grace_s=GRACE_S,
+            reserve=Desk(self.engine, self.ledger).reserve,
+            further=further,
         )
 
     async def pool(self, name: str = "blue", subnet: str = "10.1.0.0/24") -> None:
@@ -175,6 +183,52 @@ def test_one_address_in_two_namespaces_is_for_a_person_to_decide() -> None:
         assert [(one.kind, one.repairable, one.repaired) for one in found] == [("duplicate", False, False)]
         assert "11, 12" in found[0].text
 
+    run(test)
+
+
+def test_networks_apart_may_have_the_same_addresses() -> None:
+    async def test() -> None:
+        world = World()
+        await world.pool()
+        await world.pool("green")
+        await world.allocate("a", 11)
+        await world.allocate("b", 12, "green")
+        assert (await world.check(on("10.1.0.2", 11), on("10.1.0.2", 12))).differences == ()
+        found = (await world.check(on("10.1.0.2", 11), on("10.1.0.2", 12), on("10.1.0.2", 13))).differences
+        assert {one.kind for one in found} == {"duplicate"}
+
+    run(test)
+
+
+def test_what_is_asked_for_again_while_a_check_runs_is_not_released() -> None:
+    async def nothing(_difference: Difference) -> bool:
+        raise AssertionError("there is nothing to mend")
+
+    async def again() -> Further:
+        (world,) = worlds
+        world.clock.advance(1)
+        await world.allocate("a", 12)  # the same container, in a namespace of its own by now
+        return Further((), 0, nothing)
+
+    async def test() -> None:
+        world = World()
+        worlds.append(world)
+        await world.pool()
+        held = await world.allocate("a", 11)
+        await world.check()
+        world.clock.advance(GRACE_S)
+        world.checker = Checker(
+            world.engine, world.ledger, world.store, world.clock, node="n1", grace_s=0,
+            reserve=Desk(world.engine, world.ledger).reserve, further=[again],
+        )  # fmt: skip
+        for _ in range(2):
+            world.clock.advance(1)
+            assert [one.repaired for one in (await world.check(repair=True)).differences] == [False]
+        found = world.store.find(held.key)
+        assert found is not None
+        assert found.netns.inode == 12
+
+    worlds: list[World] = []
     run(test)
 
 

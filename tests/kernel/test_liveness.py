@@ -156,8 +156,10 @@ def test_processes_that_come_and_go_meanwhile_do_no_harm() -> None:
 
 
 OBSERVE = "from kernel import liveness; print('seen', len(liveness.observe()))"
+VISIT = "from kernel import liveness; print('seen', 1 + len(liveness.visit_others(lambda inode: inode)))"
 
 
+@pytest.mark.parametrize("observe", [OBSERVE, VISIT], ids=["observe", "visit"])
 @pytest.mark.parametrize(
     ("others", "outcome"),
     [
@@ -166,7 +168,7 @@ OBSERVE = "from kernel import liveness; print('seen', len(liveness.observe()))"
         ("unshare --net sleep 600 &", "kernel.errors.Denied: observe network namespaces: Permission denied"),
     ],
 )
-def test_processes_that_may_not_be_looked_at(others: str, outcome: str, tmp_path: Path) -> None:
+def test_processes_that_may_not_be_looked_at(others: str, outcome: str, observe: str, tmp_path: Path) -> None:
     """In a process tree of its own, where all but the observer have a capability that the observer lacks."""
     place = tmp_path / "place"
     place.touch()
@@ -176,7 +178,7 @@ def test_processes_that_may_not_be_looked_at(others: str, outcome: str, tmp_path
         setpriv --bounding-set=-sys_ptrace --inh-caps=-sys_ptrace "$python" -c "$observe" 2>&1 | tail -n 1
     """
     command = ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc", "sh", "-c", script]
-    environment = {**os.environ, "place": str(place), "python": sys.executable, "observe": OBSERVE}
+    environment = {**os.environ, "place": str(place), "python": sys.executable, "observe": observe}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
