@@ -177,23 +177,40 @@ class Records:
         nft.delete(session, record.elements)
         nft.delete_chains(session, (chain.name for chain in record.chains))
 
-    def change_shared(self, session: Session, having: Element, shared: Sequence[Element], plugin: str) -> int:
+    def change_shared(self, session: Session, having: Element, shared: Sequence[Element], plugin: str) -> None:
         """Let the plugin's attachments whose shared elements include one want these shared elements from now on, and
-        have the kernel hold them. Nothing is done where they want them already.
-
-        Returns:
-            How many attachments there are.
-        """
+        have the kernel hold them. Nothing is done where that is so already."""
+        if not self._differs(having, shared, plugin):
+            return
         with self._locked(fcntl.LOCK_EX):
+            if not self._differs(having, shared, plugin):  # a record was just being written
+                return
             found = [one for one in self.all() if one.key.plugin == plugin and having in one.shared]
-            changed = [record for record in found if set(record.shared) != set(shared)]
-            for record in changed:
-                _write(self._root, self._path(record.key), msgspec.json.encode(replace(record, shared=tuple(shared))))
-            for network in {record.key.network for record in changed}:
+            for record in found:
+                if set(record.shared) != set(shared):
+                    changed = replace(record, shared=tuple(shared))
+                    _write(self._root, self._path(record.key), msgspec.json.encode(changed))
+            for network in {record.key.network for record in found}:
                 self._mark_anew(network)
-        if changed:
-            self.rebuild(session)
-        return len(found)
+        self.rebuild(session)
+
+    def _differs(self, having: Element, shared: Sequence[Element], plugin: str) -> bool:
+        """Whether `change_shared` has something to do: a record wants other elements, or its network's markers say more
+        than its records do, because one that wanted more is gone."""
+        records = list(self.all())
+        found = [one for one in records if one.key.plugin == plugin and having in one.shared]
+        if any(set(one.shared) != set(shared) for one in found):
+            return True
+        for network in {one.key.network for one in found}:
+            wanted = {_digest(element) for one in records if one.key.network == network for element in one.shared}
+            marked = {
+                os.path.basename(directory)
+                for directory in _entries(self._shared)
+                if os.path.exists(os.path.join(directory, _name(network)))
+            }
+            if marked != wanted:
+                return True
+        return False
 
     def _mark_anew(self, network: str) -> None:
         self._unmark(network)

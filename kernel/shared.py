@@ -34,13 +34,8 @@ def elements(subnets: Iterable[str], reachable: Sequence[str], *, is_open: bool)
 
 def tell(session: Session, records: Records, networks: Iterable[Sequence[Element]]) -> None:
     """Have what is attached to networks want these elements from now on, those of one network each as `elements` gives
-    them. What wants them already costs a look at its record."""
+    them. Where it wants them already, its records are looked at, no more."""
     wanted = {one[0]: one for one in networks if one}
-    stale = {
-        element
-        for record in records.all()
-        for element in record.shared
-        if record.key.plugin == PLUGIN and element in wanted and set(record.shared) != set(wanted[element])
-    }
-    for element in stale:
+    attached = {element for one in records.all() if one.key.plugin == PLUGIN for element in one.shared}
+    for element in attached & wanted.keys():
         records.change_shared(session, element, wanted[element], PLUGIN)

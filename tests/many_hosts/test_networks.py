@@ -10,10 +10,12 @@ from functools import partial
 
 import pytest
 
+from ipamd.client import Client
+from protos.ipam.v1 import ipam_pb2
 from tests.cni.chained.traffic import Query, ask, no_answer, serving, until
-from tests.hosts import IPV6, Netns, wait_until
-from tests.many_hosts.fleet import Container, Pinger, routes_of_netd, settle
-from tests.many_hosts.pods import Pods, outside_of
+from tests.hosts import IPV6, PATIENCE_S, Netns, wait_until
+from tests.many_hosts.fleet import Container, Fleet, Pinger, routes_of_netd, settle
+from tests.many_hosts.pods import Pods, conf_of, outside_of
 
 pytestmark = pytest.mark.kernel
 
@@ -213,6 +215,34 @@ def test_another_backend_of_the_network(fleet: Pods, backend: str, pods: list[Co
         settle(0.5)
     results = [pinger.stop() for pinger in pingers]
     assert max(lost for _, lost in results) <= 5, results
+
+
+def test_without_etcd_netd_asks_its_own_ipamd() -> None:
+    """What was connected by who may not touch the kernel takes effect, too; and the MTU is the network's own."""
+    with Fleet("vxlan", segments=(0,)) as fleet:
+        host = fleet.host(1)
+        host.start_ipamd()
+        fleet.start()
+        with Client(str(host.path("/run/netloom/ipamd.sock")), PATIENCE_S) as ipamd, ExitStack() as stack:
+            for network, subnet, backend in (("pods", "10.2.0.0/16", "host-gw"), ("web", "10.3.0.0/16", "")):
+                wanted = ipam_pb2.Network(name=network, subnets=[subnet], backend=backend)
+                ipamd.create_network(ipam_pb2.CreateNetworkRequest(network=wanted))
+            file = host.path("/run/netloom/fabric.json")
+            wait_until(lambda: {"pods", "web"} <= json.loads(file.read_text())["networks"].keys(), "netd's knowledge")
+            found = {}
+            for network, mtu in (("pods", 1500), ("web", 1450)):
+                netns = found[network] = host.netns(network)
+                host.cni("ADD", "netloom", conf_of(network), container_id=network, netns=netns).ok()
+                assert netns.links()["eth0"]["mtu"] == mtu
+                stack.enter_context(serving(netns, network, "tcp:80"))
+            web: Query = ("tcp", "10.3.0.2", 80)
+            assert no_answer(found["pods"], web) == [""]
+            ipamd.connect_networks("pods", "web")
+            until(found["pods"], web, "web 10.2.0.2")
+            ipamd.connect_networks("pods", "web", undo=True)
+            until(found["pods"], web, "")
+            for network in found:
+                host.cni("DEL", "netloom", conf_of(network), container_id=network).ok()
 
 
 @pytest.mark.skipif(not IPV6, reason="no IPv6 on this machine")

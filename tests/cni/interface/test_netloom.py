@@ -112,6 +112,10 @@ def test_the_mtu_is_the_configurations_then_the_networks_then_netds(lab: Lab, ne
         for conf, mtu in [*wanted, (conf_of(network="web"), 1500)]:
             with lab.attached(conf, "netloom") as one:
                 assert one.netns.links()["eth0"]["mtu"] == mtu
+        # What netd has not heard of yet.
+        lab.host.path("/run/netloom/fabric.json").write_text('{"networks": {"default": {"mtu": 1430}}}')
+        with lab.attached(conf_of(network="web"), "netloom") as one:
+            assert one.netns.links()["eth0"]["mtu"] == 1430
     finally:
         lab.host.path("/run/netloom/fabric.json").unlink()
         networks.delete_network("small")
