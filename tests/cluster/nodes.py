@@ -140,6 +140,22 @@ class Fleet:
         """Of all that was logged so far."""
         return judge(read(node.clients.log for node in self.nodes.values() if node.clients.log.exists()))
 
+    def until_served(self, *pools: str) -> None:
+        """Under load: returns when each node has given a new address of each of these pools (of all) from now on."""
+        since_ns = time.monotonic_ns()
+        missing: list[str] = []
+
+        def served() -> bool:
+            verdict = self.verdict()
+            missing[:] = [
+                f"{pool} on {name}"
+                for pool in pools or self.pools
+                for name in self.nodes.keys() - verdict.granted(since_ns, time.monotonic_ns(), pool).keys()
+            ]
+            return not missing
+
+        wait_until(served, "a new address on every node", lambda: ", ".join(sorted(missing)), _SETTLE_S)
+
     def assert_sound(self) -> Verdict:
         """No address had two owners, none is lost, and every node finds its state in order. For a fleet at rest."""
         verdict = self.verdict()
@@ -174,7 +190,9 @@ class Fleet:
             name, _, key = text.split()[1].partition("/")
             node = self.nodes[name]
             for log in (node.clients.log.read_text(encoding="utf-8"), node.ipamd.log()):
-                lines += [line for line in log.splitlines() if f'"k":"{key}"' in line or f"container_id={key} " in line][-12:]
+                lines += [
+                    line for line in log.splitlines() if f'"k":"{key}"' in line or f"container_id={key} " in line
+                ][-12:]
         return "\n".join(lines)
 
     def _held(self) -> dict[tuple[str, str], frozenset[str]]:
