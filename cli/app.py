@@ -15,6 +15,7 @@ from cli.completion import PROGRAM, VARIABLE, completion
 from cli.doctor import doctor
 from cli.failure import EPILOG, Failure, Status
 from cli.gc import gc
+from cli.import_flannel import take_over
 from cli.import_host_local import imports
 from cli.networks import networks
 from cli.nodes import nodes
@@ -54,6 +55,7 @@ for _command in (
     networks,
     nodes,
     store,
+    take_over,
     completion,
 ):
     netloom.add_command(_command)
