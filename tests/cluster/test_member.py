@@ -1,6 +1,8 @@
 """A node as one of its cluster: who it is, how it joins, what an operator does with it."""
 
 import asyncio
+import socket
+import urllib.request
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -210,6 +212,37 @@ def test_the_status_tells_of_etcd(lab: Lab) -> None:
         assert (status.store, status.etcd_reachable, status.draining) == ("etcd", True, False)
         (endpoint,) = status.etcd
         assert (endpoint.leader, endpoint.error, endpoint.version[:2]) == (True, "", "3.")
+
+
+def test_metrics_and_warnings(lab: Lab) -> None:
+    a = lab.configured("a")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        page = f"127.0.0.1:{probe.getsockname()[1]}"
+    a.config.write_text(a.config.read_text().replace('http_listen = ""', f'http_listen = "{page}"'))
+
+    def metrics() -> str:
+        with urllib.request.urlopen(f"http://{page}/metrics", timeout=WAIT_S) as answer:
+            return str(answer.read().decode())
+
+    with a, a.client() as client:
+        client.create_pool("blue", spec("10.1.0.0/24", block_v4=26))
+        fill(client, "blue", 61)
+        wait_for("its blocks", lambda: 'pool_blocks{family="ipv4",pool="blue"} 2.0' in metrics())
+        text = metrics()
+        for line in (
+            "netloom_ipamd_etcd_reachable 1.0",
+            "netloom_ipamd_cluster_joined 1.0",
+            "netloom_ipamd_draining 0.0",
+            "netloom_ipamd_blocks_claimed_total 2.0",
+            'netloom_ipamd_pool_blocks_total{family="ipv4",pool="blue"} 4.0',
+            'netloom_ipamd_etcd_seconds_count{operation="claim"} 2.0',
+        ):
+            assert line in text, line
+        wait_for("it is published", lambda: "netloom_ipamd_unpublished 0.0" in metrics())
+        assert "% full" not in a.log.read_text()
+        fill(client, "blue", 4 * 61)
+        wait_for("the warning", lambda: "pool is 95 % full" in a.log.read_text())
 
 
 def test_what_a_crash_between_etcd_and_the_store_leaves(lab: Lab) -> None:
