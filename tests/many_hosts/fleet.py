@@ -154,7 +154,10 @@ class Fleet:
         netd: Mapping[str, object] | None = None,
         ipv6_containers: bool = IPV6,
         etcd: bool = False,
+        own: tuple[str, ...] = (),
     ) -> None:
+        """`own`: further directories that each host has to itself."""
+        self._own = own
         self.backend = backend
         self.family = underlay
         self.segments = segments
@@ -177,7 +180,7 @@ class Fleet:
                     )
                 )
             for number, segment in enumerate(self.segments, 1):
-                host = stack.enter_context(Host(f"host{number}"))
+                host = stack.enter_context(Host(f"host{number}", own=self._own))
                 self.underlays[segment].join(host, 10 + number)
                 self.hosts.append(host)
                 self.netds.append(Netd(host))

@@ -34,8 +34,10 @@ def conf_of(network: str, ports: Sequence[tuple[int, int]] = ()) -> dict[str, An
 class Pods(Fleet):
     """A fleet whose networks are defined in etcd. `families`: of the underlay's addresses that hosts are known by."""
 
-    def __init__(self, families: Sequence[int] = (4,), segments: Sequence[int] = (0, 0, 0)) -> None:
-        super().__init__("vxlan", families[0], segments=segments, etcd=True)
+    def __init__(
+        self, families: Sequence[int] = (4,), segments: Sequence[int] = (0, 0, 0), own: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__("vxlan", families[0], segments=segments, etcd=True, own=own)
         self._families = families
         self._confs: dict[str, tuple[int, Container, dict[str, Any]]] = {}
 

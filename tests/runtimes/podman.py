@@ -15,7 +15,7 @@ from tests.runtimes.runtime_host import NET_D, RuntimeHost
 
 # The ulimits are there because the machine may lack CAP_SYS_RESOURCE; no limit of processes, because a hierarchy of
 # version 2 on a machine that also has version 1 lacks that controller.
-_CONTAINERS_CONF = """
+CONTAINERS_CONF = """
 [containers]
 default_ulimits = ["nofile=1024:1024", "nproc=4096:4096"]
 pids_limit = 0
@@ -55,7 +55,7 @@ class Podman(RuntimeHost):
     def use_plugins(self, *directories: str) -> None:
         """Where podman looks for plugins, from its next command on."""
         environment = ", ".join(json.dumps(f"{name}={value}") for name, value in self.environment.items())
-        conf = _CONTAINERS_CONF.format(plugins=json.dumps(directories), net_d=NET_D, environment=environment)
+        conf = CONTAINERS_CONF.format(plugins=json.dumps(directories), net_d=NET_D, environment=environment)
         self.host.path("/etc/containers/containers.conf").write_text(conf, encoding="utf-8")
 
     def podman(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -28,7 +28,7 @@ from tests.warm.service import COLD, Service
 
 NET_D = "/etc/cni/net.d"
 # What podman and containerd write, besides /run and /var/lib/cni. /dev/shm has podman's locks.
-_OWN = (
+OWN = (
     "/etc/containers",
     "/etc/containerd",
     "/opt/containerd",
@@ -106,7 +106,7 @@ class RuntimeHost:
 
     def __init__(self, name: str, launcher: Path, cgroup2: bool = False, liveness_s: float = 3600) -> None:
         self.installed = launcher.is_dir()
-        self.host = Host(name, plugins=not self.installed, own=(*_OWN, *([_LIB] if self.installed else [])))
+        self.host = Host(name, plugins=not self.installed, own=(*OWN, *([_LIB] if self.installed else [])))
         self.cgroup2 = cgroup2
         self._arguments = ["--liveness-interval", str(liveness_s)]
         self._launcher = launcher
