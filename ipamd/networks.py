@@ -6,8 +6,10 @@ definitions are a note in the store; in a cluster etcd has them for all nodes, a
 `Networks` is synchronous and runs inside a batch of `engine`, as `lease` does; `Directory` is what the API calls.
 """
 
+import asyncio
 import hashlib
 import ipaddress
+import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
@@ -30,17 +32,21 @@ T = TypeVar("T")
 BACKENDS = ("", "host-gw", "vxlan", "direct", "none")
 _NOTE = "networks"
 _LONGEST_LINK = 15  # IFNAMSIZ without the NUL
+_BRIDGE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*", re.ASCII)
 _LEAST_MTU, _MOST_MTU = 1280, 65521  # what IPv6 asks of every link (RFC 8200, section 5); the largest of a veth
 
 
 class Shared(Protocol):
     """Where all nodes read the definitions from. Raises IpamdError."""
 
-    async def put(self, record: NetworkRecord, *, new: bool) -> None:
-        """Keeps a definition; AlreadyExistsError where it is `new` and another one is there."""
+    async def create(self, record: NetworkRecord) -> None:
+        """Keeps a new definition; AlreadyExistsError where one is there."""
 
-    async def delete(self, name: str) -> None:
-        """Removes it; what is not there is no error."""
+    async def change(self, changes: Sequence[tuple[NetworkRecord, NetworkRecord]]) -> None:
+        """Keeps other definitions of what is there, (before, after); UnavailableError where one is not as before."""
+
+    async def delete(self, record: NetworkRecord) -> None:
+        """Removes it; what is not there is no error. UnavailableError where it is another by now."""
 
 
 class Networks:
@@ -100,6 +106,7 @@ class Directory:
         self._create_pool = create_pool
         self._delete_pool = delete_pool
         self._shared = shared
+        self._changing = asyncio.Lock()  # each change is judged by what the one before left
 
     async def get(self, name: str) -> tuple[NetworkRecord, list[str]]:
         """A definition, and the subnets that it is connected with."""
@@ -119,64 +126,64 @@ class Directory:
             raise InvalidArgumentError(
                 "mode: a cluster's network has a pool of all nodes; take node-block or cluster-address"
             )
-        there = await self._engine.run(lambda: self._judge(record))
-        if there is not None:
-            return there
-        # The pool first: a pool without a network harms nobody, and is taken over when the caller tries again.
-        await self._create_pool(record.name, spec)
-        if self._shared is not None:
-            await self._shared.put(record, new=True)
-        await self._engine.run(lambda: self._networks.keep([record]))
-        return record
-
-    def _judge(self, record: NetworkRecord) -> NetworkRecord | None:
-        """The network, where there is the very same; raises where it cannot be made."""
-        for other in self._networks.all():
-            if other.name == record.name:
-                if msgspec.structs.replace(other, connected=(), created_unix_s=record.created_unix_s) == record:
-                    return other
-                raise AlreadyExistsError(
-                    f"there is a network {record.name} with another definition; delete it first, or take another name"
-                )
-            if other.bridge == record.bridge:
-                raise AlreadyExistsError(f"bridge: network {other.name} has the bridge {other.bridge}; name another")
-            for one in record.subnets:
-                for two in other.subnets:
-                    if _overlap(one, two):
-                        raise AlreadyExistsError(
-                            f"subnets: {one} overlaps {two} of network {other.name}; take one that does not"
-                        )
-        return None
+        async with self._changing:
+            there = await self._engine.run(lambda: judge(record, self._networks.all()))
+            if there is None or record.name not in self._ledger.pools:
+                # The pool first: a pool without a network harms nobody, and is taken over when the caller tries again.
+                # A network without one is what is left of a deletion that failed half way.
+                await self._create_pool(record.name, spec)
+            if there is not None:
+                return there
+            if self._shared is not None:
+                await self._shared.create(record)
+            await self._engine.run(lambda: self._networks.keep([record]), grows=True)
+            return record
 
     async def delete(self, name: str) -> None:
         """Ends a network that nobody uses, with its pool. Raises PreconditionError that names a user."""
-        record = await self._engine.run(lambda: self._networks.get(name))
-        if name in self._ledger.pools:
-            await self._delete_pool(name)  # refused while somebody holds an address of it
-        others = [
-            msgspec.structs.replace(other, connected=tuple(n for n in other.connected if n != name))
-            for other in await self._engine.run(self._networks.all)
-            if name in other.connected
-        ]
-        await self._publish(others)
-        if self._shared is not None:
-            await self._shared.delete(record.name)
-        await self._engine.run(lambda: self._networks.keep(others, without=[name]))
+        async with self._changing:
+            await self._engine.run(lambda: self._networks.get(name))
+            if name in self._ledger.pools:
+                await self._delete_pool(name)  # refused while somebody holds an address of it
+            record, others = await self._engine.run(lambda: (self._networks.get(name), self._networks.all()))
+            changes = [(other, _connected(other, name, undo=True)) for other in others if name in other.connected]
+            if self._shared is not None:
+                await self._shared.change(changes)
+                await self._shared.delete(record)
+            await self._engine.run(lambda: self._networks.keep((after for _, after in changes), without=[name]))
 
     async def connect(self, one: str, other: str, undo: bool) -> list[NetworkRecord]:
         """Lets the containers of two networks reach one another, or ends that; returns both."""
         if one == other:
             raise InvalidArgumentError(f"other: found {other} again; a network's own containers reach one another")
-        first, second = await self._engine.run(lambda: (self._networks.get(one), self._networks.get(other)))
-        changed = [_connected(first, other, undo), _connected(second, one, undo)]
-        await self._publish(changed)
-        await self._engine.run(lambda: self._networks.keep(changed))
+        async with self._changing:
+            first, second = await self._engine.run(lambda: (self._networks.get(one), self._networks.get(other)))
+            changed = [_connected(first, other, undo), _connected(second, one, undo)]
+            if self._shared is not None:
+                await self._shared.change(list(zip((first, second), changed, strict=True)))
+            await self._engine.run(lambda: self._networks.keep(changed))
         return changed
 
-    async def _publish(self, records: Sequence[NetworkRecord]) -> None:
-        if self._shared is not None:
-            for record in records:
-                await self._shared.put(record, new=False)
+
+def judge(record: NetworkRecord, others: Iterable[NetworkRecord]) -> NetworkRecord | None:
+    """The network, where there is the very same; raises AlreadyExistsError where it cannot be made beside others."""
+    for other in others:
+        if other.name == record.name:
+            plain = msgspec.structs.replace(other, connected=record.connected, created_unix_s=record.created_unix_s)
+            if plain == record:
+                return other
+            raise AlreadyExistsError(
+                f"there is a network {record.name} with another definition; delete it first, or take another name"
+            )
+        if other.bridge == record.bridge:
+            raise AlreadyExistsError(f"bridge: network {other.name} has the bridge {other.bridge}; name another")
+        for one in record.subnets:
+            for two in other.subnets:
+                if _overlap(one, two):
+                    raise AlreadyExistsError(
+                        f"subnets: {one} overlaps {two} of network {other.name}; take one that does not"
+                    )
+    return None
 
 
 def validated(record: NetworkRecord) -> NetworkRecord:
@@ -197,7 +204,7 @@ def validated(record: NetworkRecord) -> NetworkRecord:
             f"mtu: wanted {_LEAST_MTU} to {_MOST_MTU}, or 0 for what the hosts' network allows, found {record.mtu}"
         )
     bridge = record.bridge or bridge_name(record.name)
-    if not 0 < len(bridge) <= _LONGEST_LINK or not all(c.isalnum() or c in "._-" for c in bridge) or bridge[0] in ".-":
+    if len(bridge) > _LONGEST_LINK or not _BRIDGE.fullmatch(bridge):
         raise InvalidArgumentError(
             f"bridge: wanted at most {_LONGEST_LINK} letters, digits, '.', '_' and '-', found {bridge[:80]!r}"
         )

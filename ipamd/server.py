@@ -185,7 +185,7 @@ class _Daemon:
             config.release_dir, engine, ledger, node=config.node, on_release=metrics.released
         )
         networks = Networks(transaction)
-        shared = SharedNetworks(member.etcd, engine, networks) if member else None
+        shared = SharedNetworks(member.etcd, engine, ledger, networks) if member else None
         if member and shared:
             member.followers.append(shared.follower)
         self._directory = Directory(

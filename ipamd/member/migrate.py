@@ -1,8 +1,8 @@
 """Takes a node's database into a cluster, and out of one that has no other node. ipamd is stopped, containers run on.
 
-Into a cluster: its named pools become the cluster's. What is held is claimed in etcd, and only when all of it is this
-node's the database says so too; a crash in between is mended by running it again. Nothing changes where another node
-has a pool of the name with another spec, a block, or an address.
+Into a cluster: its named pools and its networks become the cluster's. What is held is claimed in etcd, and only when all
+of it is this node's the database says so too; a crash in between is mended by running it again. Nothing changes where
+another node has a pool or a network of the name with another definition, a block, or an address.
 
 Out of it: only the last node may, as nobody else would keep its addresses from others any more. The database is changed
 first; what then is left in etcd is of no meaning, and is removed.
@@ -23,14 +23,16 @@ from cluster.layout import (
     AddressRecord,
     BlockRecord,
     LayoutError,
+    NetworkRecord,
     NodeRecord,
     PoolRecord,
     ReservationRecord,
 )
 from ipamd.engine import Transaction
-from ipamd.errors import PreconditionError
+from ipamd.errors import AlreadyExistsError, PreconditionError
 from ipamd.member import identity as identities
 from ipamd.member.errors import JoinError
+from ipamd.networks import Networks, judge
 from ipamd.pool import Mode, Pool, PoolSpec, address_number
 from ipamd.pools import frozen_note
 from ipamd.store.base import Allocation, Change, DropBlock, Filter, Note, PoolRow, PutBlock, PutPool, Settle
@@ -69,6 +71,8 @@ async def to_cluster(store: SqliteStore, etcd: Etcd, node: str, mode: Mode) -> M
     own = BlockRecord(identity.node, identity.node_id)
     blocks = sorted({block for pool in pools for block in _blocks_of(store, pool)})
     claims = [*_block_claims(blocks, own), *_address_claims(store, pools, own)]
+    networks = Networks(transaction).all()
+    await _check_networks(etcd, networks)
     try:
         cluster = await identities.join_cluster(etcd, identity)
         record = NodeRecord(identity.node_id, platform.node(), int(time.time()))
@@ -78,6 +82,7 @@ async def to_cluster(store: SqliteStore, etcd: Etcd, node: str, mode: Mode) -> M
     await _put_pools(etcd, pools)
     await _claim(etcd, claims, own)
     await _put_reservations(etcd, store, pools)
+    await _put_networks(etcd, networks)
     changes: list[Change] = [PutPool(PoolRow(pool.name, pool.spec.encode(), False), new=False) for pool in pools]
     held = set(store.blocks())
     changes += [PutBlock(*block) for block in blocks if block not in held]
@@ -130,6 +135,24 @@ async def _put_pools(etcd: Etcd, pools: Iterable[Pool]) -> None:
             raise PreconditionError(
                 f"the cluster has a pool {pool.name} with another spec; make the two the same, or delete one of them"
             )
+
+
+async def _check_networks(etcd: Etcd, networks: Iterable[NetworkRecord]) -> None:
+    """Raises PreconditionError where one cannot be beside what the cluster has."""
+    there: list[NetworkRecord] = []
+    async for page in etcd.walk(layout.NETWORKS):
+        there += [layout.decode(NetworkRecord, pair.key, pair.value) for pair in page.pairs]
+    for network in networks:
+        try:
+            judge(network, there)
+        except AlreadyExistsError as error:
+            raise PreconditionError(f"network {network.name} cannot become the cluster's: {error}") from None
+
+
+async def _put_networks(etcd: Etcd, networks: Iterable[NetworkRecord]) -> None:
+    for network in networks:
+        key = layout.NETWORKS + network.name
+        await etcd.txn([absent(key)], [Put(key, layout.encode(network))], repeatable=True)
 
 
 async def _claim(etcd: Etcd, claims: Iterable[_Claim], own: BlockRecord) -> None:

@@ -5,18 +5,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
+import msgspec
 import pytest
 
 from cluster import layout
 from cluster.etcd import Delete, Put
+from cluster.layout import NetworkRecord
 from ipamd.client import Client, IpamError
+from ipamd.errors import AlreadyExistsError, UnavailableError
+from ipamd.member.networks import SharedNetworks
 from protos.ipam.v1 import ipam_pb2 as pb
 from tests.cluster.daemons import Node
-from tests.cluster.loop import connected
+from tests.cluster.loop import connected, looped
 from tests.etcd import EtcdCluster
 from tests.ipamd.daemon import cidrs, key, spec, wait_for
 
+_THREE = ("pods", "web", "db")
 NO_GRACE = "[reclaim]\ngrace_s = 0\n"
 
 
@@ -190,6 +196,48 @@ def test_a_network_is_known_to_all_nodes_and_connected_by_any(pair: tuple[Node, 
         wait_for("the end of the network", lambda: _deleted(to_a, "pods"))
         wait_for("its end on b", lambda: _names(to_b) == ["web"])
         assert list(to_b.get_network("web").connected) == []
+
+
+def test_a_network_that_etcd_lost_is_put_there_again_while_it_is_used(
+    pair: tuple[Node, Node], damage: Callable[..., None]
+) -> None:
+    a, b = pair
+    with a.client() as to_a, b.client() as to_b:
+        for name, subnet in (("pods", "10.3.0.0/16"), ("web", "10.4.0.0/16")):
+            to_a.create_network(_network(name, subnet))
+        wait_for("the networks on b", lambda: _names(to_b) == ["pods", "web"])
+        to_b.allocate(key("c"), pools=["pods"])
+        damage(Delete(layout.NETWORKS, True))
+        wait_for("the end of web on a", lambda: _names(to_a) == ["pods"])
+        wait_for("the end of web on b", lambda: _names(to_b) == ["pods"])
+
+
+@looped
+async def test_what_one_node_has_not_heard_of_yet_is_not_overwritten() -> None:
+    """Another node connects and deletes networks while this one's watch is behind."""
+    pods, web, db = (NetworkRecord(name, subnets=(f"10.{number}.0.0/16",)) for number, name in enumerate(_THREE))
+    together = msgspec.structs.replace(web, connected=("db",))
+    with EtcdCluster() as etcd:
+        async with connected(etcd.sockets) as client:
+            for record in (together, db):
+                await client.put(layout.NETWORKS + record.name, layout.encode(record))
+            # Of what it is made of only etcd is asked for these.
+            shared = SharedNetworks(client, Mock(), Mock(), Mock())
+            for change in (
+                shared.change([(db, db), (web, msgspec.structs.replace(web, connected=("pods",)))]),
+                shared.change([(pods, msgspec.structs.replace(pods, connected=("web",)))]),
+                shared.delete(web),
+            ):
+                with pytest.raises(UnavailableError, match="changed by another node"):
+                    await change
+            with pytest.raises(AlreadyExistsError):
+                await shared.create(db)
+            await shared.delete(pods)
+            await shared.change([(web, together)])
+            assert await client.get(layout.NETWORKS + "pods") is None
+            there = await client.get(layout.NETWORKS + "web")
+            assert there is not None
+            assert layout.decode(NetworkRecord, there.key, there.value) == together
 
 
 def _network(name: str, *subnets: str) -> pb.CreateNetworkRequest:

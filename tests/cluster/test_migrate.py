@@ -51,6 +51,9 @@ def test_into_a_cluster_and_out_again(etcd: EtcdCluster, tmp_path: Path, mode: s
         with a.client() as client:
             client.create_pool("blue", spec("10.1.0.0/16", "fd00:1::/64"))
             client.reserve("blue", "10.1.0.40", "printer")
+            for name, subnet in (("pods", "10.8.0.0/16"), ("web", "10.9.0.0/16")):
+                client.create_network(pb.CreateNetworkRequest(network=pb.Network(name=name, subnets=[subnet])))
+            client.connect_networks("pods", "web")
             held = {name: cidrs(client.allocate(key(name), pools=["blue"])) for name in ("one", "two", "three")}
             refused = migrate(a, "etcd")
             assert refused.returncode == 1
@@ -58,7 +61,7 @@ def test_into_a_cluster_and_out_again(etcd: EtcdCluster, tmp_path: Path, mode: s
         assert a.stop() == 0
         moved = migrate(a, "etcd", "--mode", mode)
         assert moved.returncode == 0, moved
-        assert "1 pools (blue)" in moved.stdout
+        assert "3 pools (blue, pods, web)" in moved.stdout
         assert migrate(a, "etcd", "--mode", mode).returncode == 0, "again"
         a.process = None
         wrong = a.spawn()
@@ -72,7 +75,10 @@ def test_into_a_cluster_and_out_again(etcd: EtcdCluster, tmp_path: Path, mode: s
                 again = client.allocate(key(name), pools=["blue"])
                 assert (again.created, cidrs(again)) == (False, addresses)
             wait_for("no difference", lambda: not client.check_store(pb.CheckStoreRequest()).differences)
-            wait_for("the pool on b", lambda: [pool.name for pool in to_b.list_pools()] == ["blue"])
+            wait_for("the pools on b", lambda: [pool.name for pool in to_b.list_pools()] == ["blue", "pods", "web"])
+            wait_for("the networks on b", lambda: [one.name for one in to_b.list_networks()] == ["pods", "web"])
+            assert list(to_b.get_network("pods").reachable) == ["10.9.0.0/16"]
+            assert list(client.get_network("web").connected) == ["pods"]
             answers = [to_b.allocate(key(f"b{number}"), pools=["blue"]) for number in range(80)]
             theirs = {cidr.partition("/")[0] for answer in answers for cidr in cidrs(answer)}
             ours = {cidr.partition("/")[0] for addresses in held.values() for cidr in addresses}
@@ -97,6 +103,7 @@ def test_into_a_cluster_and_out_again(etcd: EtcdCluster, tmp_path: Path, mode: s
                 assert (again.created, cidrs(again)) == (False, addresses)
             assert [row.address for row in client.list_reservations()] == ["10.1.0.40"]
             client.allocate(key("new"), pools=["blue"])
+            assert list(client.get_network("web").reachable) == ["10.8.0.0/16"]
             assert not client.check_store(pb.CheckStoreRequest()).differences
     assert asyncio.run(_keys(etcd, prefix)) == 0
 
