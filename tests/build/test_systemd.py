@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import subprocess
@@ -182,6 +183,32 @@ def booted(cgroup: Path, chroot: Chroot, packages: tuple[Path, Path]) -> Iterato
         process.wait()
 
 
+def check_netd(booted: Booted) -> None:
+    """Nobody's default; it lives with its unit's restrictions, and what it made outlives it."""
+    assert booted.sh("systemctl is-enabled netloom-netd.service") == "disabled\n"
+    booted.sh("ip link add under0 type bridge; ip addr add 10.0.0.11/24 dev under0; ip link set under0 up")
+    booted.sh("cp /etc/netloom/netloom.toml /srv/kept.toml")
+    lines = ["[netd]", 'node = "a"', 'interface = "under0"', 'subnets = ["10.2.1.0/24"]', "[[peer]]", 'name = "b"']
+    lines += ['address = "10.0.0.12"', 'subnets = ["10.2.2.0/24"]']
+    booted.sh(f"printf '%s\\n' {' '.join(shlex.quote(line) for line in lines)} >/etc/netloom/netloom.toml")
+    booted.sh("systemctl start netloom-netd.service")
+    try:
+        wait_until(lambda: "10.2.2.0 dev nl-vx1" in booted.sh("ip route"), "the route", booted.journal)
+        assert "NoNewPrivs:\t1\n" in booted.sh(f"cat /proc/{booted.main_pid('netloom-netd')}/status")
+        assert booted.sh("stat -c '%a %U' /run/netloom/netd.sock") == "600 root\n"
+        wait_until(lambda: "1 of 1 hosts reached" in booted.sh("netloom status"), "its answer", booted.journal)
+        before = booted.main_pid("netloom-netd")
+        booted.sh("sed -i 's/10.2.2.0/10.2.3.0/' /etc/netloom/netloom.toml; systemctl reload netloom-netd.service")
+        wait_until(lambda: "10.2.3.0 dev nl-vx1" in booted.sh("ip route"), "the other route", booted.journal)
+        assert booted.main_pid("netloom-netd") == before
+        assert booted.sh("cat /proc/sys/net/ipv4/ip_forward") == "1\n"
+        booted.sh("systemctl stop netloom-netd.service")
+        assert "10.2.3.0 dev nl-vx1" in booted.sh("ip route")
+        assert booted.sh("/usr/lib/netloom/netd --remove") == "removed 2 routes and tunnels\n"
+    finally:
+        booted.sh("systemctl stop netloom-netd.service; cp /srv/kept.toml /etc/netloom/netloom.toml")
+
+
 @pytest.mark.kernel
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="packages for Debian are made on Debian")
 def test_boot_attach_upgrade_purge(booted: Booted) -> None:
@@ -231,6 +258,8 @@ def test_boot_attach_upgrade_purge(booted: Booted) -> None:
     # Its namespaces are mounts; the purge below takes them away.
     booted.sh("touch /run/netloom/staging/one; mount --bind /proc/self/ns/net /run/netloom/staging/one")
     assert "/run/netloom/staging/one" in booted.sh("cat /proc/mounts")
+
+    check_netd(booted)
 
     # Disabled by an operator: an upgrade does not enable it.
     booted.sh("systemctl disable netloom-ipamd.service; dpkg --force-downgrade -i /srv/0.deb")
