@@ -467,7 +467,7 @@ def test_the_example_configuration_is_valid(tmp_path: Path) -> None:
 
 _ABSOLUTE = re.compile(r"(?<![\w.}>*~/:`-])/[a-z]\w*")
 _PLACES = frozenset({"/run", "/var", "/etc", "/opt", "/proc", "/sys", "/dev", "/usr", "/tmp", "/metrics", "/healthz"})
-_PLACES |= {"/netloom"}  # where etcd's keys begin
+_PLACES |= {"/netloom", "/coreos"}  # where keys in etcd begin, ours and flannel's
 _TRACKER = re.compile(r"(?i)\bissue \d|(?<![\w&])#\d+")
 _HOSTS = re.compile(r"https?://([\w.-]+)")
 
