@@ -192,6 +192,7 @@ class Member:
         following: list[asyncio.Task[None]] = []
         try:
             for follower in self.followers:
+                follower.synced.clear()  # an earlier attempt may have come so far
                 following.append(asyncio.create_task(follower.run()))
                 async with asyncio.timeout(_SYNC_S):
                     await follower.synced.wait()

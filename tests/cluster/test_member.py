@@ -164,6 +164,38 @@ def test_a_name_that_was_taken_while_etcd_was_away(tmp_path: Path) -> None:
             fill(client, "blue", 5, "s")
 
 
+def test_a_copy_of_a_node_is_told_from_the_node_after_a_reboot(lab: Lab) -> None:
+    a = lab.start("a", "[cluster]\nlease_s = 5\n")
+    with a.client() as client:
+        client.create_pool("blue", spec("10.1.0.0/24"))
+        taken = fill(client, "blue", 3)
+        (known,) = client.list_nodes()
+    assert a.stop() == 0
+    ghost = layout.encode(AliveRecord(known.id, "another-boot", "1", 0))
+
+    async def reboot(etcd: Etcd) -> None:
+        """As the last boot left it: under a lease."""
+        await etcd.put(layout.ALIVE + "a", ghost, (await etcd.grant(5)).id)
+
+    lab.ask(reboot)
+    a.start()
+    with a.client() as client:
+        assert fill(client, "blue", 3) == taken
+        wait_for("a has joined", lambda: a.log.read_text().count("joined the cluster") == 2)
+    assert a.stop() == 0
+
+    async def copy(etcd: Etcd) -> None:
+        """As somebody who stays alive."""
+        await etcd.put(layout.ALIVE + "a", ghost)
+
+    lab.ask(copy)
+    a.start()
+    with a.client() as client:
+        wait_for("its word", lambda: "one of the two runs on a copy of the other's disk" in a.log.read_text())
+        with pytest.raises(IpamError, match="on a copy of the other's disk"):
+            client.allocate(key("more"), pools=["blue"])
+
+
 def test_what_refuses_to_start(lab: Lab, etcd: EtcdCluster) -> None:
     nowhere = Node(lab.directory, "n", ["unix:/nowhere/etcd"], "", prefix=lab.prefix)
     assert "this node was never one of its cluster" in refusal(nowhere)
