@@ -78,14 +78,7 @@ def restore(choices: Choices, file: str, path: str | None, force: bool, cluster:
         return
     target = os.path.abspath(path) if path else _configured().store_path
     aside = _put_aside(target, force)
-    try:
-        _make(target, copy)
-    except (StoreError, StartError) as error:
-        _put_back(target, aside)
-        raise Failure(f"{error}; nothing was changed") from None
-    except BaseException:
-        _put_back(target, aside)
-        raise
+    _make(target, copy, aside)
     _print(choices, target, copy, aside)
 
 
@@ -117,7 +110,8 @@ def migrate(choices: Choices, kind: str, mode: Mode) -> None:
         raise Failure(f"{error}") from None
     except EtcdError as error:
         raise Failure(f"{error}; nothing was changed here", Status.UNREACHABLE) from None
-    _own(config.store_path)
+    finally:
+        _own(config.store_path)
     if choices.as_json:
         output.document({"kind": kind, "pools": list(done.pools), "blocks": done.blocks, "addresses": done.addresses})
         return
@@ -190,13 +184,29 @@ def _configured(overrides: Mapping[str, object] | None = None) -> Config:
         raise Failure(f"{error}{'' if overrides else '; or name the database with --to'}", Status.USAGE) from None
 
 
-def _make(target: str, copy: Backup) -> None:
-    made = SqliteStore(target)  # takes the lock: an ipamd that runs is named by the error
+def _make(target: str, copy: Backup, aside: str) -> None:
+    """Makes the database; where that fails, all is as before."""
     try:
-        made.load(copy.copy)
+        made = SqliteStore(target)  # takes the lock: an ipamd that runs is named by the error
+    except StartError as error:
+        # What has the name now, if anything, is that ipamd's.
+        if not os.path.lexists(target):
+            _put_back(target, aside)
+        raise Failure(f"{error}; nothing was changed") from None
+    try:
+        try:
+            made.load(copy.copy)
+            made.remember_node(copy.head.node)
+        finally:
+            made.close()  # first: it removes its log by name
+    except StoreError as error:
+        _put_back(target, aside)
+        raise Failure(f"{error}; nothing was changed") from None
+    except BaseException:
+        _put_back(target, aside)
+        raise
     finally:
-        made.close()
-    _own(target)
+        _own(target)
 
 
 def _own(target: str) -> None:
@@ -216,7 +226,7 @@ def _put_aside(target: str, force: bool) -> str:
     try:
         SqliteStore(target).close()  # brings its log into the file; refuses while an ipamd has it
     except StartError as error:
-        if "another ipamd" in str(error):
+        if str(error).startswith((f"{target}: another ", f"{target}: this is another ")):  # ipamd, or program
             raise Failure(str(error)) from None
         # Damaged: that is why it is to be replaced.
     aside = f".before-restore-{int(time.time())}"
@@ -239,6 +249,8 @@ def _put_back(target: str, aside: str) -> None:
 def _replacing(file: str) -> Iterator[IO[bytes]]:
     """A new file that takes the name when all of it is on the disk."""
     directory, name = os.path.split(os.path.abspath(file))
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise Failure(f"{file}: this is no ordinary file, and would be replaced by one; name another, or - for a pipe")
     try:
         descriptor, new = tempfile.mkstemp(prefix=f".{name}.", dir=directory)  # mode 0600
     except OSError as error:

@@ -1,8 +1,8 @@
 """Takes a node's database into a cluster, and out of one that has no other node. ipamd is stopped, containers run on.
 
-Into a cluster: its named pools and its networks become the cluster's. What is held is claimed in etcd, and only when all
-of it is this node's the database says so too; a crash in between is mended by running it again. Nothing changes where
-another node has a pool or a network of the name with another definition, a block, or an address.
+Into a cluster: its named pools and its networks become the cluster's. What is held is claimed in etcd, and only when
+all of it is this node's the database says so too; a crash in between is mended by running it again. Nothing changes
+where another node has a pool or a network of the name with another definition, a block, or an address.
 
 Out of it: only the last node may, as nobody else would keep its addresses from others any more. The database is changed
 first; what then is left in etcd is of no meaning, and is removed.

@@ -206,7 +206,7 @@ class SqliteStore:
             self._execute("BEGIN IMMEDIATE")
             _load(self._db, copy)
             self._execute("COMMIT")
-        except (sqlite3.Error, ConflictError) as error:
+        except (sqlite3.Error, ConflictError, OverflowError) as error:
             self.rollback()
             if isinstance(error, sqlite3.Error):
                 self._raise(error)

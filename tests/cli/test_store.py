@@ -1,7 +1,9 @@
 """`netloom store`: a backup of a running ipamd, and a database made from it."""
 
+import contextlib
 import json
 import os
+import sqlite3
 import stat
 from pathlib import Path
 
@@ -93,7 +95,81 @@ def test_a_backup_that_is_cut_off_or_contradicts_itself_changes_nothing(
     refused(whole[1:], "no backup")
     refused([whole[0].replace(b'backup":1', b'backup":9'), *whole[1:]], "version 1, found 9")
     twice = [line for line in whole if line.startswith(b'{"allocation"')]
+    large = [line.replace(b'"boottime_ns":', b'"boottime_ns":9999999999') for line in whole]
+    refused(large, "nothing was changed")
     refused([*whole[:-1], *twice, b'{"end":%d}\n' % (len(whole) - 2 + len(twice))], "nothing was changed")
+
+
+def test_a_restored_database_is_ipamds_own_also_where_it_failed(
+    daemon: Daemon, netloom: Netloom, tmp_path: Path
+) -> None:
+    file, database = tmp_path / "backup", Path(daemon.database)
+    with daemon, daemon.client() as ipamd:
+        ipamd.create_pool("blue", spec("10.1.0.0/24"))
+        ipamd.allocate(key("a"), pools=["blue"])
+        assert netloom("store", "backup", str(file)).status == 0
+        daemon.stop()
+    for path in database.parent.glob("*.db*"):
+        path.unlink()
+    os.chown(database.parent, 1234, 1234)
+    try:
+        whole = file.read_bytes().splitlines(keepends=True)
+        twice = [line for line in whole if line.startswith(b'{"allocation"')]
+        bad = tmp_path / "bad"
+        bad.write_bytes(b"".join([*whole[:-1], *twice, b'{"end":%d}\n' % (len(whole) - 2 + len(twice))]))
+        for name, status in ((bad, 1), (file, 0)):
+            assert netloom("store", "restore", str(name)).status == status
+            found = {path.name: path.stat().st_uid for path in database.parent.glob("*.db*")}
+            assert found, "its lock file stays"
+            assert set(found.values()) == {1234}, found
+    finally:
+        os.chown(database.parent, 0, 0)
+
+
+def test_a_node_that_was_renamed_since_the_backup_keeps_what_it_holds(
+    daemon: Daemon, netloom: Netloom, tmp_path: Path
+) -> None:
+    file = tmp_path / "backup"
+    with daemon, daemon.client() as ipamd:
+        ipamd.create_pool("blue", spec("10.1.0.0/24"))
+        held = cidrs(ipamd.allocate(key("a"), pools=["blue"]))
+        assert netloom("store", "backup", str(file)).status == 0
+        daemon.stop()
+    daemon.config.write_text(daemon.config.read_text().replace('node = "host"', 'node = "other"'))
+    assert netloom("store", "restore", str(file), "--force").status == 0
+    with daemon, daemon.client() as ipamd:
+        again = ipamd.allocate(key("a"), pools=["blue"])
+        assert (again.created, cidrs(again)) == (False, held)
+        daemon.stop()
+
+
+def test_a_backup_takes_the_place_of_nothing_but_a_file(daemon: Daemon, netloom: Netloom, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to(pipe)
+    with daemon:
+        for name in ("pipe", "link"):
+            ran = netloom("store", "backup", str(tmp_path / name))
+            assert ran.status == 1
+            assert "no ordinary file" in ran.err
+        daemon.stop()
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_database_that_another_program_uses_is_not_put_aside(
+    daemon: Daemon, netloom: Netloom, tmp_path: Path
+) -> None:
+    file = tmp_path / "backup"
+    with daemon:
+        assert netloom("store", "backup", str(file)).status == 0
+        daemon.stop()
+    with contextlib.closing(sqlite3.connect(daemon.database, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        ran = netloom("store", "restore", str(file), "--force")
+        assert ran.status == 1
+        assert "another program has it open" in ran.err
+    assert Path(daemon.database).exists()
 
 
 def test_a_backup_goes_to_standard_output_too(daemon: Daemon, netloom: Netloom) -> None:
