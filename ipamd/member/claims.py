@@ -2,8 +2,8 @@
 
 - The ledger has chosen and the store keeps the choice, with an errand, before etcd is asked: after a crash the errand
   says what etcd may have. The allocation is answered when etcd has its addresses as this node's.
-- Claims that wait at the same time share a transaction, so the rate does not depend on the way to etcd. A transaction
-  that fails says in its answer for whose sake; the others are asked for again at once.
+- Claims that wait at the same time share a transaction, so the rate does not depend on the way to etcd. Where it fails,
+  a look says for whose sake; the others are asked for again at once.
 - An address wants: nobody's, neither reserved nor cooling down (but for the workload that had it), its pool unchanged,
   and this node one of the cluster.
 - Whether a transaction without an answer was done shows in the next one, which finds this node's own id and generation.
@@ -181,7 +181,7 @@ class Claims:
                 if done.succeeded:
                     self._keep(batch, done.revision)
                     return
-                await self._judge(batch, done)
+                await self._judge(batch, await self._read(batch))
         except QuotaError as error:
             self._fail(batch, UnavailableError(f"no address can be claimed: {error}"))
         except EtcdError as error:
@@ -226,7 +226,6 @@ class Claims:
         compares: list[Compare] = [present(node_key)]
         compares += [unchanged(layout.POOLS + name, self._pools[name].revision) for name in names]
         then: list[Put | Delete | Get] = []
-        otherwise = [Get(node_key), *(Get(layout.POOLS + name) for name in names)]
         for claim in batch:
             value = self._book.record(claim.allocation)
             for place in claim.places:
@@ -241,8 +240,17 @@ class Claims:
                 else:
                     compares.append(unchanged(freed, rest.revision))
                     then.append(Delete(freed))
-                otherwise += [Get(key), Get(layout.RESERVATIONS + layout.place(*place)), Get(freed)]
-        return await self._etcd.txn(compares, then, otherwise, repeatable=True)
+        return await self._etcd.txn(compares, then, repeatable=True)
+
+    async def _read(self, batch: Sequence[Claim]) -> TxnResult:
+        """What a transaction's conditions are about. Not asked within it, as etcd would keep the question, too."""
+        names = sorted({name for claim in batch for name, _ in claim.places})
+        gets = [Get(layout.NODES + self._book.identity.node), *(Get(layout.POOLS + name) for name in names)]
+        for claim in batch:
+            for place in claim.places:
+                reserved = layout.RESERVATIONS + layout.place(*place)
+                gets += [Get(address_key(place)), Get(reserved), Get(freed_key(place))]
+        return await self._etcd.txn([], gets)
 
     def _rest_for(self, claim: Claim, place: Place) -> Rest | None:
         """The cool-down that an address is taken out of, for the workload that had it."""
