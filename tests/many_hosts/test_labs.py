@@ -1,0 +1,135 @@
+"""The labs of docs/labs with several hosts, command by command."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.docker import lab
+from tests.hosts import PATIENCE_S, ROOT, Host, wait_until
+from tests.many_hosts.fleet import Netd
+from tests.many_hosts.pods import Pods
+from tests.underlay import Underlay
+
+pytestmark = pytest.mark.kernel
+
+LABS = ("static-routes", "flannel-vxlan", "flannel-host-gw")
+BIN = "/run/lab"
+# What only looks may be asked again: a daemon needs a moment for what a command before has told it.
+_LOOKS = ("cat /", "ip route show", "ip -d link", "ip link show", "ip -4 -br", "ip neigh", "bridge fdb", "nft list",
+          "ip netns exec one ping -c1", "netloom route")  # fmt: skip
+
+
+def prepare(host: Host) -> None:
+    """The programs that a shell of the lab finds: ours, and busybox's ping, which a host may lack."""
+    directory = host.path(BIN)
+    directory.mkdir()
+    for name, module in (("netloom", "cli"), ("netd", "netd")):
+        program = directory / name
+        program.write_text(f'#!/bin/sh\ncd {ROOT} && exec {sys.executable} -m {module} "$@"\n', encoding="utf-8")
+        program.chmod(0o755)
+    (directory / "ping").symlink_to("/bin/busybox")
+
+
+def run(name: str, hosts: Mapping[str, Host], environment: Mapping[str, str] | None = None) -> None:
+    """Executes a lab."""
+    variables = {**os.environ, "PATH": f"{BIN}:/usr/sbin:/usr/bin:/sbin:/bin", **(environment or {})}
+
+    def execute(host: str, command: str) -> str:
+        return hosts[host].run(["sh", "-c", f"{{ {command}\n}} 2>&1"], env=variables, cwd="/", check=False).stdout
+
+    _follow(lab.LABS / f"{name}.md", execute)
+
+
+def _follow(path: Path, execute: Callable[[str, str], str]) -> None:
+    for step in lab.steps(path):
+        deadline = time.monotonic() + (PATIENCE_S if step.command.startswith(_LOOKS) else 0)
+        while True:
+            printed = execute(step.host, step.command).rstrip("\n")
+            if lab.matches(step.expected, printed.split("\n") if printed else []):
+                break
+            wanted = "\n".join(step.expected)
+            assert time.monotonic() < deadline, (
+                f"{path.name}:{step.line}: $ {step.command}\nwanted:\n{wanted}\nprinted:\n{printed}"
+            )
+            time.sleep(0.2)
+
+
+class _Hosts(Pods):
+    """Two hosts with ipamd and netd, whose pid is in /run/netd.pid."""
+
+    def __init__(self, **netd_keys: object) -> None:
+        super().__init__(segments=(0, 0))
+        self._keys = netd_keys
+
+    def configure(self, host: Host, **netd_keys: object) -> None:
+        keys = {**self._keys, "subnets": [], **netd_keys}  # in this order in the file
+        number = self.hosts.index(host) + 1
+        host.start_ipamd(
+            store={"kind": "etcd"},
+            etcd={"endpoints": list(self.etcd.endpoints)},
+            netd={**keys, "interface": "eth0", "public_ip": [self.underlay_address(number)]},
+        )
+
+    def start(self) -> None:
+        super().start()
+        for netd in self.netds:
+            prepare(netd.host)
+            _write_pid(netd)
+
+    def run(self, name: str) -> None:
+        """Executes a lab here."""
+        etcdctl = {"ETCDCTL_API": "3", "ETCDCTL_ENDPOINTS": ",".join(self.etcd.endpoints)}
+        run(name, {host.name: host for host in self.hosts}, etcdctl)
+
+
+def _write_pid(netd: Netd) -> None:
+    netd.host.path("/run/netd.pid").write_text(f"{netd.pid}\n")
+
+
+def test_static_routes() -> None:
+    with contextlib.ExitStack() as stack:
+        underlay = stack.enter_context(Underlay("underlay", "10.0.0.0/24"))
+        hosts = {name: stack.enter_context(Host(name)) for name in ("host1", "host2")}
+        for number, host in enumerate(hosts.values(), 11):
+            underlay.join(host, number)
+            prepare(host)
+        run("static-routes", hosts)
+        for host in hosts.values():
+            wait_until(lambda host=host: not host.processes(), "the end of netd")  # type: ignore[misc]
+
+
+def test_flannel_vxlan() -> None:
+    with _Hosts() as hosts:
+        hosts.start()
+        config = '{"Network": "10.2.0.0/16", "SubnetLen": 24, "Backend": {"Type": "vxlan"}}'
+        hosts.etcd.etcdctl("put", "/coreos.com/network/config", config)
+        for number, subnet in ((1, "10.2.33"), (2, "10.2.44")):
+            lease = f'{{"PublicIP": "{hosts.underlay_address(number)}", "BackendType": "vxlan"}}'
+            hosts.etcd.etcdctl("put", f"/coreos.com/network/subnets/{subnet}.0-24", lease)
+            directory = hosts.host(number).path("/run/flannel")
+            directory.mkdir()
+            (directory / "subnet.env").write_text(
+                f"FLANNEL_NETWORK=10.2.0.0/16\nFLANNEL_SUBNET={subnet}.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n"
+            )
+        hosts.run("flannel-vxlan")
+
+
+def test_flannel_host_gw() -> None:
+    with _Hosts(backend="host-gw", flannel_network="pods") as hosts:
+        hosts.start()
+        hosts.run("flannel-host-gw")
+
+
+def test_a_lab_that_shows_something_else_fails(tmp_path: Path) -> None:
+    file = tmp_path / "wrong.md"
+    file.write_text("```console host1\n$ date\nright\n```\n", encoding="utf-8")
+    _follow(file, lambda _host, _command: "right\n")
+    with pytest.raises(AssertionError, match=r"wrong\.md:2"):
+        _follow(file, lambda _host, _command: "left\n")
