@@ -233,7 +233,11 @@ def status(request: Request, host: Session) -> None:
         registry.load(other.plugin).status(other, host)
 
 
-# What the delegate was told: <dataDir>/<container id>, and for further interfaces <container id>@<interface>
+# What the delegate was told: <dataDir>/<container id>, and for further interfaces <container id>@<interface>. flannel's
+# own plugin has the first alone; ours says there whose it is, in a key that delegates pass over, so that a DEL of
+# another interface, which may have nothing, does not take it.
+
+_IFNAME = "netloomIfname"
 
 
 def _paths(conf: FlannelConf, request: Request) -> tuple[str, str]:
@@ -245,10 +249,12 @@ def _write(conf: FlannelConf, request: Request, made: Mapping[str, Any]) -> str:
     plain, own = _paths(conf, request)
     try:
         os.makedirs(conf.data_dir, 0o700, exist_ok=True)
-        path = own if os.path.exists(plain) else plain
-        with open(f"{path}.new", "wb", opener=_private) as stream:
-            stream.write(msgspec.json.encode(made))
-        os.rename(f"{path}.new", path)
+        path = own if os.path.exists(plain) and not _is_of(request, _load(plain)) else plain
+        # No container id begins with a dot, so that this is nobody's file, nor taken for one by GC.
+        new = os.path.join(conf.data_dir, f".{os.path.basename(path)}")
+        with open(new, "wb", opener=_private) as stream:
+            stream.write(msgspec.json.encode({**made, _IFNAME: request.ifname}))
+        os.rename(new, path)
     except OSError as error:
         raise CniError(
             Code.IO_FAILURE, f"dataDir {shown(conf.data_dir)} cannot be written: {error.strerror}", "name another"
@@ -262,8 +268,21 @@ def _private(path: str, flags: int) -> int:
 
 def _read(conf: FlannelConf, request: Request) -> tuple[str, dict[str, Any] | None]:
     plain, own = _paths(conf, request)
-    path = own if os.path.exists(own) else plain
-    return path, _load(path)
+    if os.path.exists(own):
+        return own, _told(_load(own))
+    made = _load(plain)
+    if made is not None and made.get(_IFNAME, request.ifname) != request.ifname:
+        return own, None
+    return plain, _told(made)
+
+
+def _told(made: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Without what is for us alone."""
+    return None if made is None else {key: value for key, value in made.items() if key != _IFNAME}
+
+
+def _is_of(request: Request, made: Mapping[str, Any] | None) -> bool:
+    return made is not None and made.get(_IFNAME) == request.ifname
 
 
 def _load(path: str) -> dict[str, Any] | None:
@@ -279,7 +298,7 @@ def _all(conf: FlannelConf) -> Iterator[tuple[str, dict[str, Any]]]:
     with contextlib.suppress(FileNotFoundError):
         for name in os.listdir(conf.data_dir):
             path = os.path.join(conf.data_dir, name)
-            made = None if name.endswith(".new") else _load(path)
+            made = None if name.startswith(".") else _load(path)
             if made is not None:
                 yield path, made
 

@@ -74,6 +74,10 @@ def parse(request: Request) -> NetloomConf:
     conf = config.convert(request.config, NetloomConf)
     if conf.mtu and not _LEAST_MTU <= conf.mtu <= 65521:
         raise config.refused("mtu", conf.mtu, f"want {_LEAST_MTU} to 65521, or 0 for the network's own")
+    if conf.socket and (not conf.socket.startswith("/") or "\0" in conf.socket):
+        raise config.refused("socket", conf.socket, "want an absolute path")
+    if not 0 < conf.timeout <= 300:
+        raise config.refused("timeout", conf.timeout, "want seconds between 0 and 300")
     if request.config.get("ipam"):
         raise config.refused("ipam", request.config["ipam"], "the network has its own pool; leave the key out")
     return conf
@@ -115,7 +119,7 @@ def _fabric_mtu(request: Request, network: str) -> int:
     try:
         with open(os.path.join(paths.run_dir(request.environment), "fabric.json"), "rb") as stream:
             known = msgspec.json.decode(stream.read(), type=_Fabrics)
-    except (FileNotFoundError, msgspec.DecodeError):
+    except (OSError, ValueError):  # what msgspec raises are ValueErrors
         return 0
     return (known.networks.get(network) or known.networks.get(_OTHERWISE) or _Fabric()).mtu
 

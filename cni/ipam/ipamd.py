@@ -468,6 +468,12 @@ def _error(request: Request, error: "IpamError") -> CniError:
     """ipamd's refusal as a CNI error."""
     import grpc  # noqa: PLC0415 - loaded with the client already
 
+    if error.code is grpc.StatusCode.UNIMPLEMENTED:
+        return CniError(
+            Code.TRY_AGAIN_LATER,
+            f"ipamd is of another version than this plugin ({error.message})",
+            f"install one version of both, and restart ipamd; request {request.request_id}",
+        )
     code = {
         grpc.StatusCode.UNAVAILABLE: Code.TRY_AGAIN_LATER,
         grpc.StatusCode.DEADLINE_EXCEEDED: Code.TRY_AGAIN_LATER,

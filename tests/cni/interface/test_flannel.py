@@ -145,6 +145,33 @@ def test_status_is_not_available_until_the_host_has_its_part(lab: Lab, subnet_en
     assert "subnet.env" in answer.json["msg"]
 
 
+def test_a_del_of_an_interface_that_has_nothing_leaves_the_others_configuration(lab: Lab, subnet_env: Path) -> None:
+    """Runtimes send a DEL after each ADD that failed, and may send any DEL again."""
+    with lab.attached(conf_of(), "flannel", container_id="both") as one:
+        other = conf_of(delegate={"bridge": "cni1", "type": "bridge"}) | {"name": "second"}
+        where: dict[str, Any] = {"netns": one.netns, "container_id": "both", "ifname": "eth1"}
+        subnet_env.write_text("FLANNEL_NETWORK=10.3.0.0/16\nFLANNEL_SUBNET=10.3.7.1/24\nFLANNEL_MTU=1400\n")
+        lab.cni("DEL", "flannel", other, **where).ok()
+        assert kept(lab) == ["both"]
+        lab.cni("ADD", "flannel", other, **where).ok()
+        for _ in range(2):
+            lab.cni("DEL", "flannel", other, **where).ok()
+            assert kept(lab) == ["both"]
+        assert "eth0" in one.netns.links()
+    assert kept(lab) == []
+
+
+def test_what_flannels_own_plugin_kept_is_heeded(lab: Lab, subnet_env: Path) -> None:
+    with lab.attached(conf_of(), "flannel", container_id="old") as one:
+        path = lab.host.path(f"{KEPT}/old")
+        told = json.loads(path.read_text())
+        assert told.pop("netloomIfname") == "eth0"
+        path.write_text(json.dumps(told))
+        subnet_env.unlink()
+        one.check()
+    assert kept(lab) == []
+
+
 def test_gc_forgets_what_died(lab: Lab, subnet_env: Path) -> None:
     with lab.attached(conf_of(), "flannel") as living:
         with lab.space() as netns:

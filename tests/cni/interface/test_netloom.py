@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from cni.versions import SUPPORTED
@@ -119,6 +122,42 @@ def test_the_mtu_is_the_configurations_then_the_networks_then_netds(lab: Lab, ne
     finally:
         lab.host.path("/run/netloom/fabric.json").unlink()
         networks.delete_network("small")
+
+
+@pytest.mark.parametrize("verb", ["ADD", "STATUS", "DEL"])
+def test_an_ipamd_that_knows_no_networks_yet_is_named(lab: Lab, tmp_path: Path, verb: str) -> None:
+    server = grpc.server(ThreadPoolExecutor(1))
+    server.add_insecure_port(f"unix:{tmp_path}/old.sock")
+    server.start()
+    try:
+        conf = conf_of(socket=f"{tmp_path}/old.sock")
+        with lab.space() as netns:
+            answer = lab.cni(verb, "netloom", conf, netns=netns)
+            assert answer.code() == {"ADD": 11, "STATUS": 50, "DEL": 11}[verb]
+            said = f"{answer.json['msg']} {answer.json.get('details', '')}"
+            assert "another version than this plugin" in said
+            assert set(netns.links()) == {"lo"}
+    finally:
+        server.stop(None).wait()
+
+
+@pytest.mark.parametrize("keys", [{"socket": "relative"}, {"socket": "/a\0b"}, {"timeout": 0}, {"timeout": -1}])
+def test_wrong_ways_to_ipamd_are_refused(lab: Lab, keys: dict[str, Any]) -> None:
+    with lab.space() as netns:
+        answer = lab.cni("ADD", "netloom", conf_of(**keys), netns=netns)
+        assert answer.code() == 7
+        assert next(iter(keys)) in answer.json["msg"]
+
+
+@pytest.mark.parametrize("text", [b"", b"[", b'{"networks": 7}', b'"\xff"', b'{"networks": {"pods": {"mtu": "x"}}}'])
+def test_what_netd_did_not_write_is_passed_over(lab: Lab, networks: Client, text: bytes) -> None:
+    fabric = lab.host.path("/run/netloom/fabric.json")
+    fabric.write_bytes(text)
+    try:
+        with lab.attached(conf_of(), "netloom") as one:
+            assert one.netns.links()["eth0"]["mtu"] == 1500
+    finally:
+        fabric.unlink()
 
 
 def test_the_configuration_may_have_another_name_than_the_network(lab: Lab, networks: Client) -> None:
