@@ -12,6 +12,7 @@ import pytest
 from tests.docker import lab
 from tests.docker.engine import Docker
 from tests.hosts import ROOT, Host, Netns
+from tests.many_hosts.test_labs import LABS as FLANNEL
 from tests.runtimes import images
 
 ONE_HOST = ("docker-modes", "docker-networks", "docker-ports", "second-interface")
@@ -94,7 +95,13 @@ def test_macvlan_on_two_hosts(launcher: Path) -> None:
 
 def test_every_lab_is_executed() -> None:
     there = {path.stem for path in lab.LABS.glob("*.md")} - {"README"}
-    assert there == {*ONE_HOST, "docker-macvlan", "static-routes", "tunnels"}  # these two: test_labs_of_hosts.py
+    assert there == {
+        *ONE_HOST,
+        "docker-macvlan",
+        "static-routes",
+        "tunnels",
+        *FLANNEL,
+    }  # test_labs_of_hosts.py, many_hosts
 
 
 def test_a_lab_that_shows_something_else_fails(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import time
@@ -12,14 +11,13 @@ from pathlib import Path
 import pytest
 
 from tests.docker import lab
-from tests.hosts import PATIENCE_S, ROOT, Host, wait_until
+from tests.hosts import PATIENCE_S, ROOT, Host
 from tests.many_hosts.fleet import Netd
 from tests.many_hosts.pods import Pods
-from tests.underlay import Underlay
 
 pytestmark = pytest.mark.kernel
 
-LABS = ("static-routes", "flannel-vxlan", "flannel-host-gw")
+LABS = ("flannel-vxlan", "flannel-host-gw")
 BIN = "/run/lab"
 # What only looks may be asked again: a daemon needs a moment for what a command before has told it.
 _LOOKS = ("cat /", "ip route show", "ip -d link", "ip link show", "ip -4 -br", "ip neigh", "bridge fdb", "nft list",
@@ -91,18 +89,6 @@ class _Hosts(Pods):
 
 def _write_pid(netd: Netd) -> None:
     netd.host.path("/run/netd.pid").write_text(f"{netd.pid}\n")
-
-
-def test_static_routes() -> None:
-    with contextlib.ExitStack() as stack:
-        underlay = stack.enter_context(Underlay("underlay", "10.0.0.0/24"))
-        hosts = {name: stack.enter_context(Host(name)) for name in ("host1", "host2")}
-        for number, host in enumerate(hosts.values(), 11):
-            underlay.join(host, number)
-            prepare(host)
-        run("static-routes", hosts)
-        for host in hosts.values():
-            wait_until(lambda host=host: not host.processes(), "the end of netd")  # type: ignore[misc]
 
 
 def test_flannel_vxlan() -> None:
