@@ -15,7 +15,7 @@ from typing import Any
 
 from tests.hosts import ROOT, Host, HostError, Snapshot, wait_until
 from tests.runtimes import cgroups, images
-from tests.runtimes.runtime_host import _OWN, RuntimeHost
+from tests.runtimes.runtime_host import OWN, RuntimeHost
 
 DOCKER = "/usr/bin/docker"  # Debian's, of dockerd's own age; a newer one may come first in PATH
 STATE = "/var/lib/netloom/docker"
@@ -27,7 +27,7 @@ class Docker(RuntimeHost):
 
     def __init__(self, name: str, launcher: Path, dockerd: Sequence[str] = ()) -> None:
         super().__init__(name, launcher)
-        self.host = Host(name, own=(*_OWN, *_DOCKER_OWN))
+        self.host = Host(name, own=(*OWN, *_DOCKER_OWN))
         self._dockerd_arguments = list(dockerd)
         self.shim_module = "libnetwork"
         self.grace = "60"  # seconds; what a busy machine takes to start a container
