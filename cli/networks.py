@@ -155,7 +155,12 @@ def create(  # noqa: PLR0913, PLR0917 - a command's options
 def delete(choices: Choices, name: str) -> None:
     """Delete a network that nobody uses, with its pool."""
     with choices.ipamd() as ipamd:
+        others = ipamd.get_network(name).connected
         ipamd.delete_network(name)
+        changed = [network for network in ipamd.list_networks() if network.name in others]
+    if changed and os.geteuid() == 0:
+        # Its subnet may be another network's next, which these are not connected with.
+        _tell_kernel(changed)
     if choices.as_json:
         output.document({"name": name})
     else:

@@ -160,6 +160,17 @@ def test_what_netd_did_not_write_is_passed_over(lab: Lab, networks: Client, text
         fabric.unlink()
 
 
+def test_who_was_connected_with_a_deleted_network_is_so_no_more(lab: Lab, networks: Client) -> None:
+    """Its subnet may be another network's next."""
+    define(networks, "old", "10.4.0.0/16")
+    networks.connect_networks("pods", "old")
+    with lab.attached(conf_of(), "netloom"):
+        assert "10.4.0.0" in str(elements(lab.host, "joined4"))
+        lab.host.run([sys.executable, "-m", "cli", "network", "delete", "old"])
+        assert "10.4.0.0" not in str(elements(lab.host, "joined4"))
+        assert "10.2.0.0" in str(elements(lab.host, "joined4"))
+
+
 def test_the_configuration_may_have_another_name_than_the_network(lab: Lab, networks: Client) -> None:
     conf = conf_of(network="podman") | {"name": "podman", "network": "web"}
     with lab.attached(conf, "netloom") as one:
