@@ -34,7 +34,7 @@ _logger = logging.getLogger("ipamd.member")
 # Three conditions each, and etcd takes 128 operations of a kind.
 MOST_ADDRESSES = 32
 _MOST_ROUNDS = 8
-_GATHER_S = 0.005
+_GATHER_S = 0.01
 
 
 class Claim:
