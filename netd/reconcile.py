@@ -157,7 +157,10 @@ class Reconciler:
             todo.update(key for key in tuple(self.desired.keys()) if self._is_on(key, made))
         # Once more from here: what was on a device went with it.
         rest = plan((key for key in todo if key[0] != DEVICE), self.desired.get, self.found.get)
-        going = Plan([], rest.put, rest.drop, self._outstayed(devices.drop_devices))
+        # What is on a device that is not wanted any more stays as long as that, and goes with it: without an address of
+        # its own a link takes nothing whose way back is another (net/ipv4/fib_frontend.c, __fib_validate_source).
+        drop = [one for one in rest.drop if isinstance(one, Route) or self.desired.get(_device_key(one)) is not None]
+        going = Plan([], rest.put, drop, self._outstayed(devices.drop_devices))
         if not self.may_drop:
             going = Plan([], rest.put, [], [])
         refusals += apply_entries(self.session, self.found, going, self.underlay)
@@ -336,6 +339,10 @@ class Reconciler:
             f" does not touch; remove it with: ip route del {entry.dst}"
         )
         return Refusal(entry, reason, exists=True)
+
+
+def _device_key(entry: Entry) -> Key:
+    return DEVICE, entry.name if isinstance(entry, Device) else entry.device, b""
 
 
 def _shown(desired: Desired, key: Key) -> str:
