@@ -224,7 +224,7 @@ def test_a_pool_is_deleted_when_no_node_uses_it(nodes: Nodes) -> None:
         take(to_a, 3, "blue")
         take(to_b, 3, "blue")
         give(to_a, 3)
-        with pytest.raises(IpamError, match="c0 on node b has .*; release its addresses first"):
+        with pytest.raises(IpamError, match=r"c0 on node b has .*; release its addresses first"):
             to_a.delete_pool("blue")
         take(to_a, 3, "blue")  # it can be used again
         give(to_a, 3)
