@@ -37,7 +37,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description="Netloom beside its peers, measured in one run.")
     parser.add_argument("--check", action="store_true", help="exit 1 when a row of the last run is over its limit")
     parser.add_argument("--run", action="store_true", help="with --check: run first, whatever there is to read")
-    parser.add_argument("--quick", action="store_true", help="few rounds, 10,000 addresses; under two minutes")
+    parser.add_argument("--quick", action="store_true", help="few rounds, 10,000 addresses; under three minutes")
     parser.add_argument("--only", metavar="PATTERN", help="only rows whose name holds this, or matches it (* and ?)")
     parser.add_argument("--list", action="store_true", help="the names of all rows with their limits, and stop")
     parser.add_argument("--rounds", type=int, metavar="N", help="default 9 (with --quick 3); limits are meant for 7")
