@@ -21,7 +21,7 @@ from cluster.etcd import Delete, Etcd, Pair, unchanged
 from cluster.layout import BlockRecord, LayoutError, NodeRecord, PublishedRecord
 from ipamd.check import Difference, Further
 from ipamd.engine import Engine
-from ipamd.errors import UnavailableError
+from ipamd.errors import PreconditionError, UnavailableError
 from ipamd.lease import Ledger
 from ipamd.member.blocks import Blocks
 from ipamd.member.book import address_key, holder_of
@@ -65,6 +65,8 @@ class ClusterCheck:
             found = [difference async for difference in self._compare()]
         except EtcdError as error:
             raise UnavailableError(f"etcd cannot be read, so nothing was compared with it: {error}") from None
+        except LayoutError as error:
+            raise PreconditionError(f"{error}; so nothing was compared: delete or correct that key") from None
         return Further(tuple(found), self._count, self._repair)
 
     async def _compare(self) -> AsyncIterator[Difference]:

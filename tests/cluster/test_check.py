@@ -12,7 +12,7 @@ import pytest
 
 from cluster import layout
 from cluster.etcd import Delete, Put
-from cluster.layout import NetworkRecord
+from cluster.layout import BlockRecord, NetworkRecord
 from ipamd.client import Client, IpamError
 from ipamd.errors import AlreadyExistsError, UnavailableError
 from ipamd.member.networks import SharedNetworks
@@ -196,6 +196,13 @@ def test_a_network_is_known_to_all_nodes_and_connected_by_any(pair: tuple[Node, 
         wait_for("the end of the network", lambda: _deleted(to_a, "pods"))
         wait_for("its end on b", lambda: _names(to_b) == ["web"])
         assert list(to_b.get_network("web").connected) == []
+
+
+def test_a_record_that_cannot_be_read_is_named(pair: tuple[Node, Node], damage: Callable[..., None]) -> None:
+    ending = layout.place("blue", "10.1.200.0/26")
+    damage(Put(layout.BLOCKS + ending, layout.encode(BlockRecord("gone", "1"))), Put(layout.PUBLISHED + ending, b"7"))
+    with pair[0].client() as client, pytest.raises(IpamError, match=r"published/blue#10\.1\.200\.0/26"):
+        check(client)
 
 
 def test_a_network_that_etcd_lost_is_put_there_again_while_it_is_used(
