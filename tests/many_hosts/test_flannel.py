@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from ipaddress import ip_interface, ip_network
@@ -141,6 +142,17 @@ def test_the_files_tell_this_hosts_block(pods: Shared) -> None:
         assert {host.path(path).stat().st_mode & 0o777 for path in (SUBNET_FILE, DOCKER_FILE)} == {0o644}
         seen.add(gateway)
     assert len(seen) == 2
+
+
+def test_nobody_takes_the_held_address_for_a_leak(pods: Shared) -> None:
+    done = pods.netloom(1, "ip", "list", "--json")
+    (held,) = [one for one in json.loads(done.stdout)["allocations"] if one["client"] == "netd"]
+    assert (held["container_id"], held["network"]) == ("subnet", "pods")
+    checked = pods.try_netloom(1, "ip", "check")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    collected = pods.try_netloom(1, "gc")
+    assert collected.returncode == 0, collected.stdout + collected.stderr
+    assert json.loads(pods.netloom(1, "ip", "list", "--json").stdout) == json.loads(done.stdout)
 
 
 def test_containers_of_flannels_conflist_reach_one_another_and_beyond(pods: Shared) -> None:
