@@ -22,7 +22,7 @@ from typing import NoReturn
 
 import msgspec
 
-from bench import addresses, attach, chained, cluster, disk, engine, host_local, report, traffic, workers
+from bench import addresses, attach, between, chained, cluster, disk, engine, host_local, report, traffic, workers
 from bench.host import BenchError, Budget, Plan
 from bench.stats import Row, Spec
 from bench.verdict import complaints
@@ -98,7 +98,17 @@ def run(given: argparse.Namespace, wanted: Callable[[Spec], bool]) -> list[Row]:
     rows: list[Row] = []
     with disk.scratch(given.state) as place:
         # dockerd's rows only where they are named: they take minutes of their own.
-        parts = (attach, chained, workers, host_local, traffic, addresses, cluster, *([engine] if given.only else []))
+        parts = (
+            attach,
+            chained,
+            workers,
+            host_local,
+            traffic,
+            between,
+            addresses,
+            cluster,
+            *([engine] if given.only else []),
+        )
         for part in parts:
             rows += part.measure(plan, place, wanted, _say)
     return rows
@@ -111,7 +121,14 @@ def _plan(given: argparse.Namespace) -> Plan:
 
 
 def _specs(plan: Plan) -> list[Spec]:
-    found = [*attach.specs(), *chained.specs(), *workers.specs(), *host_local.specs(plan), *traffic.specs()]
+    found = [
+        *attach.specs(),
+        *chained.specs(),
+        *workers.specs(),
+        *host_local.specs(plan),
+        *traffic.specs(),
+        *between.specs(),
+    ]
     return found + addresses.Catalogue(plan.taken).specs + cluster.specs(plan) + engine.specs()
 
 
