@@ -15,6 +15,8 @@ from typing import IO
 import msgspec
 from msgspec import Struct
 
+from ipamd.errors import InvalidArgumentError
+from ipamd.pool import PoolSpec, validate
 from ipamd.store.base import Allocation, Copy, Former, Freed, Note, PoolRow, Reservation
 
 VERSION = 1
@@ -116,6 +118,14 @@ def _lines(copy: Copy, shared: Iterable[Shared]) -> Iterator[_Line]:
     yield from (_Line(etcd=row) for row in shared)
 
 
+def _check_pool(pool: PoolRow, place: str) -> None:
+    """Raises BackupError for one with which ipamd would not start."""
+    try:
+        validate(PoolSpec.decode(pool.spec))
+    except (msgspec.DecodeError, InvalidArgumentError) as error:
+        raise BackupError(f"{place}: pool {pool.name} cannot be: {error}; take another backup") from None
+
+
 def _read_head(stream: IO[bytes], name: str) -> Head:
     try:
         head = msgspec.json.decode(stream.readline(_LONGEST_LINE), type=Head)
@@ -142,6 +152,8 @@ def _read_lines(stream: IO[bytes], name: str) -> Iterator[_Line]:
                     f"{name}:{number}: wanted the end behind {line.end} lines, found it behind {count}; take another"
                 )
             return
+        if line.pool is not None:
+            _check_pool(line.pool, f"{name}:{number}")
         count += 1
         yield line
     raise BackupError(f"{name}: it ends after {count} lines without saying so: it was cut off; take another")

@@ -103,6 +103,9 @@ class ClusterCheck:
             except LayoutError as error:
                 yield Difference("orphan-block", pool, cidr, "?", f"{error}; delete the key if no node has the block")
                 continue
+            if not _is_network(cidr):
+                yield Difference("orphan-block", pool, cidr, owner.node, "this is no network; delete the key")
+                continue
             seen.setdefault(pool, []).append((cidr, owner))
             if nodes.get(owner.node) != owner.node_id:
                 yield await self._orphan(pool, cidr, owner, pair)
@@ -214,6 +217,14 @@ class ClusterCheck:
         async for page in self._etcd.walk(prefix, page=_PAGE, keys_only=keys_only):
             for pair in page.pairs:
                 yield pair
+
+
+def _is_network(text: str) -> bool:
+    try:
+        ipaddress.ip_network(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _overlaps(

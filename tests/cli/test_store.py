@@ -93,6 +93,7 @@ def test_a_backup_that_is_cut_off_or_contradicts_itself_changes_nothing(
     refused(whole[:-1], "cut off")
     refused([*whole[:-1], whole[-1][:-4]], "damaged or cut off")
     refused(whole[1:], "no backup")
+    refused([line.replace(b"10.1.0.0/24", b"10.1.0.0/99") for line in whole], "pool blue cannot be")
     refused([whole[0].replace(b'backup":1', b'backup":9'), *whole[1:]], "version 1, found 9")
     twice = [line for line in whole if line.startswith(b'{"allocation"')]
     large = [line.replace(b'"boottime_ns":', b'"boottime_ns":9999999999') for line in whole]
