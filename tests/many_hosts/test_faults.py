@@ -169,6 +169,10 @@ def test_another_backend_on_all_hosts_loses_at_most_five(before: str, after: str
 
 def test_netd_takes_its_own_away_when_asked(fleet: Fleet) -> None:
     host, netd = fleet.host(2), fleet.netd(2)
+    refused = host.run([sys.executable, "-m", "netd", "--config", CONFIG, "--remove"], check=False)
+    assert refused.returncode == 1
+    assert "stop it first" in refused.stderr
+    assert len(state_of_netd(host)) == 12
     netd.stop()
     said = host.run([sys.executable, "-m", "netd", "--config", CONFIG, "--remove"]).stdout
     assert said == f"removed {4 + 1} routes and tunnels\n"
