@@ -128,6 +128,8 @@ class Unclaims:
         self._waiting = len(ready) < sum(e.kind == "unclaim" for e in errands)
         for start in range(0, len(ready), _AT_ONCE):
             await self._unclaim(ready[start : start + _AT_ONCE])
+        if errands:  # nobody may look again for long
+            self.pending = await self._engine.run(lambda: len(self._store.errands(_PAGE)))
         if len(errands) == _PAGE:
             self._more.set()
 
