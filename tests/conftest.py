@@ -38,8 +38,9 @@ _stderr = pytest.StashKey[int]()
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_stderr] = os.dup(2)  # capturing is off at this moment: what is written here is seen
     signal.signal(signal.SIGTERM, _terminated)
-    # A shell without job control starts what it puts in the background with SIGINT ignored.
+    # A shell without job control starts what it puts in the background with these two ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
