@@ -11,6 +11,7 @@
     owned/<node>/<pool>#<ip>   empty: the addresses of a node
     freed/<pool>#<ip>          FreedRecord, under a lease as long as the cool-down
     networks/<network>         NetworkRecord: what ipamd defined, and netd carries from host to host
+    last-network               the name of the network that was defined last: puts definitions of several nodes in order
     netd/<node>                netd's, see `netd`
 
 Pool and node names have neither "#" nor "/". Whoever changes what a key means raises SCHEMA; whoever must not meet an
@@ -38,6 +39,7 @@ ADDRESSES = "addresses/"
 OWNED = "owned/"
 FREED = "freed/"
 NETWORKS = "networks/"
+LAST_NETWORK = "last-network"
 
 T = TypeVar("T")
 

@@ -7,6 +7,7 @@ definitions are a note in the store; in a cluster etcd has them for all nodes, a
 """
 
 import asyncio
+import contextlib
 import hashlib
 import ipaddress
 import re
@@ -17,11 +18,7 @@ import msgspec
 
 from cluster.layout import NetworkRecord
 from ipamd.engine import Engine, Transaction
-from ipamd.errors import (
-    AlreadyExistsError,
-    InvalidArgumentError,
-    NotFoundError,
-)
+from ipamd.errors import AlreadyExistsError, InvalidArgumentError, IpamdError, NotFoundError
 from ipamd.lease import Ledger
 from ipamd.pool import PoolSpec, parse_network
 from ipamd.pools import check_pool_name
@@ -135,7 +132,12 @@ class Directory:
             if there is not None:
                 return there
             if self._shared is not None:
-                await self._shared.create(record)
+                try:
+                    await self._shared.create(record)
+                except AlreadyExistsError:
+                    with contextlib.suppress(IpamdError):  # left over, it harms nobody
+                        await self._delete_pool(record.name)
+                    raise
             await self._engine.run(lambda: self._networks.keep([record]), grows=True)
             return record
 

@@ -9,15 +9,16 @@ from cluster.errors import EtcdError
 from cluster.etcd import Compare, Delete, Etcd, Event, Pair, Put, absent, unchanged
 from cluster.layout import LayoutError, NetworkRecord
 from ipamd.engine import Engine
-from ipamd.errors import AlreadyExistsError, UnavailableError
+from ipamd.errors import UnavailableError
 from ipamd.lease import Ledger
 from ipamd.member.follow import Follower
-from ipamd.networks import Networks
+from ipamd.networks import Networks, judge
 from telemetry import log
 
 _logger = logging.getLogger("ipamd.member")
 
 _BATCH = 40  # networks of a transaction
+_TRIES = 10  # each is lost to a node that defined a network
 
 
 class SharedNetworks:
@@ -31,12 +32,24 @@ class SharedNetworks:
         self.follower = Follower(etcd, layout.NETWORKS, self._listed, self._changed)
 
     async def create(self, record: NetworkRecord) -> None:
-        """Raises AlreadyExistsError where another node was faster, UnavailableError."""
+        """Raises AlreadyExistsError where it cannot be beside one that another node just defined, UnavailableError.
+
+        Networks of two nodes are different keys; one that every definition writes puts them in order.
+        """
         key = layout.NETWORKS + record.name
-        with _told():
-            done = await self._etcd.txn([absent(key)], [Put(key, layout.encode(record))])
-        if not done.succeeded:
-            raise AlreadyExistsError(f"another node just defined network {record.name}; look at it, and ask again")
+        for _ in range(_TRIES):
+            with _told():
+                last = await self._etcd.get(layout.LAST_NETWORK)
+                others = [_read(pair) async for page in self._etcd.walk(layout.NETWORKS) for pair in page.pairs]
+            if judge(record, (other for other in others if other is not None)) is not None:
+                return
+            order = absent(layout.LAST_NETWORK) if last is None else unchanged(last.key, last.mod_revision)
+            puts = [Put(key, layout.encode(record)), Put(layout.LAST_NETWORK, record.name.encode())]
+            with _told():
+                done = await self._etcd.txn([absent(key), order], puts)
+            if done.succeeded:
+                return
+        raise _late(record.name)
 
     async def change(self, changes: Sequence[tuple[NetworkRecord, NetworkRecord]]) -> None:
         """Raises UnavailableError, also where this node does not know yet what another one changed."""

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -237,8 +238,11 @@ async def test_what_one_node_has_not_heard_of_yet_is_not_overwritten() -> None:
             ):
                 with pytest.raises(UnavailableError, match="changed by another node"):
                     await change
-            with pytest.raises(AlreadyExistsError):
-                await shared.create(db)
+            await shared.create(db)  # the same again
+            with pytest.raises(AlreadyExistsError, match="another definition"):
+                await shared.create(msgspec.structs.replace(db, mtu=1400))
+            with pytest.raises(AlreadyExistsError, match="overlaps"):
+                await shared.create(msgspec.structs.replace(db, name="later", bridge="nl-later"))
             await shared.delete(pods)
             await shared.change([(web, together)])
             assert await client.get(layout.NETWORKS + "pods") is None
@@ -262,3 +266,22 @@ def _deleted(client: Client, name: str) -> bool:
     except IpamError:
         return False
     return True
+
+
+def test_networks_that_two_nodes_define_at_once_do_not_overlap(pair: tuple[Node, Node]) -> None:
+    a, b = pair
+
+    def define(node: Node, number: int) -> str:
+        with node.client() as client:
+            try:
+                client.create_network(_network(f"{node.name}{number}", f"10.{64 + number}.0.0/16"))
+            except IpamError as error:
+                return str(error)
+            return ""
+
+    for number in range(6):
+        with ThreadPoolExecutor() as pool:
+            outcomes = list(pool.map(define, (a, b), (number, number)))
+        refused = [text for text in outcomes if text]
+        assert len(refused) == 1, outcomes
+        assert "overlaps" in refused[0] or "at this moment" in refused[0]
