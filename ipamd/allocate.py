@@ -3,6 +3,7 @@
 Without a cluster, and for pools of this node alone, the ledger's answer is the answer.
 """
 
+import time
 from typing import Protocol
 
 from ipamd.engine import Engine
@@ -12,6 +13,8 @@ from ipamd.store.base import Allocation, Instant, Key
 
 # Each refusal teaches this node who holds what it asked for, so a few tries are many.
 _MOST_TRIES = 32
+# One takes as long as etcd may ([etcd] timeout_s, 3 s), and who asks waits for 5 s.
+_LAST_TRY_S = 1.5
 
 
 class LostError(Exception):
@@ -114,9 +117,10 @@ async def _allocate(engine: Engine, ledger: Ledger, member: Member, turn: Turn) 
         turn.check()
         return ledger.allocate(ask)
 
+    last_try_s = time.monotonic() + _LAST_TRY_S
     if ledger.wants_claims(ask.pools):
         await member.claims.ready()
-    for _ in range(_MOST_TRIES):
+    for tries in range(1, _MOST_TRIES + 1):
         try:
             allocation, created = await engine.run(choose, grows=True)
         except NeedsBlockError as need:
@@ -127,6 +131,10 @@ async def _allocate(engine: Engine, ledger: Ledger, member: Member, turn: Turn) 
         try:
             await member.claims.confirm(allocation)
         except LostError:
+            if time.monotonic() > last_try_s:
+                raise UnavailableError(
+                    f"others were faster each of {tries} times, and etcd is slow; ask again"
+                ) from None
             continue
         turn.check()
         return allocation, created

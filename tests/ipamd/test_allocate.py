@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from ipamd.allocate import Underway, allocate
+from ipamd.allocate import LostError, Underway, allocate
 from ipamd.clock import BootClock
 from ipamd.engine import Engine, Transaction
 from ipamd.errors import NeedsBlockError, UnavailableError
@@ -89,3 +89,43 @@ def test_a_release_ends_what_was_asked_for_before_it(before: Instant | None) -> 
 )
 def test_another_release_does_not(key: Key, before: Instant | None) -> None:
     assert asyncio.run(overtaken(key, before)) is not None
+
+
+def test_who_lost_to_others_is_not_kept_waiting_beyond_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each try is given up by `confirm` in time; what adds up is the tries."""
+
+    class Loser(Member):
+        tries = 0
+
+        async def ready(self) -> None:
+            pass
+
+        async def confirm(self, allocation: Allocation) -> None:
+            self.tries += 1
+            await self._engine.run(lambda: self._ledger.release(allocation.key, allocation.generation))
+            raise LostError
+
+        def __init__(self, engine: Engine, ledger: Ledger, transaction: Transaction) -> None:
+            super().__init__(engine, ledger, transaction)
+            self._ledger = ledger
+
+    async def lose() -> int:
+        transaction = Transaction(MemoryStore())
+        ledger = Ledger(transaction, BootClock(), 0.0)
+        ledger.in_cluster = True
+        ledger.join("n1")
+        ledger.shared_refusal = ""
+        engine = Engine(transaction)
+        loser = Loser(engine, ledger, transaction)
+        try:
+            spec = PoolSpec(((RangeSpec("10.1.0.0/24"),),), mode="cluster-address")
+            await engine.run(lambda: ledger.create_pool("blue", spec))
+            with pytest.raises(UnavailableError, match="others were faster"):
+                await allocate(engine, ledger, loser, Underway(), Ask(KEY, Netns(1), None, ("blue",)))
+        finally:
+            await engine.close()
+        return loser.tries
+
+    assert asyncio.run(lose()) > 1
+    monkeypatch.setattr("ipamd.allocate._LAST_TRY_S", 0.0)
+    assert asyncio.run(lose()) == 1
