@@ -119,6 +119,8 @@ def plain(text: str) -> str:
         return "no answer to pings" if found[0] == "ping timeout" else found[0].lower()
     if "failed to connect" in text and "Socket closed" in text:
         return "it closed the connection; does only one of the two sides speak TLS ([etcd] ca)?"
+    if "error from Core" in text:  # gRPC's words for a call whose connection went while it was being made
+        return "the connection broke"
     text = text.removeprefix("etcdserver: ")
     if "last error: " in text:
         text = text.rpartition("last error: ")[2]

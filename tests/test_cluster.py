@@ -20,6 +20,7 @@ from cluster.errors import (
     UnavailableError,
     Verdict,
     judge,
+    plain,
 )
 from cluster.etcd import Etcd, Put, UnknownOutcomeError
 from cluster.watch import prefix_end
@@ -158,3 +159,7 @@ def test_nobody_there(tmp_path: Path) -> None:
         await etcd.close()
 
     asyncio.run(main())
+
+
+def test_grpcs_own_words_for_a_broken_connection_do_not_reach_an_operator() -> None:
+    assert plain("Internal error from Core") == "the connection broke"
