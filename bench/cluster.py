@@ -273,7 +273,8 @@ def _many(many: Many, place: Path, stack: ExitStack) -> Iterator[Row]:
         starts.append(member.start())
     lists += [load.ask({"do": "read", "socket": member.socket}) for _ in range(2)]
     held = len(etcd.keys("/netloom/blocks/"))
-    if not 0.98 * many.blocks <= held <= 1.02 * many.blocks + 1:
+    # A node in a rush claims up to 16 at once, and gives back what it did not need.
+    if not 0.98 * many.blocks <= held <= 1.02 * many.blocks + 16:
         raise BenchError(f"wanted about {many.blocks} blocks, found {held}")
     yield row(many.memory, [[loaded_mb]])
     yield row(many.restarted, [[member.resident_mb()]])

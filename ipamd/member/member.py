@@ -205,7 +205,7 @@ class Member:
         self.refusal = ""
         self._judge()
         for work in (self._stay_alive, self.blocks.keep_ahead, self.blocks.keep_tidy, self.publisher.run, *self.also):
-            self._run(work())
+            self._run(self._for_ever(work))
         if self._config.reclaim_nodes_after_s:
             grace_s = self._config.reclaim_nodes_after_s
             self._run(LeftForDead(self.etcd, self.nodes, self._clock, self.identity.node, grace_s).run())
@@ -349,3 +349,13 @@ class Member:
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         self._tasks.append(asyncio.create_task(work))
+
+    async def _for_ever(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Work that never returns; a fault of ours in it is logged, and it begins anew."""
+        while True:
+            try:
+                await work()
+            except Exception as error:  # noqa: BLE001 (whatever it was, the cluster goes on hearing of this node)
+                log.event(_logger, "error", "a part of the node's work in the cluster failed; it begins anew",
+                          exc_info=error)  # fmt: skip
+            await asyncio.sleep(_PAUSE_S)
