@@ -13,7 +13,8 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
-from tests.hosts import ROOT, Host, HostError, Snapshot, wait_until
+from libnetwork import reconcile
+from tests.hosts import PATIENCE_S, ROOT, Host, HostError, Snapshot, wait_until
 from tests.runtimes import cgroups, images
 from tests.runtimes.runtime_host import OWN, RuntimeHost
 
@@ -196,7 +197,9 @@ class Docker(RuntimeHost):
             found = (set(self.state()["endpoints"]), set(self.held()))
             return found == wanted
 
-        wait_until(agree, "agreement", lambda: f"Docker: {wanted}\nours: {found}\n{self.shim_log()[-4000:]}")
+        # A release is answered before ipamd has it; one that a cut of power met comes with the second look after the grace.
+        limit_s = max(PATIENCE_S, 2 * (reconcile.GRACE_S + 2 * reconcile.INTERVAL_S))
+        wait_until(agree, "agreement", lambda: f"Docker: {wanted}\nours: {found}\n{self.shim_log()[-4000:]}", limit_s)
         # Every end is in its container; a name is nl and hexadecimal digits, a bridge's has a dash after nl.
         left = [link for link in self.host.links() if re.match("nl[0-9a-f]", link)]
         assert not left, left
