@@ -197,7 +197,7 @@ class Docker(RuntimeHost):
             found = (set(self.state()["endpoints"]), set(self.held()))
             return found == wanted
 
-        # A release is answered before ipamd has it; one that a cut of power met comes with the second look after the grace.
+        # A release is answered before ipamd has it; one that a power cut met comes with a look after the grace.
         limit_s = max(PATIENCE_S, 2 * (reconcile.GRACE_S + 2 * reconcile.INTERVAL_S))
         wait_until(agree, "agreement", lambda: f"Docker: {wanted}\nours: {found}\n{self.shim_log()[-4000:]}", limit_s)
         # Every end is in its container; a name is nl and hexadecimal digits, a bridge's has a dash after nl.
