@@ -13,10 +13,12 @@ import os
 import secrets
 import socket
 import stat
+from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Self
 
 from ipamd.errors import StartError
+from telemetry.health import HealthServer
 
 
 class SocketPlace:
@@ -119,3 +121,16 @@ def _make_directory(directory: str) -> None:
     if not os.path.isdir(directory):
         os.makedirs(directory, exist_ok=True)
         os.chmod(directory, 0o755)  # noqa: S103 (clients of other users must reach the socket, under any umask)
+
+
+@contextlib.asynccontextmanager
+async def served(pages: HealthServer, listen: str) -> AsyncIterator[None]:
+    """A daemon's pages for the duration of the block. Raises StartError where `listen`, as configured, cannot be."""
+    try:
+        await pages.start()
+    except OSError as error:
+        raise StartError(f"http_listen {listen}: {error.strerror or error}; free the port or name another") from None
+    try:
+        yield
+    finally:
+        await pages.close()

@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import logging
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 
 import msgspec
 from grpc import aio
@@ -20,7 +21,7 @@ from ipamd.engine import Engine, Transaction
 from ipamd.errors import IpamdError, StartError
 from ipamd.fill import FillWatch, fills
 from ipamd.lease import Ledger
-from ipamd.listen import SocketPlace
+from ipamd.listen import SocketPlace, served
 from ipamd.member.identity import is_of_cluster, on_disk
 from ipamd.member.member import Member
 from ipamd.member.networks import SharedNetworks
@@ -284,24 +285,10 @@ class _Daemon:
         reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server
 
-    @contextlib.asynccontextmanager
-    async def _pages(self, listen: str) -> AsyncIterator[None]:
-        pages = HealthServer(
-            parse_listen(listen, self._config.http_allow_remote),
-            metrics=self._metrics.render,
-            health=self._state,
-            content_type=CONTENT_TYPE,
-        )
-        try:
-            await pages.start()
-        except OSError as error:
-            raise StartError(
-                f"http_listen {listen}: {error.strerror or error}; free the port or name another"
-            ) from None
-        try:
-            yield
-        finally:
-            await pages.close()
+    def _pages(self, listen: str) -> AbstractAsyncContextManager[None]:
+        where = parse_listen(listen, self._config.http_allow_remote)
+        pages = HealthServer(where, metrics=self._metrics.render, health=self._state, content_type=CONTENT_TYPE)
+        return served(pages, listen)
 
     def _state(self) -> Health:
         if self._engine.disk_full:

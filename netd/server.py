@@ -7,7 +7,8 @@ import contextlib
 import json
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 
 from grpc import aio
@@ -16,7 +17,7 @@ from grpc_reflection.v1alpha import reflection
 
 from cluster.layout import NetworkRecord
 from ipamd.errors import StartError
-from ipamd.listen import SocketPlace
+from ipamd.listen import SocketPlace, served
 from kernel.errors import KernelError
 from kernel.settings import ConfigError
 from netd.agent import Agent
@@ -191,24 +192,15 @@ class _Daemon:
         reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server
 
-    @contextlib.asynccontextmanager
-    async def _pages(self, listen: str) -> AsyncIterator[None]:
+    def _pages(self, listen: str) -> AbstractAsyncContextManager[None]:
+        where = parse_listen(listen, self._config.http_allow_remote)
         pages = HealthServer(
-            parse_listen(listen, self._config.http_allow_remote),
+            where,
             metrics=self._metrics.render,
             health=lambda: Health(not self._unwell, self._unwell),
             content_type=CONTENT_TYPE,
         )
-        try:
-            await pages.start()
-        except OSError as error:
-            raise StartError(
-                f"http_listen {listen}: {error.strerror or error}; free the port or name another"
-            ) from None
-        try:
-            yield
-        finally:
-            await pages.close()
+        return served(pages, listen)
 
 
 def _take(reconciler: Reconciler, config: Config, all_peers: bool) -> int:
