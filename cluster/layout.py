@@ -9,6 +9,7 @@
     published/<pool>#<cidr>    PublishedRecord: what of the block is in use, as of a few seconds ago
     addresses/<pool>#<ip>      AddressRecord: who holds an address of a pool of mode cluster-address
     owned/<node>/<pool>#<ip>   empty: the addresses of a node
+    macs/<pool>#<ip>           MacRecord: of an address in an overlay network, where it does not follow from the address
     freed/<pool>#<ip>          FreedRecord, under a lease as long as the cool-down
     networks/<network>         NetworkRecord: what ipamd defined, and netd carries from host to host
     last-network               the name of the network that was defined last: puts definitions of several nodes in order
@@ -37,6 +38,7 @@ BLOCKS = "blocks/"
 PUBLISHED = "published/"
 ADDRESSES = "addresses/"
 OWNED = "owned/"
+MACS = "macs/"
 FREED = "freed/"
 NETWORKS = "networks/"
 LAST_NETWORK = "last-network"
@@ -87,7 +89,9 @@ class BlockRecord(Struct, frozen=True, omit_defaults=True):
 class NetworkRecord(Struct, frozen=True, omit_defaults=True):
     """A network: its pool has its name, `backend` "" is netd's default, `mtu` 0 what netd works out.
 
-    `open`: everybody may reach its containers, not only its own and those of networks in `connected`.
+    `open`: everybody may reach its containers, not only its own and those of networks in `connected`. From `vni` on of
+    type "overlay" only: `internal`: it has no way out; `flood`: frames for nobody known go to every host that is on it;
+    `docker`: the name under which every host's Docker shows it, "" for none.
     """
 
     name: str
@@ -100,6 +104,10 @@ class NetworkRecord(Struct, frozen=True, omit_defaults=True):
     open: bool = False
     connected: tuple[str, ...] = ()
     created_unix_s: int = 0
+    vni: int = 0
+    internal: bool = False
+    flood: bool = False
+    docker: str = ""
 
 
 class PublishedRow(Struct, frozen=True, array_like=True):
@@ -137,6 +145,14 @@ class AddressHolder(Struct, frozen=True):
     node: str
     node_id: str
     generation: int
+
+
+class MacRecord(Struct, frozen=True):
+    """The MAC of an address, as long as this node holds it by the allocation of this generation."""
+
+    node_id: str
+    generation: int
+    mac: str
 
 
 class FreedRecord(Struct, frozen=True, omit_defaults=True):

@@ -1285,9 +1285,14 @@ class Network(_message.Message):
     REACHABLE_FIELD_NUMBER: _builtins.int
     POOL_FIELD_NUMBER: _builtins.int
     CREATED_UNIX_S_FIELD_NUMBER: _builtins.int
+    VNI_FIELD_NUMBER: _builtins.int
+    INTERNAL_FIELD_NUMBER: _builtins.int
+    FLOOD_FIELD_NUMBER: _builtins.int
+    DOCKER_FIELD_NUMBER: _builtins.int
+    GATEWAYS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     type: _builtins.str
-    """"routed" """
+    """"routed", or "overlay": one layer-2 network over all hosts"""
     backend: _builtins.str
     """how hosts reach one another: "host-gw", "vxlan", "direct", "none"; empty: netd's default"""
     bridge: _builtins.str
@@ -1301,6 +1306,14 @@ class Network(_message.Message):
     pool: _builtins.str
     """in answers: where its addresses come from"""
     created_unix_s: _builtins.int
+    vni: _builtins.int
+    """Of overlay networks; where a request to create one has no subnet or VNI, they are chosen."""
+    internal: _builtins.bool
+    """no way out"""
+    flood: _builtins.bool
+    """frames for nobody known go to every host that has a container on it"""
+    docker: _builtins.str
+    """the name under which every host's Docker shows it; empty: none"""
     @_builtins.property
     def subnets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """CIDRs, at most one of each family"""
@@ -1312,6 +1325,10 @@ class Network(_message.Message):
     @_builtins.property
     def reachable(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """subnets of those, in answers"""
+
+    @_builtins.property
+    def gateways(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """in answers: "10.0.0.1/24", the same on every host"""
 
     def __init__(
         self,
@@ -1328,14 +1345,83 @@ class Network(_message.Message):
         reachable: _abc.Iterable[_builtins.str] | None = ...,
         pool: _builtins.str = ...,
         created_unix_s: _builtins.int = ...,
+        vni: _builtins.int = ...,
+        internal: _builtins.bool = ...,
+        flood: _builtins.bool = ...,
+        docker: _builtins.str = ...,
+        gateways: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bridge", b"bridge", "connected", b"connected", "created_unix_s", b"created_unix_s", "mtu", b"mtu", "name", b"name", "no_masquerade", b"no_masquerade", "open", b"open", "pool", b"pool", "reachable", b"reachable", "subnets", b"subnets", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bridge", b"bridge", "connected", b"connected", "created_unix_s", b"created_unix_s", "docker", b"docker", "flood", b"flood", "gateways", b"gateways", "internal", b"internal", "mtu", b"mtu", "name", b"name", "no_masquerade", b"no_masquerade", "open", b"open", "pool", b"pool", "reachable", b"reachable", "subnets", b"subnets", "type", b"type", "vni", b"vni"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Network: _TypeAlias = Network  # noqa: Y015
+
+@_typing.final
+class ShareNetworkRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DOCKER_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    docker: _builtins.str
+    """empty: no longer"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        docker: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["docker", b"docker", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShareNetworkRequest: _TypeAlias = ShareNetworkRequest  # noqa: Y015
+
+@_typing.final
+class SetMacRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    MAC_FIELD_NUMBER: _builtins.int
+    pool: _builtins.str
+    address: _builtins.str
+    """without a length"""
+    mac: _builtins.str
+    def __init__(
+        self,
+        *,
+        pool: _builtins.str = ...,
+        address: _builtins.str = ...,
+        mac: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "mac", b"mac", "pool", b"pool"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetMacRequest: _TypeAlias = SetMacRequest  # noqa: Y015
+
+@_typing.final
+class SetMacResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetMacResponse: _TypeAlias = SetMacResponse  # noqa: Y015
 
 @_typing.final
 class CreateNetworkRequest(_message.Message):

@@ -149,6 +149,16 @@ class IpamStub:
                 request_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.ConnectNetworksRequest.SerializeToString,
                 response_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.ConnectNetworksResponse.FromString,
                 _registered_method=True)
+        self.ShareNetwork = channel.unary_unary(
+                '/netloom.ipam.v1.Ipam/ShareNetwork',
+                request_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.ShareNetworkRequest.SerializeToString,
+                response_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.Network.FromString,
+                _registered_method=True)
+        self.SetMac = channel.unary_unary(
+                '/netloom.ipam.v1.Ipam/SetMac',
+                request_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.SetMacRequest.SerializeToString,
+                response_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.SetMacResponse.FromString,
+                _registered_method=True)
         self.CheckStore = channel.unary_unary(
                 '/netloom.ipam.v1.Ipam/CheckStore',
                 request_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.CheckStoreRequest.SerializeToString,
@@ -318,6 +328,21 @@ class IpamServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ShareNetwork(self, request, context):
+        """Has every host's Docker show an overlay network under a name, or no longer do so; the latter is refused while a
+        container of Docker's has an address of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetMac(self, request, context):
+        """Tells all hosts the MAC of an address that this node holds, where it is not the one that follows from the address.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CheckStore(self, request, context):
         """Compares store, node-local state and what the caller saw in the kernel, and names every difference.
         """
@@ -449,6 +474,16 @@ def add_IpamServicer_to_server(servicer, server):
                     servicer.ConnectNetworks,
                     request_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.ConnectNetworksRequest.FromString,
                     response_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.ConnectNetworksResponse.SerializeToString,
+            ),
+            'ShareNetwork': grpc.unary_unary_rpc_method_handler(
+                    servicer.ShareNetwork,
+                    request_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.ShareNetworkRequest.FromString,
+                    response_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.Network.SerializeToString,
+            ),
+            'SetMac': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetMac,
+                    request_deserializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.SetMacRequest.FromString,
+                    response_serializer=protos_dot_ipam_dot_v1_dot_ipam__pb2.SetMacResponse.SerializeToString,
             ),
             'CheckStore': grpc.unary_unary_rpc_method_handler(
                     servicer.CheckStore,
@@ -1082,6 +1117,60 @@ class Ipam:
             '/netloom.ipam.v1.Ipam/ConnectNetworks',
             protos_dot_ipam_dot_v1_dot_ipam__pb2.ConnectNetworksRequest.SerializeToString,
             protos_dot_ipam_dot_v1_dot_ipam__pb2.ConnectNetworksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ShareNetwork(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/netloom.ipam.v1.Ipam/ShareNetwork',
+            protos_dot_ipam_dot_v1_dot_ipam__pb2.ShareNetworkRequest.SerializeToString,
+            protos_dot_ipam_dot_v1_dot_ipam__pb2.Network.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetMac(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/netloom.ipam.v1.Ipam/SetMac',
+            protos_dot_ipam_dot_v1_dot_ipam__pb2.SetMacRequest.SerializeToString,
+            protos_dot_ipam_dot_v1_dot_ipam__pb2.SetMacResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -83,6 +83,12 @@ class IpamStub:
     """Refused while somebody holds an address of it."""
     ConnectNetworks: _grpc.UnaryUnaryMultiCallable[_ipam_pb2.ConnectNetworksRequest, _ipam_pb2.ConnectNetworksResponse]
     """Lets the containers of two networks reach one another, or ends that."""
+    ShareNetwork: _grpc.UnaryUnaryMultiCallable[_ipam_pb2.ShareNetworkRequest, _ipam_pb2.Network]
+    """Has every host's Docker show an overlay network under a name, or no longer do so; the latter is refused while a
+    container of Docker's has an address of it.
+    """
+    SetMac: _grpc.UnaryUnaryMultiCallable[_ipam_pb2.SetMacRequest, _ipam_pb2.SetMacResponse]
+    """Tells all hosts the MAC of an address that this node holds, where it is not the one that follows from the address."""
     CheckStore: _grpc.UnaryUnaryMultiCallable[_ipam_pb2.CheckStoreRequest, _ipam_pb2.CheckStoreResponse]
     """Compares store, node-local state and what the caller saw in the kernel, and names every difference."""
     ExportStore: _grpc.UnaryStreamMultiCallable[_ipam_pb2.ExportStoreRequest, _ipam_pb2.ExportStoreResponse]
@@ -133,6 +139,12 @@ class IpamAsyncStub(IpamStub):
     """Refused while somebody holds an address of it."""
     ConnectNetworks: _aio.UnaryUnaryMultiCallable[_ipam_pb2.ConnectNetworksRequest, _ipam_pb2.ConnectNetworksResponse]  # type: ignore[assignment]
     """Lets the containers of two networks reach one another, or ends that."""
+    ShareNetwork: _aio.UnaryUnaryMultiCallable[_ipam_pb2.ShareNetworkRequest, _ipam_pb2.Network]  # type: ignore[assignment]
+    """Has every host's Docker show an overlay network under a name, or no longer do so; the latter is refused while a
+    container of Docker's has an address of it.
+    """
+    SetMac: _aio.UnaryUnaryMultiCallable[_ipam_pb2.SetMacRequest, _ipam_pb2.SetMacResponse]  # type: ignore[assignment]
+    """Tells all hosts the MAC of an address that this node holds, where it is not the one that follows from the address."""
     CheckStore: _aio.UnaryUnaryMultiCallable[_ipam_pb2.CheckStoreRequest, _ipam_pb2.CheckStoreResponse]  # type: ignore[assignment]
     """Compares store, node-local state and what the caller saw in the kernel, and names every difference."""
     ExportStore: _aio.UnaryStreamMultiCallable[_ipam_pb2.ExportStoreRequest, _ipam_pb2.ExportStoreResponse]  # type: ignore[assignment]
@@ -318,6 +330,24 @@ class IpamServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_ipam_pb2.ConnectNetworksResponse, _abc.Awaitable[_ipam_pb2.ConnectNetworksResponse]]:
         """Lets the containers of two networks reach one another, or ends that."""
+
+    @_abc_1.abstractmethod
+    def ShareNetwork(
+        self,
+        request: _ipam_pb2.ShareNetworkRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ipam_pb2.Network, _abc.Awaitable[_ipam_pb2.Network]]:
+        """Has every host's Docker show an overlay network under a name, or no longer do so; the latter is refused while a
+        container of Docker's has an address of it.
+        """
+
+    @_abc_1.abstractmethod
+    def SetMac(
+        self,
+        request: _ipam_pb2.SetMacRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ipam_pb2.SetMacResponse, _abc.Awaitable[_ipam_pb2.SetMacResponse]]:
+        """Tells all hosts the MAC of an address that this node holds, where it is not the one that follows from the address."""
 
     @_abc_1.abstractmethod
     def CheckStore(
