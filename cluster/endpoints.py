@@ -25,7 +25,17 @@ import grpc
 from grpc import aio
 
 from cluster.config import Address, EtcdConfig, EtcdConfigError
-from cluster.errors import DeniedError, EtcdError, UnavailableError, UnknownOutcomeError, Verdict, is_tls, judge
+from cluster.errors import (
+    NO_CONNECTION,
+    SILENCE,
+    DeniedError,
+    EtcdError,
+    UnavailableError,
+    UnknownOutcomeError,
+    Verdict,
+    is_tls,
+    judge,
+)
 from protos.etcd.v3 import rpc_pb2 as pb
 from protos.etcd.v3 import rpc_pb2_grpc as rpc
 
@@ -186,7 +196,7 @@ class _Tries:
         self.changes = changes
         self.repeatable = repeatable
         self.failed: set[Endpoint] = set()  # of this round
-        self.reasons: dict[str, str] = {}  # the last of each endpoint, of all rounds
+        self.reasons: dict[str, str] = {}  # of each endpoint, of all rounds: what it said last; silence says less
         self.unsure = ""  # why a change may have been made
         self.tokens = 0
         self.logs_in = False
@@ -338,7 +348,7 @@ class Endpoints:
                     return endpoint
             except (OSError, EtcdConfigError) as error:
                 raise EtcdError(str(error)) from None
-            self._leave(endpoint, "no connection: no answer", tries)
+            self._leave(endpoint, NO_CONNECTION, tries)
 
     async def _pause(self, tries: _Tries, left: float) -> None:
         """Between two rounds. Raises where waiting would not help."""
@@ -353,8 +363,10 @@ class Endpoints:
 
     def _leave(self, endpoint: Endpoint, reason: str, tries: _Tries) -> None:
         tries.failed.add(endpoint)
-        tries.reasons[endpoint.name] = reason
-        self._turn_from(endpoint, reason)
+        # The last round may have been too short for an answer.
+        if reason not in SILENCE or endpoint.name not in tries.reasons:
+            tries.reasons[endpoint.name] = reason
+        self._turn_from(endpoint, tries.reasons[endpoint.name])
         if is_tls(reason):
             endpoint.forget()  # the next try reads the certificates anew
 

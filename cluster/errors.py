@@ -59,6 +59,10 @@ QUOTA_TEXT = (
     "(etcdctl alarm disarm)"
 )
 
+NO_CONNECTION, NO_ANSWER = "no connection: no answer", "no answer in time"
+# Of an endpoint that said nothing at all.
+SILENCE = (NO_CONNECTION, NO_ANSWER, "connection attempt timed out")
+
 # What gRPC says of certificates, and what that means here; the first that fits.
 _TLS = "TLS: "
 _TLS_TEXTS = (
@@ -82,7 +86,7 @@ def judge(error: aio.AioRpcError) -> tuple[Verdict, EtcdError]:
         if any(part in details for part in parts):
             return verdict, meaning(text)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return Verdict.UNSURE, UnavailableError("no answer in time")
+        return Verdict.UNSURE, UnavailableError(NO_ANSWER)
     if code in _UNSURE:
         return Verdict.UNSURE, UnavailableError(text or code.name)
     return Verdict.FINAL, EtcdError(f"etcd: {text} ({code.name})")
@@ -115,10 +119,12 @@ def plain(text: str) -> str:
     for parts, meaning in _TLS_TEXTS:
         if any(part in text for part in parts):
             return f"{_TLS}{meaning} ({text.rpartition('OPENSSL_internal:')[2].removesuffix(': OK')})"
+    # Who hangs up before it has read all that we sent resets the connection (unix(7), RFC 1122 4.2.2.13): the one or
+    # the other, as it happens.
+    if "failed to connect" in text and ("Socket closed" in text or "Connection reset by peer" in text):
+        return "it closed the connection; does only one of the two sides speak TLS ([etcd] ca)?"
     if found := _SYSTEM.search(text):
         return "no answer to pings" if found[0] == "ping timeout" else found[0].lower()
-    if "failed to connect" in text and "Socket closed" in text:
-        return "it closed the connection; does only one of the two sides speak TLS ([etcd] ca)?"
     if "error from Core" in text:  # gRPC's words for a call whose connection went while it was being made
         return "the connection broke"
     text = text.removeprefix("etcdserver: ")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import socket
+import threading
 from pathlib import Path
 
 import grpc
@@ -110,6 +113,12 @@ _CODES = grpc.StatusCode
             Verdict.ELSEWHERE,
             UnavailableError,
         ),
+        (
+            _CODES.UNAVAILABLE,
+            "failed to connect to all addresses; last error: UNKNOWN: unix:/e: recvmsg:Connection reset by peer",
+            Verdict.ELSEWHERE,
+            UnavailableError,
+        ),
         (_CODES.UNAVAILABLE, "etcdserver: request timed out", Verdict.UNSURE, UnavailableError),
         (_CODES.UNAVAILABLE, "etcdserver: leader changed", Verdict.UNSURE, UnavailableError),
         (_CODES.UNAVAILABLE, "recvmsg:Connection reset by peer", Verdict.UNSURE, UnavailableError),
@@ -159,6 +168,42 @@ def test_nobody_there(tmp_path: Path) -> None:
         await etcd.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("reads", [True, False], ids=["closed", "reset"])
+def test_what_was_said_is_told_rather_than_the_silence_after_it(tmp_path: Path, reads: bool) -> None:
+    """As where only one side speaks TLS, on a slow machine: hung up on, then no answer within the time."""
+    accepted: list[socket.socket] = []
+
+    def serve(listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # shut down at the end
+            first, _ = listener.accept()
+            with first:
+                first.recv(1 << 16, 0 if reads else socket.MSG_PEEK)
+            while True:
+                accepted.append(listener.accept()[0])
+
+    async def main() -> None:
+        # Longer than gRPC takes to give a connection up.
+        etcd = Etcd(EtcdConfig((f"unix:{tmp_path}/etcd",), timeout_s=4.0))
+        with pytest.raises(UnavailableError, match="only one of the two sides speak TLS"):
+            await etcd.get("a")
+        assert "only one of the two sides speak TLS" in etcd.state.reason
+        await etcd.close()
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{tmp_path}/etcd")
+        listener.listen()
+        server = threading.Thread(target=serve, args=(listener,))
+        server.start()
+        try:
+            asyncio.run(main())
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            server.join()
+            for one in accepted:
+                one.close()
+    assert accepted, "it was not asked again"
 
 
 def test_grpcs_own_words_for_a_broken_connection_do_not_reach_an_operator() -> None:

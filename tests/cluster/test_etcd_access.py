@@ -46,7 +46,7 @@ async def test_certificates(version: Version, tmp_path: Path) -> None:
         async with connected(cluster.sockets, **{**own, "key": foreign.client.key}) as etcd:
             with pytest.raises(DeniedError, match=r"\[etcd\] cert and key do not belong together"):
                 await etcd.get("n/a")
-        async with connected(cluster.sockets, timeout_s=2.0) as etcd:
+        async with connected(cluster.sockets, timeout_s=3.0) as etcd:
             with pytest.raises(UnavailableError, match="only one of the two sides speak TLS"):
                 await etcd.get("n/a")
         async with connected(cluster.sockets, **{**own, "ca": str(tmp_path / "none.pem")}) as etcd:
@@ -67,7 +67,7 @@ async def test_certificates(version: Version, tmp_path: Path) -> None:
 async def test_tls_where_there_is_none(tmp_path: Path) -> None:
     with EtcdCluster(1) as cluster:
         authority = Authority(tmp_path, ["localhost"])
-        async with connected(cluster.sockets, ca=authority.ca, timeout_s=2.0) as etcd:
+        async with connected(cluster.sockets, ca=authority.ca, timeout_s=3.0) as etcd:
             with pytest.raises(UnavailableError, match="only one of the two sides speak TLS"):
                 await etcd.get("a")
 
