@@ -1,6 +1,7 @@
-"""Forwarding entries of a VXLAN device: to which host a frame with this MAC goes.
+"""Forwarding entries: of a VXLAN device, to which host a frame with this MAC goes; of its bridge, that it goes there.
 
-Sources: include/uapi/linux/neighbour.h, net/core/rtnetlink.c (rtnl_fdb_add), drivers/net/vxlan/vxlan_core.c.
+Sources: include/uapi/linux/neighbour.h, net/core/rtnetlink.c (rtnl_fdb_add), drivers/net/vxlan/vxlan_core.c,
+net/bridge/br_fdb.c.
 """
 
 from __future__ import annotations
@@ -17,25 +18,36 @@ from kernel.netlink import Message, attr, attributes, u32
 from kernel.session import Door
 
 _GETNEIGH = 30
-_NDA_DST, _NDA_LLADDR, _NDA_IFINDEX = 1, 2, 8
-_SELF = 0x02  # NTF_SELF: the device's own table, not its bridge's
+_NDA_DST, _NDA_LLADDR, _NDA_IFINDEX, _NDA_MASTER = 1, 2, 8, 9
+_SELF, _MASTER, _STICKY = 0x02, 0x04, 0x40  # NTF_*: the device's own table, its bridge's
+_STATIC = 0x40  # NUD_NOARP: does not age
+_NOBODY_KNOWN = "00:00:00:00:00:00"  # where frames to MACs without an entry go, as many hosts as it has entries
 
 AnyAddress = IPv4Address | IPv6Address
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """Frames to `mac` go to the host `dst`."""
+    """Frames to `mac` go to the host `dst`; those to MACs without an entry where "00:00:00:00:00:00" goes."""
 
     index: int
     mac: str
     dst: AnyAddress
 
 
+@dataclass(frozen=True, slots=True)
+class Bridged:
+    """Frames to `mac` leave the bridge by this port, whoever else sends with that MAC."""
+
+    index: int
+    mac: str
+
+
 def set_message(forward: Forward) -> Message:
-    """The request that makes an entry, in the place of the MAC's earlier one."""
+    """The request that makes an entry, in the place of the MAC's earlier one; for all unknown MACs, beside others."""
     what = f"forward {forward.mac} on link {forward.index} to {forward.dst}"
-    return Message(NEWNEIGH, netlink.CREATE | netlink.REPLACE, _pack(forward), what)
+    how = netlink.APPEND if forward.mac == _NOBODY_KNOWN else netlink.REPLACE
+    return Message(NEWNEIGH, netlink.CREATE | how, _pack(forward), what)
 
 
 def delete_message(forward: Forward) -> Message:
@@ -44,23 +56,46 @@ def delete_message(forward: Forward) -> Message:
     return Message(DELNEIGH, 0, _pack(forward), what)
 
 
-def all_forwards(door: Door, index: int) -> list[Forward]:
-    """Every entry of one VXLAN device."""
+def set_bridged_message(bridged: Bridged) -> Message:
+    """The request that makes an entry of a bridge, in the place of the MAC's earlier one."""
+    what = f"have {bridged.mac} leave by port {bridged.index}"
+    return Message(NEWNEIGH, netlink.CREATE | netlink.REPLACE, _pack_bridged(bridged), what)
+
+
+def delete_bridged_message(bridged: Bridged) -> Message:
+    """The request that removes an entry of a bridge."""
+    return Message(DELNEIGH, 0, _pack_bridged(bridged), f"no longer have {bridged.mac} leave by port {bridged.index}")
+
+
+def all_forwards(door: Door, index: int) -> list[Forward | Bridged]:
+    """Every entry of one VXLAN device, and those of its bridge that lead to it and do not age."""
     body = NDMSG.pack(socket.AF_BRIDGE, 0, 0, 0, 0) + u32(_NDA_IFINDEX, index)
-    found: list[Forward] = []
+    found: list[Forward | Bridged] = []
     for answer in door.rtnl.dump(Message(_GETNEIGH, 0, body, f"list forwarding entries of link {index}")):
         found += [one for one in parse(answer) if one.index == index]
     return found
 
 
-def parse(body: bytes) -> Iterator[Forward]:
-    """The entry in a message of the kernel; none where it is of another kind, such as one of a bridge."""
-    family, index, _state, flags, _kind = NDMSG.unpack_from(body)
-    if family != socket.AF_BRIDGE or not flags & _SELF:
+def parse(body: bytes) -> Iterator[Forward | Bridged]:
+    """The entry in a message of the kernel; none where it is of another kind, such as what a bridge has learned."""
+    family, index, state, flags, _kind = NDMSG.unpack_from(body)
+    if family != socket.AF_BRIDGE:
         return
     found = attributes(body, NDMSG.size)
-    if _NDA_DST in found and _NDA_LLADDR in found:
-        yield Forward(index, mac_text(found[_NDA_LLADDR]), ip_address(found[_NDA_DST]))
+    if _NDA_LLADDR not in found:
+        return
+    mac = mac_text(found[_NDA_LLADDR])
+    if flags & _SELF:
+        if _NDA_DST in found:
+            yield Forward(index, mac, ip_address(found[_NDA_DST]))
+    elif _NDA_MASTER in found and state & _STATIC and flags & _STICKY:
+        yield Bridged(index, mac)
+
+
+def _pack_bridged(bridged: Bridged) -> bytes:
+    # Sticky: a container that sends with another host's MAC gets nothing of what is for that.
+    body = NDMSG.pack(socket.AF_BRIDGE, bridged.index, _STATIC, _MASTER | _STICKY, 0)
+    return body + attr(_NDA_LLADDR, packed_mac(bridged.mac))
 
 
 def _pack(forward: Forward) -> bytes:

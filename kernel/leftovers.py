@@ -15,6 +15,7 @@ from kernel.record import Record, Records
 from kernel.session import Session
 
 BRIDGE_MARK = "made by netloom"  # the alias of a bridge that is ours to delete
+NETD_MARK = "netloom netd"  # that of netd's devices: one on a bridge is there for the others, not for itself
 
 Lock = Callable[[str, str], AbstractContextManager[object]]
 
@@ -143,13 +144,15 @@ def delete_port(host: Session, name: str) -> bool:
 
 
 def delete_idle_bridge(host: Session, records: Records, name: str) -> bool:
-    """Delete a bridge that Netloom made, once it has no port and no attachment wants it; True where it did.
+    """Delete a bridge that Netloom made, once it has no port but netd's and no attachment wants it; True where it did.
 
     ADD writes its record before it looks for the bridge, and no record is written while we hold the records.
     """
     with records.hold():
         bridge = link.find(host, name)
-        if bridge is None or bridge.alias != BRIDGE_MARK or link.all_links(host, bridge.index):
+        if bridge is None or bridge.alias != BRIDGE_MARK:
+            return False
+        if any(port.kind != "vxlan" or port.alias != NETD_MARK for port in link.all_links(host, bridge.index)):
             return False
         if any(record.bridge == name for record in records.all()):
             return False

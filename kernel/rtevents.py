@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from kernel import fdb, neigh, route
 from kernel.errors import from_oserror
-from kernel.fdb import Forward
+from kernel.fdb import Bridged, Forward
 from kernel.neigh import Neighbour
 from kernel.netlink import REPLACE, ROUTE, attributes, text
 from kernel.route import Route
@@ -71,7 +71,7 @@ class NeighbourChange:
 
 @dataclass(frozen=True, slots=True)
 class ForwardChange:
-    forward: Forward
+    forward: Forward | Bridged
     gone: bool
 
 

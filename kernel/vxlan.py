@@ -80,8 +80,8 @@ class Found:
     vxlan: Vxlan | None
 
 
-def add(door: Door, spec: Vxlan) -> None:
-    """Make the device; it is up, with its alias and without a link-local address, which nobody could be told of.
+def add(door: Door, spec: Vxlan, *, up: bool = True) -> None:
+    """Make the device, with its alias and without a link-local address, which nobody could be told of.
 
     Raises:
         Exists: the name is taken, or another device has this VNI and port.
@@ -103,17 +103,19 @@ def add(door: Door, spec: Vxlan) -> None:
     # A kernel without IPv6 refuses this one, and makes no such address either.
     silent = nested(_IFLA_AF_SPEC, nested(socket.AF_INET6, attr(_INET6_ADDR_GEN_MODE, bytes([_GEN_MODE_NONE]))))
     door.rtnl.attempt([Message(_SETLINK, 0, named + silent, f"no link-local address on {spec.name}")])
-    up = _IFINFO.pack(0, 0, 0, _IFF_UP, _IFF_UP) + string(_IFLA_IFNAME, spec.name)
-    door.rtnl.execute([
-        # A link's creation ignores the alias (net/core/rtnetlink.c, rtnl_create_link).
-        Message(_SETLINK, 0, named + string(_IFLA_IFALIAS, spec.alias), f"set the alias of {spec.name}"),
-        Message(_SETLINK, 0, up, f"bring {spec.name} up"),
-    ])  # fmt: skip
+    # A link's creation ignores the alias (net/core/rtnetlink.c, rtnl_create_link).
+    finish = [Message(_SETLINK, 0, named + string(_IFLA_IFALIAS, spec.alias), f"set the alias of {spec.name}")]
+    if up:
+        flags_up = _IFINFO.pack(0, 0, 0, _IFF_UP, _IFF_UP) + string(_IFLA_IFNAME, spec.name)
+        finish.append(Message(_SETLINK, 0, flags_up, f"bring {spec.name} up"))
+    door.rtnl.execute(finish)
 
 
-def change(door: Door, spec: Vxlan) -> None:
-    """Give a device that is there its MTU, MAC and alias, and bring it up. What else differs takes a new device."""
-    named = _IFINFO.pack(0, 0, 0, _IFF_UP, _IFF_UP) + string(_IFLA_IFNAME, spec.name)
+def change(door: Door, spec: Vxlan, *, up: bool = True) -> None:
+    """Give a device that is there its MTU, MAC and alias, and bring it up, or leave that as it is. What else differs
+    takes a new device."""
+    flags = _IFF_UP if up else 0
+    named = _IFINFO.pack(0, 0, 0, flags, flags) + string(_IFLA_IFNAME, spec.name)
     body = named + attr(_IFLA_ADDRESS, packed_mac(spec.mac)) + u32(_IFLA_MTU, spec.mtu)
     body += string(_IFLA_IFALIAS, spec.alias)
     door.rtnl.execute([Message(_SETLINK, 0, body, f"change {spec.name}")])

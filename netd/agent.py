@@ -147,6 +147,8 @@ class Agent:
         if not changes:
             return
         keys = reconciler.note(changes)
+        if new := reconciler.take_new():
+            reconciler.sync(new)
         now = time.monotonic()
         if keys is None:
             self._full_at = min(self._full_at, now + FULL_QUIET_S)

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass, replace
 
-from kernel import addr, fdb, link, neigh, route, sysctl, vxlan
+from kernel import addr, bridgeport, fdb, link, neigh, route, sysctl, vxlan
 from kernel.errors import Exists, KernelError, NotFound
 from kernel.netlink import Message
 from kernel.session import Session
 from netd.found import ALIAS, PROTOCOL, Found
 from netd.plan import Plan, needs_new_device
-from netd.values import Address, Device, Entry, Forward, Neighbour, Route, Underlay
+from netd.values import DEVICE, Address, Bridged, Device, Entry, Forward, Neighbour, Port, Route, Underlay
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +29,20 @@ class Refusal:
     exists: bool = False  # something foreign is in its place
 
 
-def apply_devices(session: Session, found: Found, plan: Plan) -> tuple[list[Refusal], list[str]]:
-    """The devices that are wanted; what was refused, and the names of those that are new and so empty."""
+def apply_devices(session: Session, found: Found, plan: Plan, late: Set[str]) -> tuple[list[Refusal], list[str]]:
+    """The devices that are wanted, but none of `late` is brought up; what was refused, and the names of those that are
+    new and so empty."""
     refusals: list[Refusal] = []
     made: list[str] = []
     for want, have in plan.devices:
         try:
             if have is not None and not needs_new_device(want, have):
-                vxlan.change(session, _spec(want))
+                vxlan.change(session, _spec(want), up=want.up and want.name not in late)
             else:
                 if have is not None:
                     link.delete(session, want.name)
                     found.forget_device(want.name)
-                vxlan.add(session, _spec(want))
+                vxlan.add(session, _spec(want), up=want.up and want.name not in late)
                 made.append(want.name)
                 found.fresh.add(want.name)
             _finish(want)
@@ -57,13 +58,16 @@ def apply_entries(session: Session, found: Found, plan: Plan, underlay: Underlay
     refusals: list[Refusal] = []
     todo: list[tuple[Entry, Message, bool]] = []
     for want, have in plan.put:
-        index = indexes.get(_device_of(want), 0)
-        if index:
-            todo.append((want, _put(want, index, exclusive=have is None), True))
+        missing = next((name for name in _links_of(want) if name not in indexes), None)
+        if missing is not None:
+            refusals.append(Refusal(want, f"there is no link {missing}"))
+        elif isinstance(want, Port):
+            steps = bridgeport.messages(indexes[want.device], indexes[want.bridge], floods=want.flood)
+            todo += [(want, message, True) for message in steps]
         else:
-            refusals.append(Refusal(want, f"there is no link {_device_of(want)}"))
+            todo.append((want, _put(want, indexes[_link_of(want)], exclusive=have is None), True))
     for have in plan.drop:
-        index = indexes.get(_device_of(have), 0)
+        index = indexes.get(_link_of(have), 0)
         if index:
             todo.append((have, _drop(have, index), False))
         else:
@@ -75,22 +79,47 @@ def apply_entries(session: Session, found: Found, plan: Plan, underlay: Underlay
     return refusals
 
 
+def bring_up(session: Session, found: Found, names: Iterable[str]) -> list[Refusal]:
+    """Devices on which everything is by now."""
+    refusals = []
+    for name in names:
+        device = found.get((DEVICE, name, b""))
+        if isinstance(device, Device):
+            try:
+                link.set_up(session, found.indexes[name])
+                found.put(replace(device, up=True))
+            except KernelError as error:
+                refusals.append(Refusal(device, str(error)))
+    return refusals
+
+
 def _execute(session: Session, found: Found, todo: Sequence[tuple[Entry, Message, bool]]) -> list[Refusal]:
     refusals = []
     errors = session.rtnl.attempt([message for _entry, message, _wanted in todo])
+    refused = set()
     for (entry, _message, wanted), error in zip(todo, errors, strict=True):
+        if entry.key in refused:  # an earlier step of the same
+            continue
         if error is None or (not wanted and isinstance(error, NotFound)):
             if wanted:
                 found.put(entry)
             else:
                 found.drop(entry.key)
         else:
+            refused.add(entry.key)
+            if isinstance(entry, Port):  # its other step may have been taken
+                found.drop(entry.key)
             refusals.append(Refusal(entry, str(error), isinstance(error, Exists)))
     return refusals
 
 
-def _device_of(entry: Entry) -> str:
+def _link_of(entry: Entry) -> str:
     return entry.name if isinstance(entry, Device) else entry.device
+
+
+def _links_of(entry: Entry) -> list[str]:
+    """The links that it needs."""
+    return [_link_of(entry), *([entry.bridge] if isinstance(entry, Port) else [])]
 
 
 def _put(entry: Entry, index: int, exclusive: bool) -> Message:
@@ -102,6 +131,8 @@ def _put(entry: Entry, index: int, exclusive: bool) -> Message:
         return neigh.set_message(neigh.Neighbour(index, entry.address, entry.mac))
     if isinstance(entry, Forward):
         return fdb.set_message(fdb.Forward(index, entry.mac, entry.dst))
+    if isinstance(entry, Bridged):
+        return fdb.set_bridged_message(fdb.Bridged(index, entry.mac))
     if isinstance(entry, Address):
         return addr.add_message(index, entry.interface, prefix_route=False)
     raise TypeError(f"{entry} is no entry of a link")
@@ -114,6 +145,10 @@ def _drop(entry: Entry, index: int) -> Message:
         return neigh.delete_message(neigh.Neighbour(index, entry.address, entry.mac))
     if isinstance(entry, Forward):
         return fdb.delete_message(fdb.Forward(index, entry.mac, entry.dst))
+    if isinstance(entry, Bridged):
+        return fdb.delete_bridged_message(fdb.Bridged(index, entry.mac))
+    if isinstance(entry, Port):
+        return bridgeport.leave_message(index)
     if isinstance(entry, Address):
         return addr.delete_message(index, entry.interface)
     raise TypeError(f"{entry} is no entry of a link")

@@ -19,11 +19,13 @@ from netd.values import (
     Address,
     AnyAddress,
     AnyNetwork,
+    Bridged,
     Device,
     Entry,
     Forward,
     Neighbour,
     Node,
+    Port,
     Route,
     route_key,
 )
@@ -170,15 +172,22 @@ def text(entry: Entry) -> str:
     """As iproute2 writes it."""
     if isinstance(entry, Device):
         state = "" if entry.up else ", down"
-        return f"{entry.name} vxlan id {entry.vni} local {entry.local} dstport {entry.port} mtu {entry.mtu}{state}"
-    if isinstance(entry, Address):
-        return f"{entry.interface} dev {entry.device}"
-    if isinstance(entry, Neighbour):
-        return f"{entry.address} dev {entry.device} lladdr {entry.mac} PERMANENT"
-    if isinstance(entry, Forward):
-        return f"{entry.mac} dev {entry.device} dst {entry.dst} self permanent"
-    via = f" via {entry.gateway}" if entry.gateway is not None else ""
-    return f"{entry.dst}{via} dev {entry.device}{' onlink' if entry.onlink else ''}"
+        said = f"{entry.name} vxlan id {entry.vni} local {entry.local} dstport {entry.port} mtu {entry.mtu}{state}"
+    elif isinstance(entry, Address):
+        said = f"{entry.interface} dev {entry.device}"
+    elif isinstance(entry, Neighbour):
+        said = f"{entry.address} dev {entry.device} lladdr {entry.mac} PERMANENT"
+    elif isinstance(entry, Forward):
+        said = f"{entry.mac} dev {entry.device} dst {entry.dst} self permanent"
+    elif isinstance(entry, Bridged):
+        said = f"{entry.mac} dev {entry.device} master sticky static"
+    elif isinstance(entry, Port):
+        flood = "on" if entry.flood else "off"
+        said = f"{entry.device} master {entry.bridge} neigh_suppress on learning off flood {flood}"
+    else:
+        via = f" via {entry.gateway}" if entry.gateway is not None else ""
+        said = f"{entry.dst}{via} dev {entry.device}{' onlink' if entry.onlink else ''}"
+    return said
 
 
 def _containing(subnets: tuple[AnyNetwork, ...], address: AnyAddress) -> AnyNetwork | None:

@@ -1,19 +1,34 @@
 """What of ours is in the kernel: read once as a whole, then kept by events, so that one change costs one change.
 
 Ours are routes of the protocol PROTOCOL in the main table, VXLAN devices with the alias ALIAS, and on those devices
-every address, permanent neighbour and forwarding entry. For one thread.
+every address, permanent neighbour and forwarding entry, and what they are as a port; on the bridges of overlays, every
+permanent neighbour. For one thread.
 """
 
 from __future__ import annotations
 
-from kernel import addr, fdb, link, neigh, route, vxlan
+from kernel import addr, bridgeport, fdb, link, neigh, route, vxlan
 from kernel.errors import NotFound
+from kernel.leftovers import BRIDGE_MARK, NETD_MARK
 from kernel.rtevents import AddressChange, Change, ForwardChange, LinkChange, Lost, NeighbourChange, RouteChange
 from kernel.session import Door
-from netd.values import Address, Device, Entry, Forward, Key, Neighbour, Route, route_key
+from netd.values import (
+    DEVICE,
+    PORT,
+    Address,
+    Bridged,
+    Device,
+    Entry,
+    Forward,
+    Key,
+    Neighbour,
+    Port,
+    Route,
+    route_key,
+)
 
 PROTOCOL = 110  # rtm_protocol: nobody's in /etc/iproute2/rt_protos
-ALIAS = "netloom netd"
+ALIAS = NETD_MARK
 _IPV6_METRIC = 1024  # IP6_RT_PRIO_USER: what an IPv6 route without one gets
 
 
@@ -22,7 +37,8 @@ class Found:
 
     def __init__(self) -> None:
         self.entries: dict[Key, Entry] = {}
-        self.indexes: dict[str, int] = {}  # of our devices
+        self.indexes: dict[str, int] = {}  # of our devices, and of overlays' bridges
+        self.bridges: frozenset[str] = frozenset()  # of all overlays, also of those that are not here
         self.fresh: set[str] = set()  # devices that were just made
         self._names: dict[int, str] = {}
 
@@ -37,6 +53,8 @@ class Found:
     def read(self, door: Door) -> None:
         """Read all of it."""
         self.entries, self.indexes, self._names = {}, {}, {}
+        for name in self.bridges:  # first: ports name them
+            self.read_bridge(door, name)
         for one in vxlan.all_vxlans(door):
             if one.vxlan is not None and one.vxlan.alias == ALIAS:
                 self._read_device(door, one)
@@ -52,8 +70,16 @@ class Found:
         if one is not None and one.vxlan is not None and one.vxlan.alias == ALIAS:
             self._read_device(door, one)
 
+    def read_bridge(self, door: Door, name: str) -> None:
+        """Read an overlay's bridge anew, where it is there and ours."""
+        self.forget_device(name)
+        one = link.find(door, name)
+        if one is not None and one.kind == "bridge" and one.alias == BRIDGE_MARK:
+            self.indexes[name], self._names[one.index] = one.index, name
+            self._read_neighbours(door, name, one.index)
+
     def forget_device(self, name: str) -> None:
-        """The device is gone, and all that was on it."""
+        """The device, or the bridge, is gone, and all that was on it."""
         index = self.indexes.pop(name, 0)
         self._names.pop(index, None)
         gone = [key for key, entry in self.entries.items() if name in (key[1], getattr(entry, "device", ""))]
@@ -82,7 +108,7 @@ class Found:
 
     def _note_link(self, door: Door, change: LinkChange | AddressChange) -> set[Key] | None:
         name = self._names.get(change.index, "")
-        if name not in self.indexes:
+        if name not in self.indexes or name in self.bridges:
             return set()
         if isinstance(change, AddressChange):
             return None if change.gone else set()
@@ -92,9 +118,12 @@ class Found:
             return set()
         if change.gone or not change.up or change.name != name:
             return None
-        known = self.entries.get((0, name, b""))
+        known = self.entries.get((DEVICE, name, b""))
         one = vxlan.find(door, name)
-        return set() if one is not None and one.index == change.index and _device(one) == known else None
+        if one is None or one.index != change.index or _device(one) != known:
+            return None
+        self._read_port(door, name)
+        return {(PORT, name, b"")}
 
     def _note_route(self, door: Door, change: RouteChange) -> set[Key]:
         if not _counts(change.route):
@@ -126,7 +155,8 @@ class Found:
 
     def _note_forward(self, change: ForwardChange) -> set[Key]:
         one = change.forward
-        entry = Forward(self._names.get(one.index, ""), one.mac, one.dst)
+        name = self._names.get(one.index, "")
+        entry: Entry = Forward(name, one.mac, one.dst) if isinstance(one, fdb.Forward) else Bridged(name, one.mac)
         if not change.gone:
             self.entries[entry.key] = entry
         elif self.entries.get(entry.key) == entry:
@@ -143,12 +173,26 @@ class Found:
         for address in addr.all_addresses(door, index):
             if not address.interface.is_link_local:
                 self.put(Address(name, address.interface))
+        self._read_neighbours(door, name, index)
+        self._read_port(door, name)
+        for forward in fdb.all_forwards(door, index):
+            if isinstance(forward, fdb.Bridged):
+                self.put(Bridged(name, forward.mac))
+            elif not forward.dst.is_unspecified:
+                self.put(Forward(name, forward.mac, forward.dst))
+
+    def _read_neighbours(self, door: Door, name: str, index: int) -> None:
         for neighbour in neigh.all_neighbours(door, index):
             if neighbour.permanent:
                 self.put(Neighbour(name, neighbour.address, neighbour.mac))
-        for forward in fdb.all_forwards(door, index):
-            if not forward.dst.is_unspecified:
-                self.put(Forward(name, forward.mac, forward.dst))
+
+    def _read_port(self, door: Door, name: str) -> None:
+        one = bridgeport.find(door, name)
+        if one is None:
+            self.drop((PORT, name, b""))
+            return
+        plain = one.answers and not one.learns and one.floods is not None
+        self.put(Port(name, self._names.get(one.bridge, f"link {one.bridge}"), bool(one.floods), plain))
 
     def route(self, door: Door, one: route.Route) -> Route:
         """The route as an entry."""

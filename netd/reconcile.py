@@ -10,21 +10,35 @@ Rules of this file
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kernel import link, route, sysctl
 from kernel.errors import KernelError, NotFound
 from kernel.rtevents import AddressChange, Change, LinkChange
 from kernel.session import Session
-from netd.apply import Refusal, apply_devices, apply_entries
+from netd.apply import Refusal, apply_devices, apply_entries, bring_up
 from netd.desired import OWN, Desired
 from netd.fabric.base import Place, UnreachableError
 from netd.fabric.registry import BACKENDS
 from netd.found import Found
+from netd.overlays import Overlays, is_owner
 from netd.plan import Plan, plan
 from netd.underlay import Choice, UnderlayError, choose
-from netd.values import DEVICE, AnyAddress, AnyNetwork, Device, Entry, Key, Network, Node, Route, Underlay
+from netd.values import (
+    DEVICE,
+    PORT,
+    AnyAddress,
+    AnyNetwork,
+    Device,
+    Entry,
+    Key,
+    Network,
+    Node,
+    Overlay,
+    Route,
+    Underlay,
+)
 
 LINGER_S = 30.0
 
@@ -63,6 +77,7 @@ class Reconciler:
         self.underlay: Underlay | None = None
         self.found = Found()
         self.desired = Desired()
+        self.overlays = Overlays(self.desired, self.found)
         self.counts = Counts()
         self.settled = False  # whether there was a full one
         self.may_drop = True  # False while it is not known yet who the peers are: nothing is taken away
@@ -71,6 +86,9 @@ class Reconciler:
         self._refused: dict[Key, Refusal] = {}
         self._lingering = _Lingering()
         self._holders: dict[AnyAddress, dict[str, None]] = {}  # in the order in which they came
+        self._new: set[Key] = set()
+        self._tell_active: Callable[[Mapping[str, int]], None] = lambda _: None
+        self._told_active: Mapping[str, int] = {}
 
     # What is wanted
 
@@ -80,6 +98,15 @@ class Reconciler:
             self.underlay = None
         self.node, self.choice, self.networks = node, choice, tuple(networks)
 
+    def define_overlays(self, overlays: Sequence[Overlay]) -> None:
+        """These are all overlays. Takes effect with the next `full`."""
+        self.overlays.define(overlays)
+
+    def on_active(self, tell: Callable[[Mapping[str, int]], None]) -> None:
+        """Have it told, in this thread, which overlays this host is on, now and whenever that changes; see `active`."""
+        self._tell_active, self._told_active = tell, self.overlays.active()
+        tell(self._told_active)
+
     def put_peer(self, peer: Node) -> set[Key]:
         """A peer is new or has changed; the keys to be synced."""
         before = self.peers.get(peer.name)
@@ -87,13 +114,17 @@ class Reconciler:
         others = self._file(before, peer)
         if self.underlay is None:
             return set()
-        return self._want(peer).union(*(self._want(self.peers[name]) for name in others))
+        keys = self._want(peer).union(*(self._want(self.peers[name]) for name in others))
+        if before is None or (before.addresses, before.down) != (peer.addresses, peer.down):
+            keys |= self.overlays.peer_changed(peer.name)
+        return keys
 
     def drop_peer(self, name: str) -> set[Key]:
         """A peer is gone; the keys to be synced."""
         others = self._file(self.peers.pop(name, None), None)
         self._clear_problems(name)
         changed = self.desired.remove(name) if name in self.desired.owners() else set()
+        changed |= self.overlays.peer_changed(name)
         return changed.union(*(self._want(self.peers[other]) for other in others)) if self.underlay else set()
 
     def problems(self) -> list[str]:
@@ -102,7 +133,7 @@ class Reconciler:
         for _key, owners in self.desired.disputes():
             found.append(f"{' and '.join(owners)} claim the same subnet or tunnel end: {_shown(self.desired, _key)}")
         found += [one.reason for one in self._refused.values()]
-        return found
+        return found + self.overlays.problems()
 
     def problems_of(self, name: str) -> list[str]:
         """Those of one peer."""
@@ -138,6 +169,8 @@ class Reconciler:
             self._places = places
             self._want_all()
         self._forward()
+        self.overlays.place(self.underlay, self.node, self.peers)
+        self._note_active()
         changed = self.sync({*self.desired.keys(), *self.found.entries})
         self.settled = True
         self.counts.full += 1
@@ -152,18 +185,18 @@ class Reconciler:
         for key in todo:
             self._refused.pop(key, None)
         devices = plan((key for key in todo if key[0] == DEVICE), self.desired.get, self.found.get)
-        refusals, made = apply_devices(self.session, self.found, devices)
+        late = {want.name for want, have in devices.devices if self._comes_up_late(want, have)}
+        refusals, made = apply_devices(self.session, self.found, devices, late)
         if made:
             todo.update(key for key in tuple(self.desired.keys()) if self._is_on(key, made))
         # Once more from here: what was on a device went with it.
         rest = plan((key for key in todo if key[0] != DEVICE), self.desired.get, self.found.get)
         # What is on a device that is not wanted any more stays as long as that, and goes with it: without an address of
         # its own a link takes nothing whose way back is another (net/ipv4/fib_frontend.c, __fib_validate_source).
-        drop = [one for one in rest.drop if isinstance(one, Route) or self.desired.get(_device_key(one)) is not None]
-        going = Plan([], rest.put, drop, self._outstayed(devices.drop_devices))
-        if not self.may_drop:
-            going = Plan([], rest.put, [], [])
+        drop = [one for one in rest.drop if self._goes(one)]
+        going = Plan([], rest.put, drop, self._outstayed(devices.drop_devices) if self.may_drop else [])
         refusals += apply_entries(self.session, self.found, going, self.underlay)
+        refusals += bring_up(self.session, self.found, late)
         for one in refusals:
             self._refused[one.entry.key] = self._explained(one)
         changed = len(devices.devices) + len(going.put) + len(going.drop) + len(going.drop_devices) - len(refusals)
@@ -176,11 +209,18 @@ class Reconciler:
         """Take over what events tell: the keys that are not as they should be, or None where `full` is due."""
         dirty: set[Key] = set()
         for change in changes:
+            if self._note_bridge(change):
+                continue
             keys = None if self._shakes(change) else self.found.note(self.session, change)
             if keys is None:
                 return None
             dirty |= keys
         return {key for key in dirty if self.desired.get(key) != self.found.get(key)}
+
+    def take_new(self) -> set[Key]:
+        """Keys of what is wanted since an overlay's bridge came or went, to be synced now."""
+        new, self._new = self._new, set()
+        return new
 
     def refused(self) -> set[Key]:
         """What the kernel did not take, to be tried again."""
@@ -205,6 +245,38 @@ class Reconciler:
 
     # Inside
 
+    def _comes_up_late(self, want: Device, have: Device | None) -> bool:
+        """Whether a tunnel's end is to pass nothing before all else is there: one that is a port."""
+        return want.up and not (have is not None and have.up) and self.desired.get((PORT, want.name, b"")) is not None
+
+    def _goes(self, entry: Entry) -> bool:
+        """Whether an entry that is not wanted is to go now."""
+        overlays = self.overlays.may_drop(entry)
+        if overlays is not None:
+            return overlays
+        return self.may_drop and (isinstance(entry, Route) or self.desired.get(_device_key(entry)) is not None)
+
+    def _note_bridge(self, change: Change) -> bool:
+        """Whether it was an overlay's bridge that came or went; `new` has what follows."""
+        if not isinstance(change, LinkChange) or change.name not in self.found.bridges:
+            return False
+        known = self.found.indexes.get(change.name)
+        if not change.gone and known != change.index:
+            self.found.read_bridge(self.session, change.name)
+        elif change.gone and known == change.index:
+            self.found.forget_device(change.name)
+        else:
+            return False
+        self._new |= self.overlays.bridges_changed()
+        self._note_active()
+        return True
+
+    def _note_active(self) -> None:
+        active = self.overlays.active()
+        if active != self._told_active:
+            self._told_active = active
+            self._tell_active(active)
+
     def _place(self, network: Network) -> Place:
         if self.underlay is None:
             raise UnderlayError("there is no underlay")
@@ -216,7 +288,8 @@ class Reconciler:
         for place in self._places:
             entries += BACKENDS[place.network.backend].own(place)
         self.desired.replace(OWN, entries)
-        for name in [name for name in self.desired.owners() if name != OWN and name not in self.peers]:
+        gone = [one for one in self.desired.owners() if one != OWN and one not in self.peers and not is_owner(one)]
+        for name in gone:
             self.desired.remove(name)
         for peer in self.peers.values():
             self._want(peer)
@@ -289,7 +362,9 @@ class Reconciler:
             del self._lingering.deadlines[key]
         gone = []
         for device in devices:
-            if self._lingering.deadlines.setdefault(device.key, now + LINGER_S) <= now:
+            if self.overlays.may_go(device.name):
+                gone.append(device)
+            elif self._lingering.deadlines.setdefault(device.key, now + LINGER_S) <= now:
                 del self._lingering.deadlines[device.key]
                 gone.append(device)
         return gone

@@ -30,6 +30,7 @@ from netd.agent import Agent
 from netd.config import Config
 from netd.disk import Directory
 from netd.fabric.registry import TUNNELS
+from netd.holders import Holders
 from netd.member import Member
 from netd.reconcile import Reconciler
 from netd.service import Source
@@ -71,6 +72,7 @@ class Registry(Source):
         self._followers = {prefix: self._follower(prefix) for prefix in PREFIXES}
         self.changed: Callable[[Mapping[str, NetworkRecord]], None] = lambda _: None  # hears of all networks
         self._confirmed = False
+        self._overlay_holders = Holders(self._etcd, self._ask)
         self._changed = asyncio.Event()
         self._failed: dict[str, int] = {}  # silent peer → probes in a row that nobody answered
         self._down: set[str] = set()
@@ -108,9 +110,16 @@ class Registry(Source):
     async def run(self) -> None:
         """Follows etcd until it is cancelled."""
         await self._push(set(self._view.records), networks=True)
+        loop, holders = asyncio.get_running_loop(), self._overlay_holders
+
+        def tell(active: Mapping[str, int]) -> None:
+            loop.call_soon_threadsafe(holders.want, active)
+
+        await self._ask(lambda reconciler: reconciler.on_active(tell))
         work: list[Coroutine[Any, Any, None]] = [
             *(follower.run() for follower in self._followers.values()),
             self._member.run(),
+            holders.run(),
             self._keep(),
             self._sweep(),
         ]
@@ -162,13 +171,16 @@ class Registry(Source):
             self._failed.pop(name, None)
         peers = {name: self._peer(name) for name in names if name not in static}
         config, defined = self._config, self._networks()
+        overlays = self._view.overlays(config.networks[-1])
         own = tuple(dict.fromkeys((*config.node.subnets, *self._view.subnets(config.node.name))))
 
         def take(reconciler: Reconciler) -> None:
             node = replace(config.node, subnets=own)
-            differs = networks and (node.subnets != reconciler.node.subnets or defined != reconciler.networks)
+            others = node.subnets != reconciler.node.subnets or defined != reconciler.networks
+            differs = networks and (others or overlays != reconciler.overlays.defined())
             if differs:
                 reconciler.configure(node, config.choice, defined)
+                reconciler.define_overlays(overlays)
             keys = set()
             for name, peer in peers.items():
                 if peer is None:
@@ -188,7 +200,7 @@ class Registry(Source):
         node = self._view.node(name)
         if node is None or name not in self._down:
             return node
-        return Node(node.name, node.addresses, (), node.mac, node.takes_vxlan)
+        return replace(node, subnets=(), down=True)
 
     def _networks(self) -> tuple[Network, ...]:
         *own, default = self._config.networks

@@ -25,6 +25,7 @@ from netd.attached import Attached
 from netd.config import Config
 from netd.disk import Directory, DirectoryError
 from netd.flannel import Flannel
+from netd.idle import IdleBridges
 from netd.local import LocalNetworks
 from netd.metrics import NetdMetrics, Sample
 from netd.reconcile import Reconciler
@@ -86,6 +87,7 @@ class _Daemon:
         self._failed = False
         self._news = asyncio.Event()  # the snapshot is old
         self._attached = Attached(config.run_dir, config.resync_s)
+        self._idle = IdleBridges(agent, config.run_dir)
         self._local = LocalNetworks(config, agent, self._hear) if registry is None else None
         if registry is not None:
             registry.changed = self._hear
@@ -129,7 +131,8 @@ class _Daemon:
         """Peers and networks; without that following, nothing is up to date, and the daemon had better start again."""
         source = self._registry or self._local
         try:
-            work = [self._attached.run(), self._flannel.run(), *([source.run()] if source is not None else [])]
+            work = [self._attached.run(), self._flannel.run(), self._idle.run()]
+            work += [source.run()] if source is not None else []
             await asyncio.gather(*work)
         except Exception as error:  # noqa: BLE001 - whatever it was
             log.event(_logger, "critical", "networks are followed no more", error=str(error), exc_info=True)
@@ -230,5 +233,16 @@ def _document(reconciler: Reconciler) -> dict[str, object]:
                 "own": [str(subnet) for subnet in reconciler.node.subnets if reconciler.network_of(subnet) is one],
             }
             for one in reconciler.networks
+        }
+        | {
+            one.name: {
+                "type": "overlay",
+                "mtu": reconciler.overlays.mtu(one),
+                "subnets": [str(subnet) for subnet in one.subnets],
+                "own": [],
+                "vni": one.vni,
+                "bridge": one.bridge,
+            }
+            for one in reconciler.overlays.defined()
         },
     }

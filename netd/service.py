@@ -136,7 +136,7 @@ class Service(NodeServicer):
                     port=one.port,
                     mtu=reconciler.mtu(one),
                     own_subnets=[str(s) for s in reconciler.node.subnets if reconciler.network_of(s) is one],
-                    device=device_name(one) if one.backend in TUNNELS else "",
+                    device=device_name(one.vni) if one.backend in TUNNELS else "",
                     tx_checksum=one.tx_checksum,
                 )
                 for one in reconciler.networks

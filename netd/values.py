@@ -15,7 +15,8 @@ AnyInterface = IPv4Interface | IPv6Interface
 AnyNetwork = IPv4Network | IPv6Network
 Key = tuple[int, str, bytes]
 
-DEVICE, ADDRESS, NEIGHBOUR, FORWARD, ROUTE = range(5)
+DEVICE, ADDRESS, NEIGHBOUR, FORWARD, ROUTE, PORT, BRIDGED = range(7)
+NOBODY_KNOWN = "00:00:00:00:00:00"  # where frames go to MACs that have no entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +63,45 @@ class Network:
 
 
 @dataclass(frozen=True, slots=True)
+class Overlay:
+    """One layer-2 network over several hosts, with a bridge of this name on each that has a container on it.
+
+    `mtu` 0: worked out from the underlay. `flood`: what is for nobody known goes to every host that is on it.
+    """
+
+    name: str
+    subnets: tuple[AnyNetwork, ...]
+    vni: int
+    bridge: str
+    port: int
+    mtu: int
+    flood: bool
+    tx_checksum: bool
+    udp_checksum: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who has an address of an overlay: the MAC, and the host's name."""
+
+    address: AnyAddress
+    mac: str
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
 class Node:
-    """A host: its underlay addresses, its containers' subnets, its tunnel ends' MAC, and whether it has tunnel ends."""
+    """A host: its underlay addresses, its containers' subnets, its tunnel ends' MAC, and whether it has tunnel ends.
+
+    `down`: it is silent and does not answer, so nothing is to lead there.
+    """
 
     name: str
     addresses: tuple[AnyAddress, ...]
     subnets: tuple[AnyNetwork, ...]
     mac: str
     takes_vxlan: bool = True
+    down: bool = False
 
     def address(self, version: int) -> AnyAddress | None:
         """Its underlay address of this family."""
@@ -127,7 +159,35 @@ class Forward:
 
     @property
     def key(self) -> Key:
-        return FORWARD, self.device, self.mac.encode()
+        # Those for unknown MACs are as many as there are hosts.
+        return FORWARD, self.device, self.mac.encode() + (self.dst.packed if self.mac == NOBODY_KNOWN else b"")
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A tunnel's end as a port of an overlay's bridge, which answers for neighbours. `plain` is how it was found:
+    without anything else than ours have."""
+
+    device: str
+    bridge: str
+    flood: bool
+    plain: bool = True
+
+    @property
+    def key(self) -> Key:
+        return PORT, self.device, b""
+
+
+@dataclass(frozen=True, slots=True)
+class Bridged:
+    """Frames to a MAC leave the overlay's bridge by the tunnel's end."""
+
+    device: str
+    mac: str
+
+    @property
+    def key(self) -> Key:
+        return BRIDGED, self.device, self.mac.encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +205,7 @@ class Route:
         return route_key(self.dst)
 
 
-Entry = Device | Address | Neighbour | Forward | Route
+Entry = Device | Address | Neighbour | Forward | Route | Port | Bridged
 
 
 def route_key(dst: AnyNetwork) -> Key:

@@ -23,13 +23,15 @@ from cluster.etcd import Event, Pair
 from cluster.layout import BlockRecord, LayoutError, NetworkRecord
 from kernel import link
 from netd.fabric.registry import BACKENDS
-from netd.values import AnyNetwork, Network, Node
+from netd.values import AnyNetwork, Network, Node, Overlay
 
 NETD = "netd/"
 NETD_ALIVE = "netd-alive/"
 UNDERLAY = "underlay/"
 PREFIXES = (NETD, NETD_ALIVE, layout.BLOCKS, layout.NETWORKS)
 
+OVERLAY = "overlay"  # NetworkRecord.type
+_LINK = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,14}", re.ASCII)
 _VERSION = re.compile(r"[\w.+-]{0,40}")
 
 
@@ -105,6 +107,24 @@ class View:
         """The defined networks; see `usable`."""
         return usable(self._networks, default, taken)
 
+    def overlays(self, default: Network) -> list[Overlay]:
+        """The defined layer-2 networks."""
+        return [
+            Overlay(
+                name=name,
+                subnets=tuple(ip_network(text) for text in one.subnets),
+                vni=one.vni,
+                bridge=one.bridge,
+                port=default.port,
+                mtu=one.mtu or default.mtu,
+                flood=one.flood,
+                tx_checksum=default.tx_checksum,
+                udp_checksum=default.udp_checksum,
+            )
+            for name, one in sorted(self._networks.items())
+            if one.type == OVERLAY
+        ]
+
     def definitions(self) -> dict[str, NetworkRecord]:
         """Of the networks, as they stand in etcd."""
         return dict(self._networks)
@@ -148,6 +168,8 @@ class View:
                 ip_network(text)
             if network.backend and network.backend not in BACKENDS:
                 raise ValueError(f"the backend {network.backend!r} of network {end} is not known here")
+            if network.type == OVERLAY and not (0 < network.vni < 1 << 24 and _LINK.fullmatch(network.bridge)):
+                raise ValueError(f"the overlay {end} has the VNI {network.vni} and the bridge {network.bridge[:40]!r}")
             self._networks[end] = network
             return set()
         return {end}
@@ -183,6 +205,8 @@ def usable(records: Mapping[str, NetworkRecord], default: Network, taken: Sequen
     """The defined networks that do not contradict the configuration's own ones."""
     found = []
     for name, record in sorted(records.items()):
+        if record.type == OVERLAY:  # nothing of it is routed
+            continue
         subnets = tuple(ip_network(text) for text in record.subnets)
         clash = any(one.name == name or any(a.overlaps(b) for a in subnets for b in one.subnets) for one in taken)
         if subnets and not clash:

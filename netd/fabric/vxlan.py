@@ -14,24 +14,23 @@ from ipaddress import ip_interface
 from kernel.vxlan import OVERHEAD_IPV4, OVERHEAD_IPV6
 from netd.fabric import host_gw
 from netd.fabric.base import Place, UnreachableError
-from netd.values import Address, AnyNetwork, Device, Entry, Forward, Neighbour, Network, Node, Route
+from netd.values import Address, AnyNetwork, Device, Entry, Forward, Neighbour, Node, Route, Underlay
 
 
 def mtu(place: Place) -> int:
-    return min(place.network.mtu or _largest(place), _largest(place))
+    return min(place.network.mtu or largest(place.underlay), largest(place.underlay))
 
 
 def own(place: Place) -> Iterable[Entry]:
-    network, name = place.network, device_name(place.network)
+    network, name = place.network, device_name(place.network.vni)
     yield Device(
         name=name,
         vni=network.vni,
         local=place.underlay.local[0],
         port=network.port,
-        # A loopback's addresses are reached over whichever link leads there.
-        link=0 if place.underlay.link == "lo" else place.underlay.index,
+        link=outer_link(place.underlay),
         mac=place.node.mac,
-        mtu=_largest(place),  # networks of several MTUs may share it
+        mtu=largest(place.underlay),  # networks of several MTUs may share it
         tx_checksum=network.tx_checksum,
         udp_checksum=network.udp_checksum,
     )
@@ -46,7 +45,7 @@ def towards(place: Place, peer: Node, subnets: Sequence[AnyNetwork]) -> Iterable
         return ()
     if not peer.takes_vxlan:  # not yet, or no longer: its backend is being changed
         return host_gw.towards(place, peer, subnets)
-    name = device_name(place.network)
+    name = device_name(place.network.vni)
     version = place.underlay.local[0].version
     outer = peer.address(version)
     if outer is None:
@@ -61,11 +60,16 @@ def towards(place: Place, peer: Node, subnets: Sequence[AnyNetwork]) -> Iterable
     return entries
 
 
-def _largest(place: Place) -> int:
-    overhead = OVERHEAD_IPV4 if place.underlay.local[0].version == 4 else OVERHEAD_IPV6
-    return place.underlay.mtu - overhead
+def largest(underlay: Underlay) -> int:
+    """The largest packet in bytes that fits into a tunnel."""
+    return underlay.mtu - (OVERHEAD_IPV4 if underlay.local[0].version == 4 else OVERHEAD_IPV6)
 
 
-def device_name(network: Network) -> str:
+def outer_link(underlay: Underlay) -> int:
+    """The link that a tunnel's packets leave by. A loopback's addresses are reached over whichever link leads there."""
+    return 0 if underlay.link == "lo" else underlay.index
+
+
+def device_name(vni: int) -> str:
     """Of the device of a VNI; at most 15 characters."""
-    return f"nl-vx{network.vni}"
+    return f"nl-vx{vni}"

@@ -1,0 +1,196 @@
+"""Overlays in a real network namespace: what is there for whom, when it comes, and when it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
+
+import pytest
+
+from kernel import macs
+from kernel.leftovers import BRIDGE_MARK
+from kernel.session import Session
+from netd.reconcile import Reconciler
+from netd.underlay import Choice
+from netd.values import Holder, Network, Node, Overlay, vtep_mac
+from tests.kernel import spaces
+
+pytestmark = pytest.mark.kernel
+DEFAULT = Network("default", (), "vxlan", 1, 4789, 0, True, False)
+OWN = Node("a", (), (), vtep_mac("a"))
+PEERS = [Node(name, (ip_address(f"10.0.0.{n}"),), (), vtep_mac(name)) for n, name in enumerate("bcd", 2)]
+OV1 = Overlay("ov1", (ip_network("10.9.0.0/24"), ip_network("fd09::/64")), 256, "nl-ov1", 4789, 0, False, True, False)
+
+
+def holder(text: str, node: str) -> Holder:
+    address = ip_address(text)
+    return Holder(address, macs.of_address(address), node)
+
+
+@pytest.fixture
+def reconciler() -> Iterator[Reconciler]:
+    with spaces.fresh() as space, spaces.inside(space), Session() as session:
+        spaces.run("ip", "link", "set", "lo", "up")
+        spaces.run("ip", "link", "add", "eth0", "type", "bridge")
+        spaces.run("ip", "address", "add", "10.0.0.1/24", "dev", "eth0")
+        spaces.run("ip", "link", "set", "eth0", "up")
+        made = Reconciler(session, OWN, Choice("eth0"), (DEFAULT,))
+        for peer in PEERS:
+            made.put_peer(peer)
+        made.full()
+        made.define_overlays([OV1])
+        made.full()
+        yield made
+
+
+def bridge(name: str = "nl-ov1") -> None:
+    spaces.run("ip", "link", "add", name, "address", "02:42:0a:09:00:01", "up", "type", "bridge")
+    spaces.run("ip", "link", "set", name, "alias", BRIDGE_MARK)
+
+
+def neighbours() -> set[str]:
+    lines = [spaces.run("ip", family, "neigh", "show", "dev", "nl-ov1", "nud", "permanent") for family in ("-4", "-6")]
+    return {" ".join(line.split()[:3:2]) for line in "".join(lines).splitlines() if not line.startswith("ff")}
+
+
+def fdb() -> set[str]:
+    shown = spaces.run("bridge", "fdb", "show", "dev", "nl-vx256").splitlines()
+    return {" ".join(line.split()) for line in shown if "master nl-ov1 permanent" not in line}
+
+
+def entries_of(*holders: tuple[str, str]) -> set[str]:
+    """(address, outer address)"""
+    found: set[str] = set()
+    for text, outer in holders:
+        mac = macs.of_address(ip_address(text))
+        found |= {f"{mac} sticky master nl-ov1 static", f"{mac} dst {outer} self permanent"}
+    return found
+
+
+def test_nothing_without_the_bridge(reconciler: Reconciler) -> None:
+    assert "nl-vx256" not in spaces.run("ip", "-br", "link")
+    assert reconciler.overlays.active() == {}
+    spaces.run("ip", "link", "add", "nl-ov1", "type", "bridge")  # somebody else's of that name
+    reconciler.full()
+    assert reconciler.overlays.active() == {}
+
+
+def test_from_the_first_container_to_the_last(reconciler: Reconciler) -> None:
+    bridge()
+    reconciler.full()
+    assert list(reconciler.overlays.active()) == ["ov1"]
+    shown = spaces.run("ip", "-d", "link", "show", "nl-vx256")
+    assert "master nl-ov1" in shown
+    assert "state DOWN" in shown  # nothing passes before all holders are known
+    for text in ("vxlan id 256 ", "nolearning", "neigh_suppress on", "learning off", "flood off", "bcast_flood off"):
+        assert text in shown
+    two, three = holder("10.9.0.2", "b"), holder("10.9.0.3", "c")
+    six = holder("fd09::3", "c")
+    reconciler.sync(reconciler.overlays.replace("ov1", [two, three, six, holder("10.9.0.9", "a")]))
+    assert "LOWER_UP" in spaces.run("ip", "link", "show", "nl-vx256")
+    assert neighbours() == {f"{one.address} {one.mac}" for one in (two, three, six)}
+    assert fdb() == entries_of(("10.9.0.2", "10.0.0.2"), ("10.9.0.3", "10.0.0.3"), ("fd09::3", "10.0.0.3"))
+    # Another host has an address, another MAC, and nobody has one.
+    moved, other = replace(two, node="d"), replace(three, mac="02:00:00:00:00:03")
+    reconciler.sync(reconciler.overlays.put("ov1", {one.address: one for one in (moved, other)}))
+    reconciler.sync(reconciler.overlays.put("ov1", {six.address: None}))
+    assert neighbours() == {f"{one.address} {one.mac}" for one in (moved, other)}
+    assert fdb() == {
+        *entries_of(("10.9.0.2", "10.0.0.4")),
+        "02:00:00:00:00:03 sticky master nl-ov1 static",
+        "02:00:00:00:00:03 dst 10.0.0.3 self permanent",
+    }
+    # It comes here.
+    reconciler.sync(reconciler.overlays.put("ov1", {moved.address: replace(moved, node="a")}))
+    assert neighbours() == {f"{other.address} {other.mac}"}
+    assert reconciler.full() == 0
+    spaces.run("ip", "link", "delete", "nl-ov1")
+    reconciler.full()
+    assert "nl-vx256" not in spaces.run("ip", "-br", "link")
+    assert reconciler.overlays.active() == {}
+    assert reconciler.problems() == []
+
+
+def test_flooding_goes_to_hosts_that_are_on_the_network(reconciler: Reconciler) -> None:
+    reconciler.define_overlays([replace(OV1, flood=True)])
+    bridge()
+    reconciler.full()
+    holders = [holder("10.9.0.2", "b"), holder("10.9.0.3", "b"), holder("10.9.0.4", "c"), holder("10.9.0.9", "a")]
+    reconciler.sync(reconciler.overlays.replace("ov1", holders))
+    assert "bcast_flood on" in spaces.run("ip", "-d", "link", "show", "nl-vx256")
+    zero = {"00:00:00:00:00:00 dst 10.0.0.2 self permanent", "00:00:00:00:00:00 dst 10.0.0.3 self permanent"}
+    assert {line for line in fdb() if line.startswith("00:00")} == zero
+    reconciler.sync(reconciler.overlays.put("ov1", {holders[0].address: None, holders[2].address: None}))
+    assert {line for line in fdb() if line.startswith("00:00")} == {min(zero)}
+    reconciler.sync(reconciler.overlays.put("ov1", {holders[1].address: None}))
+    assert {line for line in fdb() if line.startswith("00:00")} == set()
+    assert reconciler.full() == 0
+
+
+def test_a_host_that_is_down_takes_its_containers_with_it(reconciler: Reconciler) -> None:
+    bridge()
+    reconciler.full()
+    reconciler.sync(reconciler.overlays.replace("ov1", [holder("10.9.0.2", "b"), holder("10.9.0.3", "c")]))
+    reconciler.sync(reconciler.put_peer(replace(PEERS[0], down=True)))
+    assert fdb() == entries_of(("10.9.0.3", "10.0.0.3"))
+    reconciler.sync(reconciler.put_peer(replace(PEERS[0], addresses=(ip_address("10.0.0.7"),))))
+    assert fdb() == entries_of(("10.9.0.2", "10.0.0.7"), ("10.9.0.3", "10.0.0.3"))
+    reconciler.sync(reconciler.drop_peer("b"))
+    assert fdb() == entries_of(("10.9.0.3", "10.0.0.3"))
+    assert "10.9.0.2, are on b, of which no underlay address is known" in " ".join(reconciler.problems())
+
+
+def test_what_others_change_comes_back(reconciler: Reconciler) -> None:
+    bridge()
+    reconciler.full()
+    reconciler.sync(reconciler.overlays.replace("ov1", [holder("10.9.0.2", "b"), holder("fd09::2", "b")]))
+    before = neighbours(), fdb(), spaces.run("ip", "-d", "link", "show", "nl-vx256").splitlines()[4:]
+    mac = macs.of_address(ip_address("10.9.0.2"))
+    for words in (
+        ("ip", "neigh", "del", "10.9.0.2", "dev", "nl-ov1"),
+        ("bridge", "fdb", "del", mac, "dev", "nl-vx256", "self"),
+        ("bridge", "fdb", "del", mac, "dev", "nl-vx256", "master"),
+        ("bridge", "fdb", "add", "02:00:00:00:00:77", "dev", "nl-vx256", "self", "dst", "10.0.0.3"),
+        ("bridge", "link", "set", "dev", "nl-vx256", "neigh_suppress", "off"),
+        ("bridge", "link", "set", "dev", "nl-vx256", "flood", "on"),
+        ("ip", "link", "set", "nl-vx256", "nomaster"),
+        ("ip", "link", "set", "nl-vx256", "down"),
+        ("ip", "link", "delete", "nl-vx256"),
+    ):
+        spaces.run(*words)
+        assert reconciler.full() > 0, words
+        after = neighbours(), fdb(), spaces.run("ip", "-d", "link", "show", "nl-vx256").splitlines()[4:]
+        assert after == before, words
+        assert reconciler.full() == 0, words
+
+
+def test_another_start_takes_nothing_away_before_all_holders_are_known(reconciler: Reconciler) -> None:
+    bridge()
+    reconciler.full()
+    reconciler.sync(reconciler.overlays.replace("ov1", [holder("10.9.0.2", "b")]))
+    before = fdb()
+    again = Reconciler(reconciler.session, OWN, Choice("eth0"), (DEFAULT,))
+    for peer in PEERS:
+        again.put_peer(peer)
+    again.define_overlays([OV1])
+    again.full()
+    assert fdb() == before
+    assert "LOWER_UP" in spaces.run("ip", "link", "show", "nl-vx256")
+    again.sync(again.overlays.replace("ov1", [holder("10.9.0.3", "c")]))
+    assert fdb() == entries_of(("10.9.0.3", "10.0.0.3"))
+    assert again.full() == 0
+
+
+def test_two_addresses_of_one_interface(reconciler: Reconciler) -> None:
+    bridge()
+    reconciler.full()
+    four = holder("10.9.0.2", "b")
+    six = replace(holder("fd09::2", "b"), mac=four.mac)
+    reconciler.sync(reconciler.overlays.replace("ov1", [four, six]))
+    assert fdb() == entries_of(("10.9.0.2", "10.0.0.2"))
+    reconciler.sync(reconciler.overlays.put("ov1", {four.address: None}))
+    assert fdb() == entries_of(("10.9.0.2", "10.0.0.2"))  # the other one needs it still
+    reconciler.sync(reconciler.overlays.put("ov1", {six.address: None}))
+    assert fdb() == set()
+    assert reconciler.problems() == []
