@@ -102,11 +102,20 @@ class Client:
         network_pool: pb.NetworkPool | None = None,
         requested: Sequence[str] = (),
         workload: str = "",
+        family: int = 0,
     ) -> pb.AllocateResponse:
-        """The attachment's addresses, of named pools or of the network's own."""
-        return self.prepare_allocate(
-            key, netns=netns, at=at, pools=pools, network_pool=network_pool, requested=requested, workload=workload
-        ).result()
+        """The attachment's addresses, of named pools or of the network's own; of one `family` (4, 6), or all."""
+        request = pb.AllocateRequest(
+            key=key,
+            netns=netns,
+            at=at,
+            pools=pools,
+            network_pool=network_pool,
+            requested=requested,
+            workload=workload,
+            family=family,
+        )
+        return self._call("Allocate", request, pb.AllocateResponse)
 
     def prepare_allocate(
         self,

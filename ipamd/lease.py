@@ -56,6 +56,7 @@ class Ask(Struct, frozen=True):
     network: NetworkSpec | None = None
     requested: tuple[str, ...] = ()
     workload: str = ""
+    family: int = 0
 
 
 class Ledger(SharedPools):
@@ -205,16 +206,26 @@ class Ledger(SharedPools):
     # --- choosing addresses
 
     def _pick_all(self, pools: Sequence[Pool], ask: Ask) -> tuple[Address, ...]:
-        if not ask.requested and not ask.workload:
+        if not ask.requested and not ask.workload and not ask.family:
             return tuple([self._pick(pool, index) for pool in pools for index in range(len(pool.sets))])
         wanted = _assign(pools, ask.requested)
+        places = [
+            (pool, index)
+            for pool in pools
+            for index in range(len(pool.sets))
+            if ask.family in (0, 4 if pool.family(index) == "ipv4" else 6)
+        ]
+        if not places or not wanted.keys() <= {(pool.name, index) for pool, index in places}:
+            raise InvalidArgumentError(
+                f"family: wanted IPv{ask.family} addresses only, and pool {listed(pool.name for pool in pools)} has "
+                f"none, or one of {listed(ask.requested)} is of the other family"
+            )
         name = former_name(ask.workload, ask.key.ifname) if ask.workload else ""
         return tuple(
             self._pick_wanted(pool, index, *wanted[pool.name, index])
             if (pool.name, index) in wanted
             else (name and self._pick_former(pool, index, name)) or self._pick(pool, index)
-            for pool in pools
-            for index in range(len(pool.sets))
+            for pool, index in places
         )
 
     def _pick(self, pool: Pool, index: int) -> Address:

@@ -47,6 +47,8 @@ def ask_of(message: pb.AllocateRequest, node: str) -> Ask:
         raise InvalidArgumentError(f"netns.path: wanted at most {_LONGEST_PATH} characters, found {len(netns.path)}")
     check_name(message.workload, "workload", _LONGEST_WORKLOAD)
     pools, network = pools_of(message.pools, message.network_pool if message.HasField("network_pool") else None)
+    if message.family not in (0, 4, 6):
+        raise InvalidArgumentError(f"family: wanted 4, 6, or 0 for both, found {message.family}")
     return Ask(
         key,
         Netns(netns.inode, netns.cookie, netns.path),
@@ -55,6 +57,7 @@ def ask_of(message: pb.AllocateRequest, node: str) -> Ask:
         network,
         tuple(message.requested),
         message.workload,
+        message.family,
     )
 
 

@@ -322,6 +322,23 @@ def test_requested_addresses(desk: Desk) -> None:
     assert ips(desk.allocate("c", "10.1.0.20")) == ["10.1.0.20", "fd00::3"]
 
 
+def test_addresses_of_one_family(desk: Desk) -> None:
+    desk.pool("p", "10.1.0.0/24", "fd00::/64")
+    desk.pool("q", "10.2.0.0/24")
+
+    def ask(container: str, family: int, *requested: str, pool: str = "p") -> list[str]:
+        wanted = Ask(key(container), Netns(1), None, (pool,), None, requested, family=family)
+        return ips(desk.ledger.allocate(wanted)[0])
+
+    assert ask("a", 4) == ["10.1.0.2"]
+    assert ask("b", 6) == ["fd00::2"]
+    assert ask("c", 6, "fd00::9") == ["fd00::9"]
+    for family, requested, pool in ((6, (), "q"), (4, ("fd00::7",), "p")):
+        with pytest.raises(InvalidArgumentError, match=f"family: wanted IPv{family} addresses only"):
+            ask("d", family, *requested, pool=pool)
+    assert ask("d", 0) == ["10.1.0.3", "fd00::3"]
+
+
 def test_a_refused_request_takes_no_address(desk: Desk) -> None:
     desk.pool("p", "10.1.0.0/29", "10.2.0.0/30")
     desk.allocate("a")

@@ -369,8 +369,11 @@ class AllocateRequest(_message.Message):
     NETWORK_POOL_FIELD_NUMBER: _builtins.int
     REQUESTED_FIELD_NUMBER: _builtins.int
     WORKLOAD_FIELD_NUMBER: _builtins.int
+    FAMILY_FIELD_NUMBER: _builtins.int
     workload: _builtins.str
     """set: who this is for beyond one container ("default/web-0"); gets its former address if free"""
+    family: _builtins.int
+    """4 or 6: of range sets of this family only, for who asks for each by itself; 0: of all"""
     @_builtins.property
     def key(self) -> Global___AttachmentKey: ...
     @_builtins.property
@@ -401,10 +404,11 @@ class AllocateRequest(_message.Message):
         network_pool: Global___NetworkPool | None = ...,
         requested: _abc.Iterable[_builtins.str] | None = ...,
         workload: _builtins.str = ...,
+        family: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "key", b"key", "netns", b"netns", "network_pool", b"network_pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "key", b"key", "netns", b"netns", "network_pool", b"network_pool", "pools", b"pools", "requested", b"requested", "workload", b"workload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "family", b"family", "key", b"key", "netns", b"netns", "network_pool", b"network_pool", "pools", b"pools", "requested", b"requested", "workload", b"workload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
