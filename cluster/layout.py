@@ -16,7 +16,8 @@
     netd/<node>                netd's, see `netd`
 
 Pool and node names have neither "#" nor "/". Whoever changes what a key means raises SCHEMA; whoever must not meet an
-older version raises NEEDS too, and an older one refuses to start.
+older version raises NEEDS too, and an older one refuses to start. Where only some use of it needs that, whoever begins
+with it raises what stands under `version`, once AliveRecord.schema says that no older member runs.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from typing import TypeVar
 import msgspec
 from msgspec import Struct
 
-SCHEMA = 1
+SCHEMA = 2
 NEEDS = 1
+# From the first overlay network on, as older members would take it for a routed one, and write it without its VNI.
+OVERLAYS_NEED = 2
 
 VERSION = "version"
 POOLS = "pools/"
@@ -75,10 +78,13 @@ class NodeRecord(Struct, frozen=True, omit_defaults=True):
 
 
 class AliveRecord(Struct, frozen=True, omit_defaults=True):
+    """`schema`: the one that the member knows; those of schema 1 do not say it."""
+
     id: str
     boot_id: str
     version: str
     since_unix_s: int
+    schema: int = 1
 
 
 class BlockRecord(Struct, frozen=True, omit_defaults=True):

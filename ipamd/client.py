@@ -213,6 +213,14 @@ class Client:
         request = pb.ConnectNetworksRequest(one=one, other=other, undo=undo)
         return list(self._call("ConnectNetworks", request, pb.ConnectNetworksResponse).networks)
 
+    def share_network(self, name: str, docker: str) -> pb.Network:
+        """Has every host's Docker show an overlay network under a name, or ("") no longer."""
+        return self._call("ShareNetwork", pb.ShareNetworkRequest(name=name, docker=docker), pb.Network)
+
+    def set_mac(self, pool: str, address: str, mac: str) -> None:
+        """Tells all hosts the MAC of an address that this node holds."""
+        self._call("SetMac", pb.SetMacRequest(pool=pool, address=address, mac=mac), pb.SetMacResponse)
+
     def list_nodes(self, name: str = "") -> list[pb.Node]:
         """The nodes of the cluster, by name; or one of them."""
         return list(self._call("ListNodes", pb.ListNodesRequest(name=name), pb.ListNodesResponse).nodes)

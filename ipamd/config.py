@@ -8,6 +8,7 @@
     node = "host-1"                   # default: the host's name
     http_listen = "127.0.0.1:9464"    # /metrics and /healthz; absent or "": off
     http_allow_remote = false
+    overlay_subnets = "10.0.0.0/8,24" # where overlay networks get subnets from that name none: parts of that length
 
     [store]
     kind = "sqlite"                   # "etcd": one of a cluster; "memory": forgets everything at a stop, for trials
@@ -51,6 +52,7 @@ from typing import Literal
 
 from cluster.config import EtcdConfig
 from cluster.settings import ETCD_KEYS, etcd_config
+from ipamd.overlay import DEFAULT_PARTS, Parts, parts_of
 from kernel import paths, settings
 from kernel.settings import ConfigError, Schema, Settings
 from telemetry.health import parse_listen
@@ -61,7 +63,10 @@ StoreKind = Literal["sqlite", "memory", "etcd"]
 _STORE_KINDS: tuple[StoreKind, ...] = ("sqlite", "memory", "etcd")
 _OTHER_DAEMONS = ("netd", "peer", "network", "docker", "cni")
 _KEYS: Mapping[str, tuple[str, ...]] = {
-    "ipamd": ("socket", "socket_mode", "socket_owner", "socket_group", "node", "http_listen", "http_allow_remote"),
+    "ipamd": (
+        *("socket", "socket_mode", "socket_owner", "socket_group", "node", "http_listen", "http_allow_remote"),
+        "overlay_subnets",
+    ),
     "store": ("kind", "path"),
     "etcd": ETCD_KEYS,
     "cluster": ("lease_s", "reclaim_nodes_after_s"),
@@ -112,6 +117,7 @@ class Config:
     release_dir: str  # where a DEL leaves its record while ipamd is away
     log_level: str
     log_format: str
+    overlay_subnets: Parts = DEFAULT_PARTS
     cluster: ClusterConfig | None = None  # there where store_kind is "etcd"
 
 
@@ -191,10 +197,18 @@ def _build(found: Settings, socket_path: str, store_path: str, release_dir: str)
         reclaim_interval_s=60.0 if interval_s is None else interval_s,
         reclaim_grace_s=60.0 if grace_s is None else grace_s,
         release_dir=release_dir,
+        overlay_subnets=found.take("ipamd.overlay_subnets", _parts) or DEFAULT_PARTS,
         log_level=found.take("log.level", settings.one_of(LEVELS)) or "info",
         log_format=found.take("log.format", settings.one_of(FORMATS)) or "text",
         cluster=_cluster(found, kind),
     )
+
+
+def _parts(value: object) -> Parts:
+    try:
+        return parts_of(settings.string(value))
+    except ValueError as error:
+        raise settings.WrongValueError(str(error)) from None
 
 
 def _cluster(found: Settings, kind: StoreKind) -> ClusterConfig | None:

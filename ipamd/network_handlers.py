@@ -7,9 +7,11 @@ import time
 from collections.abc import Sequence
 
 from cluster.layout import NetworkRecord
-from ipamd import messages
+from ipamd import messages, overlay
+from ipamd.errors import InvalidArgumentError
 from ipamd.handlers import Handlers, unary
 from ipamd.networks import Directory
+from ipamd.overlay import OVERLAY
 from protos.ipam.v1 import ipam_pb2 as pb
 from telemetry import log
 from telemetry.metrics import IpamdMetrics
@@ -38,7 +40,21 @@ class NetworkHandlers(Handlers):
             wanted.open,
             (),
             int(time.time()),
+            wanted.vni,
+            wanted.internal,
+            wanted.flood,
         )
+        if wanted.docker:
+            raise InvalidArgumentError(
+                f"docker: found {wanted.docker[:80]!r}; create the network first, then share it (docker network create)"
+            )
+        is_overlay = wanted.type == OVERLAY
+        if is_overlay:
+            for name in ("block_v4", "block_v6", "blocks_per_node"):
+                if getattr(request, name):
+                    raise InvalidArgumentError(
+                        f"{name}: found {getattr(request, name)} with type overlay, which has no blocks; leave it out"
+                    )
         spec = messages.spec_of(
             pb.PoolSpec(
                 range_sets=[pb.RangeSet(ranges=[pb.Range(subnet=subnet)]) for subnet in wanted.subnets],
@@ -48,11 +64,11 @@ class NetworkHandlers(Handlers):
                 block_v6=request.block_v6,
                 blocks_per_node=request.blocks_per_node,
             ),
-            self.mode,
+            "cluster-address" if is_overlay else self.mode,
         )
         made = await self._directory.create(record, spec)
         log.event(_logger, "info", "network created", network=made.name, subnets=",".join(made.subnets),
-                  backend=made.backend, request_id=request_id)  # fmt: skip
+                  type=made.type, backend=made.backend, vni=made.vni, request_id=request_id)  # fmt: skip
         return network_message(made)
 
     @unary
@@ -78,6 +94,20 @@ class NetworkHandlers(Handlers):
             networks=[network_message(*await self._directory.get(record.name)) for record in changed]
         )
 
+    @unary
+    async def ShareNetwork(self, request: pb.ShareNetworkRequest, request_id: str) -> pb.Network:
+        shared = await self._directory.share(request.name, request.docker)
+        log.event(_logger, "info", "network shared" if shared.docker else "network no longer shared",
+                  network=shared.name, docker=shared.docker, request_id=request_id)  # fmt: skip
+        return network_message(shared)
+
+    @unary
+    async def SetMac(self, request: pb.SetMacRequest, request_id: str) -> pb.SetMacResponse:
+        await self._directory.set_mac(request.pool, request.address, request.mac)
+        log.event(_logger, "info", "MAC of an address told", pool=request.pool, address=request.address,
+                  mac=request.mac, request_id=request_id)  # fmt: skip
+        return pb.SetMacResponse()
+
 
 def network_message(record: NetworkRecord, reachable: Sequence[str] = ()) -> pb.Network:
     """A network, and the subnets that it is connected with."""
@@ -94,4 +124,9 @@ def network_message(record: NetworkRecord, reachable: Sequence[str] = ()) -> pb.
         reachable=reachable,
         pool=record.name,
         created_unix_s=record.created_unix_s,
+        vni=record.vni,
+        internal=record.internal,
+        flood=record.flood,
+        docker=record.docker,
+        gateways=overlay.gateways(record),
     )

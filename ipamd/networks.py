@@ -17,12 +17,23 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from cluster.layout import NetworkRecord
+from ipamd import overlay
 from ipamd.engine import Engine, Transaction
-from ipamd.errors import AlreadyExistsError, InvalidArgumentError, IpamdError, NotFoundError
+from ipamd.errors import (
+    AlreadyExistsError,
+    InvalidArgumentError,
+    IpamdError,
+    NotFoundError,
+    PreconditionError,
+    UnavailableError,
+)
 from ipamd.lease import Ledger
-from ipamd.pool import PoolSpec, parse_network
+from ipamd.messages import check_name
+from ipamd.overlay import OVERLAY, Parts
+from ipamd.pool import Network, PoolSpec, address_text, parse_address, parse_network
 from ipamd.pools import check_pool_name
-from ipamd.store.base import Note
+from ipamd.store.base import Allocation, Note, Reservation
+from kernel.errors import KernelError
 
 T = TypeVar("T")
 
@@ -31,6 +42,10 @@ _NOTE = "networks"
 _LONGEST_LINK = 15  # IFNAMSIZ without the NUL
 _BRIDGE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*", re.ASCII)
 _LEAST_MTU, _MOST_MTU = 1280, 65521  # what IPv6 asks of every link (RFC 8200, section 5); the largest of a veth
+
+
+# Fills in what a new overlay network leaves open: beside the others, and apart from all that is taken.
+Choice = Callable[[NetworkRecord, Iterable[NetworkRecord], Iterable[Network]], NetworkRecord]
 
 
 class Shared(Protocol):
@@ -44,6 +59,23 @@ class Shared(Protocol):
 
     async def delete(self, record: NetworkRecord) -> None:
         """Removes it; what is not there is no error. UnavailableError where it is another by now."""
+
+    async def create_overlay(
+        self, record: NetworkRecord, spec: PoolSpec, choice: Choice
+    ) -> tuple[NetworkRecord, PoolSpec]:
+        """Keeps a new definition with its pool, both as they are then; the same again is no error.
+
+        AlreadyExistsError where it cannot be beside others, ExhaustedError where nothing is left to choose.
+        """
+
+    async def refresh(self, record: NetworkRecord) -> NetworkRecord:
+        """The definition as it is now; the given one where there is none any more."""
+
+    async def share(self, name: str, docker: str) -> NetworkRecord:
+        """As `Directory.share`."""
+
+    async def set_mac(self, pool: str, ip: str, held: Allocation | Reservation | None, mac: str) -> None:
+        """As `Directory.set_mac`; `held`: who has the address here. "": the one that follows from the address."""
 
 
 class Networks:
@@ -66,6 +98,15 @@ class Networks:
             known = ", ".join(sorted(self._known)) or "none"
             raise NotFoundError(f"there is no network {name}; create it (netloom network create). Known: {known}")
         return record
+
+    def is_overlay(self, name: str) -> bool:
+        """Whether there is an overlay network of this name: its pool has the same."""
+        record = self._known.get(name)
+        return record is not None and record.type == OVERLAY
+
+    def holder(self, pool: str, ip: str) -> Allocation | Reservation | None:
+        """Who has an address on this node."""
+        return self._transaction.store.holder(pool, ip)
 
     def reachable(self, record: NetworkRecord) -> list[str]:
         """The subnets of the networks that it is connected with."""
@@ -96,13 +137,16 @@ class Directory:
         create_pool: Callable[[str, PoolSpec], Awaitable[object]],
         delete_pool: Callable[[str], Awaitable[object]],
         shared: Shared | None = None,
+        parts: Parts = overlay.DEFAULT_PARTS,
     ) -> None:
+        """`parts`: where subnets of overlay networks are chosen from."""
         self._engine = engine
         self._ledger = ledger
         self._networks = networks
         self._create_pool = create_pool
         self._delete_pool = delete_pool
         self._shared = shared
+        self._parts = parts
         self._changing = asyncio.Lock()  # each change is judged by what the one before left
 
     async def get(self, name: str) -> tuple[NetworkRecord, list[str]]:
@@ -119,6 +163,8 @@ class Directory:
     async def create(self, record: NetworkRecord, spec: PoolSpec) -> NetworkRecord:
         """Makes a network with its pool; the same again is no error. Raises IpamdError."""
         record = validated(record)
+        if record.type == OVERLAY:
+            return await self._create_overlay(record, spec)
         if self._shared is not None and spec.mode == "local":
             raise InvalidArgumentError(
                 "mode: a cluster's network has a pool of all nodes; take node-block or cluster-address"
@@ -141,10 +187,99 @@ class Directory:
             await self._engine.run(lambda: self._networks.keep([record]), grows=True)
             return record
 
+    async def _create_overlay(self, record: NetworkRecord, spec: PoolSpec) -> NetworkRecord:
+        shared = self._shared_for("type: found overlay")
+        overlay.check_spec(spec)
+        async with self._changing:
+            there = self._ledger.pools.get(record.name)
+            if there is not None and there.spec.mode == "local":
+                raise AlreadyExistsError(f"this node has a pool {record.name} of its own; take another name")
+            taken = [] if record.subnets else await self._taken_here()
+
+            def choose(
+                asked: NetworkRecord, others: Iterable[NetworkRecord], elsewhere: Iterable[Network]
+            ) -> NetworkRecord:
+                return overlay.complete(asked, others, self._parts, [*taken, *elsewhere])
+
+            made, its_pool = await shared.create_overlay(record, spec, choose)
+            # etcd has both; this node is not to wait until it hears of them.
+            if made.name not in self._ledger.pools:
+                await self._create_pool(made.name, its_pool)
+            await self._engine.run(lambda: self._networks.keep([made]), grows=True)
+            return made
+
+    async def _taken_here(self) -> list[Network]:
+        """Where no subnet is to be chosen: this node's own pools, and what the host reaches."""
+        found = [
+            ipaddress.ip_network(one.subnet)
+            for pool in self._ledger.pools.values()
+            for ranges in pool.spec.range_sets
+            for one in ranges
+        ]
+        try:
+            return found + await asyncio.to_thread(overlay.host_networks)
+        except KernelError as error:
+            raise UnavailableError(
+                f"subnets: this host's addresses and routes cannot be read ({error}), so none can be chosen; name one "
+                "(--subnet)"
+            ) from None
+
+    def _shared_for(self, what: str) -> Shared:
+        if self._shared is None:
+            raise PreconditionError(
+                f"{what}, and this ipamd keeps its addresses for itself: overlay networks want a cluster; set [store] "
+                'kind = "etcd" (docs/cluster.md)'
+            )
+        return self._shared
+
+    async def share(self, name: str, docker: str) -> NetworkRecord:
+        """Has every host's Docker show an overlay network under a name, or ("") no longer.
+
+        Raises AlreadyExistsError where another network has that name there, and PreconditionError where a container of
+        Docker's has an address of it, or it has another name there.
+        """
+        check_name(docker, "docker")
+        if docker != docker.strip():
+            raise InvalidArgumentError(f"docker: found {docker!r}; leave the spaces around the name out")
+        async with self._changing:
+            if self._shared is None:
+                await self._engine.run(lambda: self._networks.get(name))
+            record = await self._shared_for("docker: hosts share overlay networks only").share(name, docker)
+            await self._engine.run(lambda: self._networks.keep([record]), grows=True)
+            return record
+
+    async def set_mac(self, pool: str, address: str, mac: str) -> None:
+        """Tells all hosts the MAC of an address that this node holds, where it is not what follows from the address.
+
+        Raises NotFoundError where nobody has the address, PreconditionError where another node has it.
+        """
+        ip = address_text(*parse_address(address, "address"))
+        mac = overlay.parse_mac(mac)
+        shared = self._shared_for("pool: only addresses of overlay networks have a MAC")
+        record = await self._engine.run(lambda: self._networks.get(pool))
+        if record.type != OVERLAY:
+            raise PreconditionError(
+                f"pool: network {pool} is {record.type}; only an overlay network's addresses have MACs of their own"
+            )
+        if mac in overlay.gateway_macs(record):
+            raise InvalidArgumentError(f"mac: {mac} is the gateway's of network {pool}; give the container another")
+        held = await self._engine.run(lambda: self._networks.holder(pool, ip))
+        if isinstance(held, Allocation) and mac == overlay.default_mac(held):
+            mac = ""
+        await shared.set_mac(pool, ip, held, mac)
+
     async def delete(self, name: str) -> None:
         """Ends a network that nobody uses, with its pool. Raises PreconditionError that names a user."""
         async with self._changing:
-            await self._engine.run(lambda: self._networks.get(name))
+            known = await self._engine.run(lambda: self._networks.get(name))
+            if self._shared is not None and known.type == OVERLAY:
+                known = await self._shared.refresh(known)
+                if known.docker:
+                    raise PreconditionError(
+                        f"network {name}: every host's Docker shows it as {known.docker}; remove it there first "
+                        f"(docker network rm {known.docker})"
+                    )
+                await self._engine.run(lambda: self._networks.keep([known]), grows=True)
             if name in self._ledger.pools:
                 await self._delete_pool(name)  # refused while somebody holds an address of it
             record, others = await self._engine.run(lambda: (self._networks.get(name), self._networks.all()))
@@ -160,6 +295,12 @@ class Directory:
             raise InvalidArgumentError(f"other: found {other} again; a network's own containers reach one another")
         async with self._changing:
             first, second = await self._engine.run(lambda: (self._networks.get(one), self._networks.get(other)))
+            for record in (first, second):
+                if record.type == OVERLAY:
+                    raise PreconditionError(
+                        f"network {record.name} is an overlay, which is kept apart from others; connect the container "
+                        "to both networks"
+                    )
             changed = [_connected(first, other, undo), _connected(second, one, undo)]
             if self._shared is not None:
                 await self._shared.change(list(zip((first, second), changed, strict=True)))
@@ -171,14 +312,14 @@ def judge(record: NetworkRecord, others: Iterable[NetworkRecord]) -> NetworkReco
     """The network, where there is the very same; raises AlreadyExistsError where it cannot be made beside others."""
     for other in others:
         if other.name == record.name:
-            plain = msgspec.structs.replace(other, connected=record.connected, created_unix_s=record.created_unix_s)
-            if plain == record:
+            if _same(record, other):
                 return other
             raise AlreadyExistsError(
                 f"there is a network {record.name} with another definition; delete it first, or take another name"
             )
         if other.bridge == record.bridge:
             raise AlreadyExistsError(f"bridge: network {other.name} has the bridge {other.bridge}; name another")
+        _judge_vni(record, other)
         for one in record.subnets:
             for two in other.subnets:
                 if _overlap(one, two):
@@ -188,14 +329,35 @@ def judge(record: NetworkRecord, others: Iterable[NetworkRecord]) -> NetworkReco
     return None
 
 
+def _same(record: NetworkRecord, there: NetworkRecord) -> bool:
+    """Whether a definition that is asked for is the one that is there; what it leaves open is as it is there."""
+    if record.type == OVERLAY and there.type == OVERLAY:
+        record = msgspec.structs.replace(
+            record, vni=record.vni or there.vni, subnets=record.subnets or there.subnets, docker=there.docker
+        )
+    return record == msgspec.structs.replace(there, connected=record.connected, created_unix_s=record.created_unix_s)
+
+
+def _judge_vni(record: NetworkRecord, other: NetworkRecord) -> None:
+    if record.vni and record.vni == other.vni:
+        raise AlreadyExistsError(f"vni: network {other.name} has VNI {other.vni}; name another, or none")
+    for one, two in ((record, other), (other, record)):
+        if one.vni and two.bridge == overlay.device_name(one.vni):
+            raise AlreadyExistsError(
+                f"vni: the device of VNI {one.vni}, of network {one.name}, would have the name of the bridge of "
+                f"network {two.name}, {two.bridge}; name another VNI or bridge"
+            )
+
+
 def validated(record: NetworkRecord) -> NetworkRecord:
     """With its defaults filled in; raises InvalidArgumentError that names the field, the value and what to do."""
     check_pool_name(record.name)
-    if record.type not in ("", "routed"):
-        raise InvalidArgumentError(f"type: wanted routed, found {record.type[:80]!r}")
+    if record.type not in ("", "routed", OVERLAY):
+        raise InvalidArgumentError(f"type: wanted routed or overlay, found {record.type[:80]!r}")
     networks = [parse_network(text, f"subnets[{index}]") for index, text in enumerate(record.subnets)]
     versions = [network.version for network in networks]
-    if not networks or len(set(versions)) < len(versions):
+    chosen = record.type == OVERLAY and not networks
+    if len(set(versions)) < len(versions) or not (networks or chosen):
         raise InvalidArgumentError(
             f"subnets: wanted one IPv4 or IPv6 subnet, or one of each, found {', '.join(record.subnets) or 'none'}"
         )
@@ -210,8 +372,9 @@ def validated(record: NetworkRecord) -> NetworkRecord:
         raise InvalidArgumentError(
             f"bridge: wanted at most {_LONGEST_LINK} letters, digits, '.', '_' and '-', found {bridge[:80]!r}"
         )
+    overlay.check(record, networks)
     return msgspec.structs.replace(
-        record, type="routed", subnets=tuple(map(str, networks)), bridge=bridge, connected=()
+        record, type=record.type or "routed", subnets=tuple(map(str, networks)), bridge=bridge, connected=()
     )
 
 

@@ -81,6 +81,7 @@ class Pools:
         self.changed: dict[tuple[str, str], None] = {}
         self.scarce: dict[tuple[str, int], None] = {}
         self.count_claimed: Callable[[str, int], int] = lambda _pool, _index: 0  # blocks of other nodes
+        self.has_macs: Callable[[str], bool] = lambda _pool: False  # whether its addresses may have MACs in etcd
         for row in self._store.pools():
             pool = Pool(row.name, PoolSpec.decode(row.spec), row.managed)
             self._fill(pool)

@@ -186,9 +186,10 @@ class _Daemon:
             config.release_dir, engine, ledger, node=config.node, on_release=metrics.released
         )
         networks = Networks(transaction)
-        shared = SharedNetworks(member.etcd, engine, ledger, networks) if member else None
+        shared = SharedNetworks(member.etcd, engine, ledger, networks, member.identity.node_id) if member else None
         if member and shared:
             member.followers.append(shared.follower)
+            ledger.has_macs = networks.is_overlay
         self._directory = Directory(
             engine,
             ledger,
@@ -196,6 +197,7 @@ class _Daemon:
             create_pool=desk.create_pool,
             delete_pool=desk.delete_pool,
             shared=shared,
+            parts=config.overlay_subnets,
         )
         self._checker = Checker(
             engine,

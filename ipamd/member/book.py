@@ -55,6 +55,11 @@ def freed_key(place: Place) -> str:
     return layout.FREED + layout.place(*place)
 
 
+def mac_key(place: Place) -> str:
+    """Which MAC an address has, where that does not follow from it."""
+    return layout.MACS + layout.place(*place)
+
+
 def holder_of(pair: Pair) -> AddressHolder:
     """Raises LayoutError."""
     return layout.decode(AddressHolder, pair.key, pair.value)

@@ -5,6 +5,7 @@
 - "unclaimed": an address of a cluster-address pool in use here that etcd has for nobody. Mended: it is claimed.
 - "unreleased": one that etcd has for this node and nobody here holds. Mended: it is an allocation again, which goes
   once its container is gone.
+- "stale-mac": a MAC that was told for an address which its node no longer holds by that allocation. Mended: it goes.
 - "duplicate": one address, or block, of two nodes. A person must decide.
 
 Everything is read from etcd anew, in pages, so that a mistake in what this node remembers shows, too.
@@ -17,14 +18,14 @@ from itertools import pairwise
 
 from cluster import layout
 from cluster.errors import EtcdError
-from cluster.etcd import Delete, Etcd, Pair, unchanged
-from cluster.layout import BlockRecord, LayoutError, NodeRecord, PublishedRecord
+from cluster.etcd import Delete, Etcd, Get, Pair, absent, unchanged
+from cluster.layout import BlockRecord, LayoutError, MacRecord, NodeRecord, PublishedRecord
 from ipamd.check import Difference, Further
 from ipamd.engine import Engine
 from ipamd.errors import PreconditionError, UnavailableError
 from ipamd.lease import Ledger
 from ipamd.member.blocks import Blocks
-from ipamd.member.book import address_key, holder_of
+from ipamd.member.book import address_key, holder_of, mac_key
 from ipamd.member.holdings import Holdings
 from ipamd.member.shared import SharedAddresses
 from ipamd.store.base import Allocation, Store
@@ -58,6 +59,7 @@ class ClusterCheck:
         self._blocks = blocks
         self._shared = shared
         self._orphans: dict[Place, int] = {}  # mod_revision, as found by the last check
+        self._stale: dict[Place, tuple[int, int]] = {}  # of a MAC and (0: there is none) of its address
 
     async def __call__(self) -> Further:
         """Raises UnavailableError where etcd does not answer: half a comparison would say that all is well."""
@@ -72,6 +74,7 @@ class ClusterCheck:
     async def _compare(self) -> AsyncIterator[Difference]:
         self._count = 0
         self._orphans.clear()
+        self._stale.clear()
         for frozen in await self._engine.run(self._blocks.frozen):
             yield Difference(
                 "duplicate", frozen.pool, frozen.cidr, self._identity.node,
@@ -85,6 +88,8 @@ class ClusterCheck:
         for place, text in self._shared.conflicts.items():
             yield Difference("duplicate", *place, self._identity.node, text)
         async for difference in self._compare_addresses():
+            yield difference
+        async for difference in self._compare_macs():
             yield difference
 
     # --- blocks
@@ -177,6 +182,29 @@ class ClusterCheck:
                     generation=here[place],
                 )  # fmt: skip
 
+    async def _compare_macs(self) -> AsyncIterator[Difference]:
+        """Of all nodes. Whoever reads a MAC heeds it for its own allocation only, so a stale one is only in the way."""
+        async for pair in self._walk(layout.MACS, keys_only=True):
+            place = layout.split(pair.key.removeprefix(layout.MACS))
+            # Both of one moment, as a release takes both away.
+            there, address = (await self._etcd.txn([], [Get(mac_key(place)), Get(address_key(place))])).pairs
+            if there is None:
+                continue
+            holder = None if address is None else holder_of(address)
+            try:
+                told = layout.decode(MacRecord, there.key, there.value)
+            except LayoutError as error:
+                node, text = "?", f"{error}; a repair deletes the key"
+            else:
+                if holder is not None and (holder.node_id, holder.generation) == (told.node_id, told.generation):
+                    continue
+                node = holder.node if holder is not None else "?"
+                text = (
+                    f"the MAC {told.mac} was told for an allocation that no longer has the address; a repair deletes it"
+                )
+            self._stale[place] = there.mod_revision, address.mod_revision if address is not None else 0
+            yield Difference("stale-mac", *place, node, text, repairable=True)
+
     def _held_here(self) -> dict[Place, int]:
         return {
             (pool.name, ip): generation
@@ -192,6 +220,8 @@ class ClusterCheck:
         place = difference.pool, difference.address
         if difference.kind == "orphan-block":
             return await self._free(place)
+        if difference.kind == "stale-mac":
+            return await self._drop_mac(place)
         if difference.kind == "unpublished":
             await self._engine.run(partial(self._ledger.changed.__setitem__, place, None))
             return True
@@ -209,6 +239,18 @@ class ClusterCheck:
         key = layout.BLOCKS + ending
         try:
             done = await self._etcd.txn([unchanged(key, revision)], [Delete(key), Delete(layout.PUBLISHED + ending)])
+        except EtcdError as error:
+            raise UnavailableError(str(error)) from None
+        return done.succeeded
+
+    async def _drop_mac(self, place: Place) -> bool:
+        told, held = self._stale.get(place, (0, 0))
+        if not told:
+            return False
+        key = address_key(place)
+        conditions = [unchanged(mac_key(place), told), unchanged(key, held) if held else absent(key)]
+        try:
+            done = await self._etcd.txn(conditions, [Delete(mac_key(place))])
         except EtcdError as error:
             raise UnavailableError(str(error)) from None
         return done.succeeded

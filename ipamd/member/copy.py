@@ -18,6 +18,7 @@ _PREFIXES = (
     layout.BLOCKS,
     layout.ADDRESSES,
     layout.OWNED,
+    layout.MACS,
 )
 _BATCH = 50  # keys of a transaction, with a condition for each
 

@@ -242,7 +242,9 @@ class Member:
     async def _say_alive(self) -> None:
         asked_ns = self._clock.now_ns()
         lease = await self.etcd.grant(self._config.lease_s)
-        record = AliveRecord(self.identity.node_id, self._clock.boot_id, self._version, self._clock.unix_s())
+        record = AliveRecord(
+            self.identity.node_id, self._clock.boot_id, self._version, self._clock.unix_s(), layout.SCHEMA
+        )
         await self.etcd.put(layout.ALIVE + self.identity.node, layout.encode(record), lease.id)
         if self._keeper is not None:
             await self._keeper.close()

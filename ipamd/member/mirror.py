@@ -220,9 +220,8 @@ class Mirror:
             await self._txn([unchanged(key, done.revision)], [Put(key, layout.encode(PoolRecord(record.spec)))])
             users = await self._users(name)
             raise PreconditionError(f"pool {name} is in use: {users or in_use}; release its addresses first")
-        done = await self._txn(
-            [unchanged(key, done.revision)], [Delete(key), Delete(layout.RESERVATIONS + layout.place(name, ""), True)]
-        )
+        gone = [Delete(prefix + layout.place(name, ""), True) for prefix in (layout.RESERVATIONS, layout.MACS)]
+        done = await self._txn([unchanged(key, done.revision)], [Delete(key), *gone])
         if not done.succeeded:
             raise UnavailableError(f"pool {name} was changed by another node at the same moment; ask again")
         # Who follows etcd may be faster, and has taken it out of the ledger.

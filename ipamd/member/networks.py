@@ -1,55 +1,268 @@
-"""The cluster's networks: put into etcd by whoever defines one, copied from there by every node."""
+"""The cluster's networks: put into etcd by whoever defines one, copied from there by every node.
 
+What is defined must fit to all that is there, so each definition is made of what was just read, in a transaction that
+fails where another one came in between: `last-network`, which each of them writes, puts them in order.
+"""
+
+import asyncio
 import contextlib
+import ipaddress
 import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
+from msgspec import Struct, json
+from msgspec.structs import replace
+
 from cluster import layout
 from cluster.errors import EtcdError
-from cluster.etcd import Compare, Delete, Etcd, Event, Pair, Put, absent, unchanged
-from cluster.layout import LayoutError, NetworkRecord
+from cluster.etcd import Compare, Delete, Etcd, Event, Get, Pair, Put, absent, unchanged
+from cluster.layout import (
+    AddressRecord,
+    AliveRecord,
+    LayoutError,
+    MacRecord,
+    NetworkRecord,
+    PoolRecord,
+    VersionRecord,
+)
 from ipamd.engine import Engine
-from ipamd.errors import UnavailableError
+from ipamd.errors import AlreadyExistsError, NotFoundError, PreconditionError, UnavailableError
 from ipamd.lease import Ledger
+from ipamd.member.book import address_key, holder_of, mac_key
 from ipamd.member.follow import Follower
-from ipamd.networks import Networks, judge
+from ipamd.networks import Choice, Networks, judge
+from ipamd.overlay import OVERLAY, spec_of
+from ipamd.pool import Network, PoolSpec, validate
+from ipamd.store.base import Allocation, Reservation
 from telemetry import log
 
 _logger = logging.getLogger("ipamd.member")
 
 _BATCH = 40  # networks of a transaction
 _TRIES = 10  # each is lost to a node that defined a network
+_UNDERLAY = "underlay/"  # netd's: whose address of the underlay is whose
+_NETD = "netd/"
+_TELL_S = 1.5  # how long a node may take to tell of what it released
+_POLL_S = 0.1
+
+
+class _Reached(Struct, frozen=True):
+    """Of netd's record of a host: where it is, and which subnets it has beside its blocks."""
+
+    addresses: tuple[str, ...] = ()
+    subnets: tuple[str, ...] = ()
+
+
+class _State(Struct, frozen=True):
+    """All networks, and the condition that nobody defines one meanwhile."""
+
+    order: Compare
+    networks: dict[str, tuple[NetworkRecord, Pair]]
+
+    @property
+    def records(self) -> list[NetworkRecord]:
+        return [record for record, _ in self.networks.values()]
 
 
 class SharedNetworks:
     """See `ipamd.networks.Shared`. `follower` keeps this node's copy."""
 
-    def __init__(self, etcd: Etcd, engine: Engine, ledger: Ledger, networks: Networks) -> None:
+    def __init__(self, etcd: Etcd, engine: Engine, ledger: Ledger, networks: Networks, node_id: str) -> None:
         self._etcd = etcd
         self._engine = engine
         self._ledger = ledger
         self._networks = networks
+        self._node_id = node_id
         self.follower = Follower(etcd, layout.NETWORKS, self._listed, self._changed)
 
     async def create(self, record: NetworkRecord) -> None:
-        """Raises AlreadyExistsError where it cannot be beside one that another node just defined, UnavailableError.
-
-        Networks of two nodes are different keys; one that every definition writes puts them in order.
-        """
-        key = layout.NETWORKS + record.name
+        """Raises AlreadyExistsError where it cannot be beside one that another node just defined, UnavailableError."""
         for _ in range(_TRIES):
             with _told():
-                last = await self._etcd.get(layout.LAST_NETWORK)
-                others = [_read(pair) async for page in self._etcd.walk(layout.NETWORKS) for pair in page.pairs]
-            if judge(record, (other for other in others if other is not None)) is not None:
+                state = await self._state()
+            if judge(record, state.records) is not None:
                 return
-            order = absent(layout.LAST_NETWORK) if last is None else unchanged(last.key, last.mod_revision)
-            puts = [Put(key, layout.encode(record)), Put(layout.LAST_NETWORK, record.name.encode())]
             with _told():
-                done = await self._etcd.txn([absent(key), order], puts)
+                done = await self._etcd.txn([absent(layout.NETWORKS + record.name), state.order], _puts(record))
             if done.succeeded:
                 return
         raise _late(record.name)
+
+    async def create_overlay(
+        self, record: NetworkRecord, spec: PoolSpec, choice: Choice
+    ) -> tuple[NetworkRecord, PoolSpec]:
+        """See `ipamd.networks.Shared`. Network and pool are made in one change, so a choice that is lost to another
+        node leaves nothing behind."""
+        for _ in range(_TRIES):
+            with _told():
+                state = await self._state()
+                read = await self._etcd.txn([], [Get(layout.POOLS + record.name), Get(layout.VERSION)])
+                pool, version = read.pairs
+                there = judge(record, state.records)
+                if there is not None:
+                    return there, _spec_in(pool) if pool is not None else spec_of(there, spec)
+                made = choice(record, state.records, [] if record.subnets else await self._taken())
+                conditions = [absent(layout.NETWORKS + record.name), state.order]
+                needs = await self._raised(version)
+                its_pool = spec_of(made, spec)
+                validate(its_pool)
+                puts = [*_puts(made), *needs]
+                if pool is None:
+                    conditions.append(absent(layout.POOLS + record.name))
+                    puts.append(Put(layout.POOLS + record.name, layout.encode(PoolRecord(its_pool.encode()))))
+                elif _spec_in(pool) == its_pool:
+                    conditions.append(unchanged(pool.key, pool.mod_revision))
+                else:
+                    raise AlreadyExistsError(
+                        f"the cluster has a pool {record.name} with another spec; delete it first (netloom pool delete "
+                        f"{record.name}), or take another name"
+                    )
+                if needs and version is not None:
+                    conditions.append(unchanged(version.key, version.mod_revision))
+                done = await self._etcd.txn(conditions, puts)
+            if done.succeeded:
+                return made, its_pool
+        raise _late(record.name)
+
+    async def refresh(self, record: NetworkRecord) -> NetworkRecord:
+        """Raises UnavailableError."""
+        with _told():
+            pair = await self._etcd.get(layout.NETWORKS + record.name)
+        return (_read(pair) if pair is not None else None) or record
+
+    async def share(self, name: str, docker: str) -> NetworkRecord:
+        """See `ipamd.networks.Directory.share`."""
+        for _ in range(_TRIES):
+            with _told():
+                state = await self._state()
+            if name not in state.networks:
+                self._networks.get(name)
+                raise NotFoundError(f"there is no network {name} any more; another node deleted it")
+            record, pair = state.networks[name]
+            if record.type != OVERLAY:
+                raise PreconditionError(
+                    f"network {name} is {record.type}; only an overlay network is shared (netloom network create "
+                    "--type overlay)"
+                )
+            if record.docker == docker:
+                return record
+            await self._judge_name(record, docker, state.records)
+            after = replace(record, docker=docker)
+            with _told():
+                done = await self._etcd.txn([unchanged(pair.key, pair.mod_revision), state.order], _puts(after))
+            if done.succeeded:
+                return after
+        raise _late(name)
+
+    async def _judge_name(self, record: NetworkRecord, docker: str, others: Iterable[NetworkRecord]) -> None:
+        if not docker:
+            with _told():
+                holder = await self._docker_holder(record.name)
+            if holder:
+                raise PreconditionError(
+                    f"network {record.name} is in use: {holder}; stop that container, or disconnect it (docker network "
+                    "disconnect)"
+                )
+            return
+        if record.docker:
+            raise PreconditionError(
+                f"docker: found {docker}, and every host's Docker shows network {record.name} as {record.docker}; "
+                f"remove it there first (docker network rm {record.docker}), or keep that name"
+            )
+        for other in others:
+            if other.docker == docker:
+                raise AlreadyExistsError(
+                    f"docker: every host's Docker shows network {other.name} as {docker}; take another name"
+                )
+
+    async def _docker_holder(self, name: str) -> str:
+        """A container of Docker's with an address of the network, on any node; "" where there is none.
+
+        A node tells of a release a moment after it was answered.
+        """
+        until = asyncio.get_running_loop().time() + _TELL_S
+        while True:
+            holder = ""
+            async for page in self._etcd.walk(layout.ADDRESSES + layout.place(name, "")):
+                for pair in page.pairs:
+                    record = layout.decode(AddressRecord, pair.key, pair.value)
+                    key = json.decode(record.allocation, type=Allocation).key
+                    if key.client == "docker":
+                        ip = layout.split(pair.key)[1]
+                        holder = f"container {key.container_id} on node {record.node} has {ip}"
+            if not holder or asyncio.get_running_loop().time() > until:
+                return holder
+            await asyncio.sleep(_POLL_S)
+
+    async def set_mac(self, pool: str, ip: str, held: Allocation | Reservation | None, mac: str) -> None:
+        """See `ipamd.networks.Directory.set_mac`. It is kept for this allocation only: who releases it, deletes it."""
+        place = pool, ip
+        with _told():
+            address, there = (await self._etcd.txn([], [Get(address_key(place)), Get(mac_key(place))])).pairs
+            holder = holder_of(address) if address is not None else None
+            if holder is not None and holder.node_id != self._node_id:
+                raise PreconditionError(
+                    f"address: {ip} of pool {pool} is held by node {holder.node}; its own ipamd is to be told"
+                )
+            if not isinstance(held, Allocation):
+                raise NotFoundError(f"address: nobody holds {ip} of pool {pool} here; allocate it first")
+            if address is None or holder is None or holder.generation != held.generation:
+                raise UnavailableError(f"the cluster does not know yet who holds {ip} of pool {pool}; ask again")
+            record = layout.encode(MacRecord(self._node_id, held.generation, mac))
+            if (there.value if there is not None else b"") == (record if mac else b""):
+                return
+            change = Put(mac_key(place), record) if mac else Delete(mac_key(place))
+            done = await self._etcd.txn([unchanged(address.key, address.mod_revision)], [change])
+        if not done.succeeded:
+            raise NotFoundError(f"address: {ip} of pool {pool} was released at this moment")
+
+    async def _state(self) -> _State:
+        """Raises EtcdError."""
+        last = await self._etcd.get(layout.LAST_NETWORK)
+        found = {}
+        async for page in self._etcd.walk(layout.NETWORKS):
+            for pair in page.pairs:
+                record = _read(pair)
+                if record is not None:
+                    found[record.name] = record, pair
+        order = absent(layout.LAST_NETWORK) if last is None else unchanged(last.key, last.mod_revision)
+        return _State(order, found)
+
+    async def _taken(self) -> list[Network]:
+        """What the cluster uses beside its networks: pools, and where netd's hosts are."""
+        found: list[Network] = []
+        async for page in self._etcd.walk(layout.POOLS):
+            for pair in page.pairs:
+                spec = PoolSpec.decode(layout.decode(PoolRecord, pair.key, pair.value).spec)
+                found += (ipaddress.ip_network(one.subnet) for ranges in spec.range_sets for one in ranges)
+        texts: list[str] = []
+        async for page in self._etcd.walk(_UNDERLAY, keys_only=True):
+            texts += (pair.key.removeprefix(_UNDERLAY) for pair in page.pairs)
+        async for page in self._etcd.walk(_NETD):
+            for pair in page.pairs:
+                with contextlib.suppress(LayoutError):  # netd says so
+                    host = layout.decode(_Reached, pair.key, pair.value)
+                    texts += (*host.addresses, *host.subnets)
+        for text in texts:
+            with contextlib.suppress(ValueError):
+                found.append(ipaddress.ip_network(text))
+        return found
+
+    async def _raised(self, version: Pair | None) -> list[Put]:
+        """What keeps members out that know no overlay networks. Raises PreconditionError where one runs."""
+        record = layout.decode(VersionRecord, version.key, version.value) if version is not None else None
+        if record is None or record.needs >= layout.OVERLAYS_NEED:
+            return []
+        async for page in self._etcd.walk(layout.ALIVE):
+            for pair in page.pairs:
+                alive = layout.decode(AliveRecord, pair.key, pair.value)
+                if alive.schema < layout.OVERLAYS_NEED:
+                    raise PreconditionError(
+                        f"type: found overlay, and node {pair.key.removeprefix(layout.ALIVE)} runs version "
+                        f"{alive.version}, which would take it for a routed network; install a newer one there first"
+                    )
+        raised = replace(record, schema=max(record.schema, layout.SCHEMA), needs=layout.OVERLAYS_NEED)
+        return [Put(layout.VERSION, layout.encode(raised))]
 
     async def change(self, changes: Sequence[tuple[NetworkRecord, NetworkRecord]]) -> None:
         """Raises UnavailableError, also where this node does not know yet what another one changed."""
@@ -124,6 +337,22 @@ class SharedNetworks:
         await self._take(records.values(), gone)
 
 
+def _puts(record: NetworkRecord) -> list[Put]:
+    return [
+        Put(layout.NETWORKS + record.name, layout.encode(record)),
+        Put(layout.LAST_NETWORK, record.name.encode()),
+    ]
+
+
+def _spec_in(pair: Pair) -> PoolSpec:
+    """Raises LayoutError, UnavailableError."""
+    record = layout.decode(PoolRecord, pair.key, pair.value)
+    if record.deleting:
+        name = pair.key.removeprefix(layout.POOLS)
+        raise UnavailableError(f"pool {name} is being deleted; ask again, or delete it again")
+    return PoolSpec.decode(record.spec)
+
+
 def _read(pair: Pair) -> NetworkRecord | None:
     try:
         return layout.decode(NetworkRecord, pair.key, pair.value)
@@ -138,6 +367,8 @@ def _told() -> Iterator[None]:
         yield
     except EtcdError as error:
         raise UnavailableError(f"the cluster cannot be told: {error}; ask again") from None
+    except (LayoutError, ValueError) as error:
+        raise PreconditionError(f"what the cluster has cannot be read: {error}; delete or correct it") from None
 
 
 def _late(name: str) -> UnavailableError:

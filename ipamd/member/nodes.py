@@ -18,7 +18,7 @@ from telemetry import log
 
 _logger = logging.getLogger("ipamd.member")
 
-_BATCH = 40  # keys of a transaction, which has two changes for each and at most 100
+_BATCH = 33  # keys of a transaction, which has three changes for each and at most 100
 _TRIES = 5
 _NETD = "netd/"
 
@@ -145,7 +145,8 @@ class Nodes:
         prefix = f"{layout.OWNED}{name}/"
         owned = await self._walk(prefix)
         for some in _batches(owned):
-            keys = [p.key for p in some] + [layout.ADDRESSES + p.key.removeprefix(prefix) for p in some]
+            endings = [p.key.removeprefix(prefix) for p in some]
+            keys = [p.key for p in some] + [of + end for end in endings for of in (layout.ADDRESSES, layout.MACS)]
             await self._delete(name, [unchanged(p.key, p.mod_revision) for p in some], keys, guard)
         gone = [node.key, layout.ALIVE + name, _NETD + name]
         await self._delete(name, [unchanged(node.key, node.mod_revision)], gone, guard)

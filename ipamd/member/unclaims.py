@@ -18,14 +18,14 @@ from cluster.layout import FreedRecord
 from ipamd.engine import Engine
 from ipamd.errors import IpamdError
 from ipamd.lease import Ledger
-from ipamd.member.book import Book, Own, address_key, freed_key, holder_of
+from ipamd.member.book import Book, Own, address_key, freed_key, holder_of, mac_key
 from ipamd.shared import Place, Rest
 from ipamd.store.base import Errand, Store
 from telemetry import log
 
 _logger = logging.getLogger("ipamd.member")
 
-_AT_ONCE = 32
+_AT_ONCE = 32  # up to four changes each, and etcd takes 128 operations of a kind
 _PAGE = 1000
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 _GATHER_S = 0.02
@@ -182,6 +182,8 @@ class Unclaims:
         identity = self._book.identity
         for place, own in held.items():
             then += [Delete(address_key(place)), Delete(self._book.owned_key(place))]
+            if self._ledger.has_macs(place[0]):
+                then.append(Delete(mac_key(place)))
             lease = await self._leases.get(self._ledger.cooldown_s(place[0]))
             if lease:
                 record = FreedRecord(identity.node, identity.node_id, own.workload)
