@@ -18,6 +18,8 @@ from kernel.session import Session
 from protos.ipam.v1 import ipam_pb2
 
 _MODES = ("local", "node-block", "cluster-address")
+_TYPES = ("routed", "overlay")
+_MOST_VNI = (1 << 24) - 1
 _BACKENDS = ("host-gw", "vxlan", "direct", "none")
 _COMPLETION_TIMEOUT_S = 1.0
 
@@ -33,6 +35,11 @@ class NetworkDocument(TypedDict):
     open: bool
     connected: list[str]
     pool: str
+    vni: int
+    internal: bool
+    flood: bool
+    docker: str
+    gateways: list[str]
 
 
 def _complete(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
@@ -60,12 +67,14 @@ def list_(choices: Choices) -> None:
         output.document({"networks": found})
         return
     output.table(
-        ("NETWORK", "SUBNETS", "BACKEND", "BRIDGE", "MTU", "CONNECTED"),
+        ("NETWORK", "TYPE", "VNI", "SUBNETS", "BACKEND", "BRIDGE", "MTU", "CONNECTED"),
         [
             (
                 one["name"],
+                one["type"],
+                str(one["vni"] or "-"),
                 ",".join(one["subnets"]),
-                one["backend"] or "default",
+                "-" if one["vni"] else one["backend"] or "default",
                 one["bridge"],
                 str(one["mtu"] or "auto"),
                 ",".join(one["connected"]),
@@ -91,8 +100,25 @@ def show(choices: Choices, name: str) -> None:
 @command(networks, "create")
 @click.argument("name")
 @click.option(
-    "--subnet", "subnets", metavar="CIDR", multiple=True, required=True, help="One of a family; IPv4 and IPv6."
+    "--type",
+    "kind",
+    type=click.Choice(_TYPES),
+    default="routed",
+    show_default=True,
+    help="Subnets routed between hosts, or one layer-2 network over all of them.",
 )
+@click.option(
+    "--subnet",
+    "subnets",
+    metavar="CIDR",
+    multiple=True,
+    help="One of a family; IPv4 and IPv6.  [overlay's default: one that is free]",
+)
+@click.option(
+    "--vni", metavar="NUMBER", type=click.IntRange(1, _MOST_VNI), help="Of an overlay.  [default: one that is free]"
+)
+@click.option("--internal", is_flag=True, help="An overlay without a way out.")
+@click.option("--flood", is_flag=True, help="An overlay that carries frames for nobody known to every host on it.")
 @click.option("--backend", type=click.Choice(_BACKENDS), default=None, help="Between hosts.  [default: netd's]")
 @click.option("--block", "block_v4", metavar="BITS", type=click.IntRange(22, 32), help="Prefix of an IPv4 block.")
 @click.option("--block6", "block_v6", metavar="BITS", type=click.IntRange(118, 128), help="Prefix of an IPv6 block.")
@@ -108,7 +134,11 @@ def show(choices: Choices, name: str) -> None:
 def create(  # noqa: PLR0913, PLR0917 - a command's options
     choices: Choices,
     name: str,
+    kind: str,
     subnets: tuple[str, ...],
+    vni: int | None,
+    internal: bool,
+    flood: bool,
     backend: str | None,
     block_v4: int | None,
     block_v6: int | None,
@@ -125,16 +155,25 @@ def create(  # noqa: PLR0913, PLR0917 - a command's options
     netloom network create pods --subnet 10.2.0.0/16 --block 24 --backend vxlan
     echo '{"cniVersion": "1.0.0", "name": "pods", "plugins": [{"type": "netloom",
         "capabilities": {"portMappings": true, "bandwidth": true}}]}' > /etc/cni/net.d/10-pods.conflist
+    netloom network create blue --type overlay
     """
+    if not subnets and kind == "routed":
+        raise click.UsageError(
+            "a routed network wants --subnet CIDR, one of a family; only for --type overlay it is chosen"
+        )
     request = ipam_pb2.CreateNetworkRequest(
         network=ipam_pb2.Network(
             name=name,
+            type=kind,
             subnets=subnets,
             backend=backend or "",
             bridge=bridge,
             mtu=mtu or 0,
             no_masquerade=no_masquerade,
             open=is_open,
+            vni=vni or 0,
+            internal=internal,
+            flood=flood,
         ),
         mode=mode or "",
         block_v4=block_v4 or 0,
@@ -146,7 +185,8 @@ def create(  # noqa: PLR0913, PLR0917 - a command's options
     if choices.as_json:
         output.document(dict(made))
     else:
-        output.line(f"created network {made['name']} ({', '.join(made['subnets'])}), bridge {made['bridge']}")
+        vni_text = f", VNI {made['vni']}" if made["vni"] else ""
+        output.line(f"created network {made['name']} ({', '.join(made['subnets'])}){vni_text}, bridge {made['bridge']}")
 
 
 @command(networks, "delete")
@@ -226,17 +266,34 @@ def _document(message: ipam_pb2.Network) -> NetworkDocument:
         "open": message.open,
         "connected": list(message.connected),
         "pool": message.pool,
+        "vni": message.vni,
+        "internal": message.internal,
+        "flood": message.flood,
+        "docker": message.docker,
+        "gateways": list(message.gateways),
     }
 
 
 def _facts(one: NetworkDocument) -> list[tuple[str, str]]:
     return [
         ("network", one["name"]),
+        ("type", one["type"]),
+        *([("vni", str(one["vni"]))] if one["vni"] else []),
         *(("subnet", subnet) for subnet in one["subnets"]),
+        *(("gateway", gateway) for gateway in one["gateways"]),
         ("pool", one["pool"]),
-        ("backend", one["backend"] or "netd's default"),
+        *([("backend", one["backend"] or "netd's default")] if not one["vni"] else []),
         ("bridge", one["bridge"]),
         ("mtu", str(one["mtu"] or "what the hosts allow")),
-        ("masquerade", "yes" if one["masquerade"] else "no"),
+        ("masquerade", "yes" if one["masquerade"] and not one["internal"] else "no"),
         ("reached by", "everybody" if one["open"] else ", ".join(("its own", *one["connected"]))),
+        *(
+            [
+                ("way out", "no" if one["internal"] else "yes"),
+                ("flood", "yes" if one["flood"] else "no"),
+                ("docker", f"every host's shows it as {one['docker']}" if one["docker"] else "not shared"),
+            ]
+            if one["vni"]
+            else []
+        ),
     ]

@@ -4,8 +4,9 @@ Into a cluster: its named pools and its networks become the cluster's. What is h
 all of it is this node's the database says so too; a crash in between is mended by running it again. Nothing changes
 where another node has a pool or a network of the name with another definition, a block, or an address.
 
-Out of it: only the last node may, as nobody else would keep its addresses from others any more. The database is changed
-first; what then is left in etcd is of no meaning, and is removed.
+Out of it: only the last node may, as nobody else would keep its addresses from others any more, and only without
+overlay networks, which want a cluster. The database is changed first; what then is left in etcd is of no meaning, and
+is removed.
 """
 
 import platform
@@ -33,6 +34,7 @@ from ipamd.errors import AlreadyExistsError, PreconditionError
 from ipamd.member import identity as identities
 from ipamd.member.errors import JoinError
 from ipamd.networks import Networks, judge
+from ipamd.overlay import OVERLAY
 from ipamd.pool import Mode, Pool, PoolSpec, address_number
 from ipamd.pools import frozen_note
 from ipamd.store.base import Allocation, Change, DropBlock, Filter, Note, PoolRow, PutBlock, PutPool, Settle
@@ -206,6 +208,12 @@ async def to_sqlite(store: SqliteStore, etcd: Etcd) -> Migrated:
         raise PreconditionError(
             f"the cluster has other nodes ({', '.join(others[:5])}), and what this one holds would no longer be kept "
             "from them: remove them first (netloom node remove), or drain and remove this one and begin anew"
+        )
+    overlays = [record.name for record in Networks(Transaction(store)).all() if record.type == OVERLAY]
+    if overlays:
+        raise PreconditionError(
+            f"network {', '.join(overlays[:5])} is an overlay, which wants a cluster: start ipamd once more, and "
+            "delete it (netloom network delete)"
         )
     changes: list[Change] = []
     pools = []

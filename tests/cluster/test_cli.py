@@ -55,3 +55,31 @@ def test_nodes_and_blocks(tmp_path: Path) -> None:
         etcd.kill("m1")
         wait_for("the loss is seen", lambda: "etcd cannot be reached" in netloom(a, "status").stdout)
         assert netloom(a, "node", "list").returncode == 3
+
+
+def test_networks_of_both_types(tmp_path: Path) -> None:
+    with EtcdCluster() as etcd, Node(tmp_path, "a", etcd.sockets) as a:
+        words = ["network", "create", "ov1", "--type", "overlay", "--subnet", "198.18.0.0/24", "--internal"]
+        made = netloom(a, *words)
+        assert made.stdout == "created network ov1 (198.18.0.0/24), VNI 256, bridge nl-ov1\n"
+        again = json.loads(netloom(a, "network", "create", "ov1", "--type", "overlay", "--internal", "--json").stdout)
+        assert (again["vni"], again["gateways"], again["internal"]) == (256, ["198.18.0.1/24"], True)
+        netloom(a, "network", "create", "pods", "--subnet", "198.18.1.0/24")
+        header, first, second = netloom(a, "network", "list").stdout.splitlines()
+        assert header.split() == ["NETWORK", "TYPE", "VNI", "SUBNETS", "BACKEND", "BRIDGE", "MTU", "CONNECTED"]
+        assert first.split() == ["ov1", "overlay", "256", "198.18.0.0/24", "-", "nl-ov1", "auto"]
+        assert second.split() == ["pods", "routed", "-", "198.18.1.0/24", "default", "nl-pods", "auto"]
+        with a.client() as client:
+            client.share_network("ov1", "blue")
+        facts = dict(line.split("  ", 1) for line in netloom(a, "network", "show", "ov1").stdout.splitlines())
+        facts = {name: value.strip() for name, value in facts.items()}
+        assert facts["type"] == "overlay"
+        assert facts["gateway"] == "198.18.0.1/24"
+        assert (facts["way out"], facts["flood"], facts["masquerade"]) == ("no", "no", "no")
+        assert facts["docker"] == "every host's shows it as blue"
+        refused = netloom(a, "network", "delete", "ov1")
+        assert (refused.returncode, "docker network rm blue" in refused.stderr) == (1, True)
+        refused = netloom(a, "network", "create", "red")
+        assert (refused.returncode, "--subnet CIDR" in refused.stderr) == (2, True)
+        refused = netloom(a, "network", "create", "red", "--type", "overlay", "--backend", "vxlan")
+        assert (refused.returncode, "backend: found 'vxlan'" in refused.stderr) == (2, True)

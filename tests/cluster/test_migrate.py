@@ -113,6 +113,24 @@ async def _keys(etcd: EtcdCluster, prefix: str) -> int:
         return await client.count("")
 
 
+def test_not_out_of_a_cluster_with_an_overlay_network(etcd: EtcdCluster, tmp_path: Path) -> None:
+    a = Node(tmp_path, "a", etcd.sockets, NO_GRACE, prefix=f"/{tmp_path.name}/")
+    with a:
+        with a.client() as client:
+            network = pb.Network(name="blue", type="overlay", subnets=["198.18.0.0/24"])
+            client.create_network(pb.CreateNetworkRequest(network=network))
+        a.stop()
+        refused = migrate(a, "sqlite")
+        assert refused.returncode == 1
+        assert "network blue is an overlay" in refused.stderr
+        a.start()
+        with a.client() as client:
+            assert client.get_network("blue").vni == 256
+            client.delete_network("blue")
+        a.stop()
+        assert migrate(a, "sqlite").returncode == 0
+
+
 def test_what_another_node_has_stands_against_it_and_nothing_is_left(etcd: EtcdCluster, tmp_path: Path) -> None:
     prefix = f"/{tmp_path.name}/"
     a = Node(tmp_path, "a", etcd.sockets, NO_GRACE, prefix=prefix)
