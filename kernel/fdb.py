@@ -6,12 +6,14 @@ net/bridge/br_fdb.c.
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from kernel import netlink
+from kernel.errors import KernelError, NotFound
 from kernel.link import mac_text, packed_mac
 from kernel.neigh import DELNEIGH, NDMSG, NEWNEIGH, PERMANENT
 from kernel.netlink import Message, attr, attributes, u32
@@ -74,6 +76,22 @@ def all_forwards(door: Door, index: int) -> list[Forward | Bridged]:
     for answer in door.rtnl.dump(Message(_GETNEIGH, 0, body, f"list forwarding entries of link {index}")):
         found += [one for one in parse(answer) if one.index == index]
     return found
+
+
+def port_of(door: Door, bridge: int, mac: str) -> int:
+    """The index of the port by which a bridge sends frames to a MAC, learned or set; 0: it does not know it, or it is
+    the bridge itself. Kernels before 5.0 do not tell."""
+    body = NDMSG.pack(socket.AF_BRIDGE, 0, 0, _MASTER, 0) + attr(_NDA_LLADDR, packed_mac(mac)) + u32(_NDA_MASTER, bridge)
+    try:
+        answer = door.rtnl.get(Message(_GETNEIGH, 0, body, f"look up the port of {mac} on bridge {bridge}"))
+    except NotFound:
+        return 0
+    except KernelError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            return 0
+        raise
+    _family, index, _state, _flags, _kind = NDMSG.unpack_from(answer)
+    return int(index) if index != bridge else 0
 
 
 def parse(body: bytes) -> Iterator[Forward | Bridged]:

@@ -45,6 +45,19 @@ class _Record(Struct, frozen=True):
     allocation: _Allocation
 
 
+async def ask(etcd: Etcd, network: str, address: AnyAddress) -> Holder | None:
+    """Who holds one address of an overlay, whether or not this host is on it; None: nobody.
+
+    Raises EtcdError; LayoutError or ValueError for a record that this version cannot read.
+    """
+    where = layout.place(network, str(address))
+    found, own = await asyncio.gather(etcd.get(layout.ADDRESSES + where), etcd.get(layout.MACS + where))
+    if found is None:
+        return None
+    record = layout.decode(_Record, found.key, found.value)
+    return _holder(address, record, layout.decode(MacRecord, own.key, own.value) if own is not None else None)
+
+
 class Holders:
     """`want` says which overlays count; `run` does the rest."""
 
@@ -140,11 +153,7 @@ class _Network:
         record = self._records.get(address)
         if record is None:
             return None
-        own = self._macs.get(address)
-        if own is not None and (own.node_id, own.generation) == (record.node_id, record.generation):
-            return Holder(address, own.mac, record.node)
-        addresses = [ip_address(one.cidr.partition("/")[0]) for one in record.allocation.addresses]
-        return Holder(address, macs.of_addresses(addresses or [address]), record.node)
+        return _holder(address, record, self._macs.get(address))
 
     def _take(self, pair: Pair) -> AnyAddress | None:
         address = _address(pair.key)
@@ -176,6 +185,13 @@ class _Network:
 
 def _do(reconciler: Reconciler, keys: set[tuple[int, str, bytes]]) -> None:
     reconciler.sync(keys)
+
+
+def _holder(address: AnyAddress, record: _Record, own: MacRecord | None) -> Holder:
+    if own is not None and (own.node_id, own.generation) == (record.node_id, record.generation):
+        return Holder(address, own.mac, record.node)
+    addresses = [ip_address(one.cidr.partition("/")[0]) for one in record.allocation.addresses]
+    return Holder(address, macs.of_addresses(addresses or [address]), record.node)
 
 
 def _address(key: str) -> AnyAddress | None:

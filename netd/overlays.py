@@ -97,6 +97,11 @@ class Overlays:
         """What leads to one holder; without an address, what the network needs on this host whoever is on it."""
         return self._desired.keys_of(_owner(network, "" if address is None else str(address)))
 
+    def all_keys(self, network: str) -> set[Key]:
+        """All that an active network needs on this host, and what leads to its holders."""
+        owners = ["", *map(str, self.holders(network)), *(f"@{node}" for node in self._by_node)]
+        return {key for owner in owners for key in self._desired.keys_of(_owner(network, owner))}
+
     def may_drop(self, entry: Entry) -> bool | None:
         """Whether an entry that nobody wants may go; None: it is no overlay's."""
         network = self._by_link.get(entry.name if isinstance(entry, Device) else entry.device)
@@ -108,20 +113,31 @@ class Overlays:
         """Whether a tunnel's end that nobody wants may go at once: it was an overlay's, and its bridge is gone."""
         return self._by_link.get(device) is not None
 
-    def problems(self) -> list[str]:
-        """Holders whose host nobody knows, one sentence for each network and host."""
+    def problems(self, only: str = "") -> list[str]:
+        """Holders that nothing can lead to, one sentence for each network, or for one, and host."""
         found = []
         for node, networks in sorted(self._by_node.items()):
-            if node == self._own or node in self._peers:
-                continue
-            for network, addresses in sorted(networks.items()):
-                if network in self._active and addresses:
+            why = self.unreachable(node)
+            for network, addresses in sorted(networks.items()) if why else ():
+                if network in self._active and addresses and network == (only or network):
                     some = ", ".join(str(one) for one in sorted(addresses, key=int)[:3])
-                    found.append(
-                        f"network {network}: {len(addresses)} addresses, such as {some}, are on {node}, of which no"
-                        " underlay address is known: start netd there"
-                    )
+                    found.append(f"network {network}: {len(addresses)} addresses, such as {some}, are on {node}, {why}")
         return found
+
+    def unreachable(self, node: str) -> str:
+        """Why no tunnel can lead to a host, and the remedy; "" where one can, or could if the host were not down."""
+        peer = self._peers.get(node)
+        if node == self._own or self._underlay is None or (peer is not None and peer.down):
+            return ""
+        if peer is None:
+            return "of which no underlay address is known: start netd there"
+        version = self._underlay.local[0].version
+        if peer.address(version) is not None:
+            return ""
+        return (
+            f"which has no IPv{version} underlay address, as tunnels have here: give it one, or set public_ip to an"
+            " address of the other family on all hosts"
+        )
 
     # What happens
 

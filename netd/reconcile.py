@@ -10,7 +10,7 @@ Rules of this file
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from kernel import link, route, sysctl
@@ -138,8 +138,11 @@ class Reconciler:
     def problems_of(self, name: str) -> list[str]:
         """Those of one peer."""
         found = [text for (owner, _network), text in self._problems.items() if owner == name]
-        keys = self.desired.keys_of(name)
-        return found + [one.reason for key, one in self._refused.items() if key in keys]
+        return found + self.refusals(self.desired.keys_of(name))
+
+    def refusals(self, keys: Set[Key]) -> list[str]:
+        """Why the kernel did not take these, as far as it did not."""
+        return [one.reason for key, one in self._refused.items() if key in keys]
 
     def mtu(self, network: Network) -> int:
         """The largest packet of a network's containers; 0 while there is no underlay."""

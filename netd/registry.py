@@ -22,6 +22,7 @@ import msgspec
 
 from cluster import layout
 from cluster.config import EtcdConfig
+from cluster.errors import EtcdError
 from cluster.etcd import Etcd, Event, Pair
 from cluster.layout import NetworkRecord
 from ipamd.member.follow import Follower
@@ -30,11 +31,11 @@ from netd.agent import Agent
 from netd.config import Config
 from netd.disk import Directory
 from netd.fabric.registry import TUNNELS
-from netd.holders import Holders
+from netd.holders import Holders, ask
 from netd.member import Member
 from netd.reconcile import Reconciler
-from netd.service import Source
-from netd.values import Network, Node
+from netd.service import Source, UnknownHolderError
+from netd.values import AnyAddress, Holder, Network, Node
 from netd.view import NETD, PREFIXES, NetdRecord, State, View, read_state
 from telemetry import log
 
@@ -46,6 +47,7 @@ _SHARE = 5  # one of so many
 _ID, _PEERS = "id", "peers.json"  # files
 _KEEP_S = 1.0  # between two writes to the disk
 _PROBE_WAIT_S = 1.0
+_ASK_S = 3.0
 
 
 class Registry(Source):
@@ -94,6 +96,15 @@ class Registry(Source):
     def peer_version(self, name: str) -> str:
         record = self._view.records.get(name)
         return record.version if record is not None else ""
+
+    async def holder(self, network: str, address: AnyAddress) -> Holder | None:
+        try:
+            async with asyncio.timeout(_ASK_S):
+                return await ask(self._etcd, network, address)
+        except TimeoutError:
+            raise UnknownHolderError(f"etcd has not said within {_ASK_S:g} s who has {address}") from None
+        except (EtcdError, ValueError) as error:  # LayoutError is one
+            raise UnknownHolderError(f"etcd has not said who has {address}: {error}") from None
 
     def problems(self) -> list[str]:
         found = [self._member.problem] if self._member.problem else []

@@ -20,7 +20,7 @@ from netd.explain import Way, explain
 from netd.fabric.registry import TUNNELS
 from netd.fabric.vxlan import device_name
 from netd.reconcile import Reconciler
-from netd.values import Node, Route
+from netd.values import AnyAddress, Holder, Node, Route
 from protos.node.v1 import node_pb2 as pb
 from protos.node.v1.node_pb2_grpc import NodeServicer
 from telemetry import log
@@ -34,6 +34,10 @@ _logger = logging.getLogger("netd")
 
 class RefusedError(Exception):
     """The request can never work; the text says why."""
+
+
+class UnknownHolderError(Exception):
+    """It cannot be told now who holds an address; the text says why."""
 
 
 class Source:
@@ -52,6 +56,10 @@ class Source:
     def peer_version(self, _name: str) -> str:
         """Of Netloom on that host; empty where nobody said."""
         return ""
+
+    async def holder(self, _network: str, address: AnyAddress) -> Holder | None:
+        """Who holds an address of an overlay, in the words of the store; None: nobody. Raises UnknownHolderError."""
+        raise UnknownHolderError(f"who has {address} only a netd with etcd knows: set endpoints under [etcd]")
 
     def problems(self) -> list[str]:
         """What is wrong beside the kernel."""

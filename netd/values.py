@@ -67,6 +67,7 @@ class Overlay:
     """One layer-2 network over several hosts, with a bridge of this name on each that has a container on it.
 
     `mtu` 0: worked out from the underlay. `flood`: what is for nobody known goes to every host that is on it.
+    `internal`: it has no way out; nothing of netd's follows from that.
     """
 
     name: str
@@ -78,6 +79,16 @@ class Overlay:
     flood: bool
     tx_checksum: bool
     udp_checksum: bool
+    internal: bool = False
+
+    def subnet_of(self, address: AnyAddress) -> AnyNetwork | None:
+        """Its subnet with this address."""
+        return next((one for one in self.subnets if address in one), None)
+
+    @property
+    def gateways(self) -> tuple[AnyAddress, ...]:
+        """The first usable address of each subnet, which each host that is on it has."""
+        return tuple(one[0] if one.num_addresses <= 2 else one[1] for one in self.subnets)
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,6 +120,7 @@ class View:
                 flood=one.flood,
                 tx_checksum=default.tx_checksum,
                 udp_checksum=default.udp_checksum,
+                internal=one.internal,
             )
             for name, one in sorted(self._networks.items())
             if one.type == OVERLAY

@@ -54,6 +54,7 @@ class StatusResponse(_message.Message):
     MAC_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     STORE_STATE_FIELD_NUMBER: _builtins.int
+    OVERLAYS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     node: _builtins.str
     uptime_s: _builtins.float
@@ -79,6 +80,10 @@ class StatusResponse(_message.Message):
 
     @_builtins.property
     def counts(self) -> Global___Counts: ...
+    @_builtins.property
+    def overlays(self) -> _containers.RepeatedCompositeFieldContainer[Global___Overlay]:
+        """Layer-2 networks of the cluster, also those that no container of this host is on."""
+
     def __init__(
         self,
         *,
@@ -94,10 +99,11 @@ class StatusResponse(_message.Message):
         mac: _builtins.str = ...,
         source: _builtins.str = ...,
         store_state: _builtins.str = ...,
+        overlays: _abc.Iterable[Global___Overlay] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "underlay", b"underlay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "mac", b"mac", "networks", b"networks", "node", b"node", "peers", b"peers", "problems", b"problems", "settled", b"settled", "source", b"source", "store_state", b"store_state", "underlay", b"underlay", "uptime_s", b"uptime_s", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "mac", b"mac", "networks", b"networks", "node", b"node", "overlays", b"overlays", "peers", b"peers", "problems", b"problems", "settled", b"settled", "source", b"source", "store_state", b"store_state", "underlay", b"underlay", "uptime_s", b"uptime_s", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -185,6 +191,145 @@ class Network(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Network: _TypeAlias = Network  # noqa: Y015
+
+@_typing.final
+class Overlay(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SUBNETS_FIELD_NUMBER: _builtins.int
+    VNI_FIELD_NUMBER: _builtins.int
+    BRIDGE_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    MTU_FIELD_NUMBER: _builtins.int
+    FLOOD_FIELD_NUMBER: _builtins.int
+    INTERNAL_FIELD_NUMBER: _builtins.int
+    HERE_FIELD_NUMBER: _builtins.int
+    KNOWN_FIELD_NUMBER: _builtins.int
+    ADDRESSES_FIELD_NUMBER: _builtins.int
+    CONTAINERS_FIELD_NUMBER: _builtins.int
+    HOSTS_FIELD_NUMBER: _builtins.int
+    WANTED_FIELD_NUMBER: _builtins.int
+    PRESENT_FIELD_NUMBER: _builtins.int
+    PROBLEMS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    vni: _builtins.int
+    bridge: _builtins.str
+    device: _builtins.str
+    """The tunnels' end."""
+    port: _builtins.int
+    mtu: _builtins.int
+    """The largest packet of a container; 0 while there is no underlay."""
+    flood: _builtins.bool
+    internal: _builtins.bool
+    here: _builtins.bool
+    """Whether this host is on it: its bridge is there."""
+    known: _builtins.bool
+    """Whether etcd has said who holds which address. Nothing is known of the holders where this host is not on it."""
+    addresses: _builtins.int
+    """Addresses that somebody holds, and interfaces that have them: two of one MAC on one host are one interface's."""
+    containers: _builtins.int
+    wanted: _builtins.int
+    """Entries of the kernel that it needs on this host, and how many of them are there."""
+    present: _builtins.int
+    @_builtins.property
+    def subnets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def hosts(self) -> _containers.RepeatedCompositeFieldContainer[Global___OverlayHost]:
+        """Each host that holds one, this one too."""
+
+    @_builtins.property
+    def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        subnets: _abc.Iterable[_builtins.str] | None = ...,
+        vni: _builtins.int = ...,
+        bridge: _builtins.str = ...,
+        device: _builtins.str = ...,
+        port: _builtins.int = ...,
+        mtu: _builtins.int = ...,
+        flood: _builtins.bool = ...,
+        internal: _builtins.bool = ...,
+        here: _builtins.bool = ...,
+        known: _builtins.bool = ...,
+        addresses: _builtins.int = ...,
+        containers: _builtins.int = ...,
+        hosts: _abc.Iterable[Global___OverlayHost] | None = ...,
+        wanted: _builtins.int = ...,
+        present: _builtins.int = ...,
+        problems: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "bridge", b"bridge", "containers", b"containers", "device", b"device", "flood", b"flood", "here", b"here", "hosts", b"hosts", "internal", b"internal", "known", b"known", "mtu", b"mtu", "name", b"name", "port", b"port", "present", b"present", "problems", b"problems", "subnets", b"subnets", "vni", b"vni", "wanted", b"wanted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Overlay: _TypeAlias = Overlay  # noqa: Y015
+
+@_typing.final
+class OverlayHost(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    OUTER_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    ADDRESSES_FIELD_NUMBER: _builtins.int
+    CONTAINERS_FIELD_NUMBER: _builtins.int
+    SOME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    outer: _builtins.str
+    """Where its tunnels end; empty where nobody knows, where it is down, and of this host."""
+    state: _builtins.str
+    """As a peer's, "here", or "unknown": it said nothing."""
+    addresses: _builtins.int
+    containers: _builtins.int
+    @_builtins.property
+    def some(self) -> _containers.RepeatedCompositeFieldContainer[Global___OverlayHolder]:
+        """A few of them."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        outer: _builtins.str = ...,
+        state: _builtins.str = ...,
+        addresses: _builtins.int = ...,
+        containers: _builtins.int = ...,
+        some: _abc.Iterable[Global___OverlayHolder] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "containers", b"containers", "name", b"name", "outer", b"outer", "some", b"some", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OverlayHost: _TypeAlias = OverlayHost  # noqa: Y015
+
+@_typing.final
+class OverlayHolder(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    MAC_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    mac: _builtins.str
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        mac: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "mac", b"mac"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OverlayHolder: _TypeAlias = OverlayHolder  # noqa: Y015
 
 @_typing.final
 class Peer(_message.Message):
@@ -320,9 +465,13 @@ class ExplainResponse(_message.Message):
     ENTRIES_FIELD_NUMBER: _builtins.int
     KERNEL_FIELD_NUMBER: _builtins.int
     PROBLEMS_FIELD_NUMBER: _builtins.int
+    BRIDGE_FIELD_NUMBER: _builtins.int
+    MAC_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
-    """Whose the address is: "peer" (a container of another host), "own" (one of this host's subnets), "underlay" (another
-    host itself), "elsewhere".
+    """Whose the address is: "peer" (a container of another host), "own" (one of this host's subnets, or of its containers
+    on an overlay), "underlay" (another host itself), "elsewhere"; in an overlay's subnet also "overlay" (a container of
+    another host), "gateway" (each host has it itself), "nobody", "unknown" (who holds it cannot be told now).
     """
     node: _builtins.str
     network: _builtins.str
@@ -331,6 +480,7 @@ class ExplainResponse(_message.Message):
     way: _builtins.str
     """"route" (nothing is encapsulated), "tunnel", or empty."""
     link: _builtins.str
+    """That packets leave by: also the bridge's port of a container of this host, where the bridge knows it."""
     next_hop: _builtins.str
     outer: _builtins.str
     """Where encapsulated packets go, and how."""
@@ -339,6 +489,11 @@ class ExplainResponse(_message.Message):
     mtu: _builtins.int
     kernel: _builtins.str
     """What the kernel does with such a packet now, in the words of ip route."""
+    bridge: _builtins.str
+    """Of an overlay: its bridge, and the holder's MAC."""
+    mac: _builtins.str
+    note: _builtins.str
+    """What is well and yet to be told, one sentence: that no container of this host is on the overlay."""
     @_builtins.property
     def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___EntryState]: ...
     @_builtins.property
@@ -361,10 +516,13 @@ class ExplainResponse(_message.Message):
         entries: _abc.Iterable[Global___EntryState] | None = ...,
         kernel: _builtins.str = ...,
         problems: _abc.Iterable[_builtins.str] | None = ...,
+        bridge: _builtins.str = ...,
+        mac: _builtins.str = ...,
+        note: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "entries", b"entries", "kernel", b"kernel", "kind", b"kind", "link", b"link", "mtu", b"mtu", "network", b"network", "next_hop", b"next_hop", "node", b"node", "outer", b"outer", "port", b"port", "problems", b"problems", "subnet", b"subnet", "vni", b"vni", "way", b"way"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bridge", b"bridge", "entries", b"entries", "kernel", b"kernel", "kind", b"kind", "link", b"link", "mac", b"mac", "mtu", b"mtu", "network", b"network", "next_hop", b"next_hop", "node", b"node", "note", b"note", "outer", b"outer", "port", b"port", "problems", b"problems", "subnet", b"subnet", "vni", b"vni", "way", b"way"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -379,7 +537,7 @@ class EntryState(_message.Message):
     PRESENT_FIELD_NUMBER: _builtins.int
     INSTEAD_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
-    """"device", "address", "neighbour", "forward", "route"."""
+    """"device", "address", "neighbour", "forward", "route", "port", "bridged"."""
     text: _builtins.str
     """As iproute2 writes it."""
     present: _builtins.bool
