@@ -24,6 +24,7 @@ from netd.agent import Agent
 from netd.attached import Attached
 from netd.config import Config
 from netd.disk import Directory, DirectoryError
+from netd.firewall import Firewall
 from netd.flannel import Flannel
 from netd.idle import IdleBridges
 from netd.local import LocalNetworks
@@ -64,8 +65,12 @@ async def serve(
                 registry = Registry(config.etcd, config.lease_s, config, agent, config.state_dir, version)
             except (DirectoryError, OSError) as error:
                 raise StartError(f"{config.state_dir} cannot be used: {error}") from None
-        daemon = _Daemon(config, agent, registry, version)
-        await daemon.run(reload, stop, changed)
+        firewall = Firewall(config.run_dir)
+        firewall.start()
+        try:
+            await _Daemon(config, agent, registry, version).run(reload, stop, changed)
+        finally:
+            await loop.run_in_executor(None, firewall.stop)
     finally:
         await loop.run_in_executor(None, agent.stop)
     log.event(_logger, "info", "netd stopped; what it made stays")
