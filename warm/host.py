@@ -246,6 +246,7 @@ class Master:
                 self._upgrade = False
                 self._become_the_next()
             if self._draining:
+                self._kill_the_stuck(time.monotonic())
                 if not self._state.children and not self._state.old and not self._state.watch:
                     return 0
                 self._stop_all()
@@ -390,14 +391,15 @@ class Master:
         """Do the work in a new process, which ends with it."""
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
+            master = os.getpid()
             pid = os.fork()
             if pid == 0:
-                self._be_child(work)
+                self._be_child(master, work)
             return pid
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
-    def _be_child(self, work: Callable[[], None]) -> NoReturn:
+    def _be_child(self, master: int, work: Callable[[], None]) -> NoReturn:
         status = 1
         try:
             signal.set_wakeup_fd(-1)
@@ -407,8 +409,8 @@ class Master:
                 # The master decides what they mean. A handler, because what is ignored stays so in an executed plugin.
                 signal.signal(number, lambda *_: None)
             self._wake_read.close()
-            _end_with_master()
-            work()
+            if _end_with_master(master):
+                work()
             status = 0
         except NotAtHome as error:
             sys.stderr.write(f"netloom-cni: worker {os.getpid()} is not at home and ends: {error}\n")
@@ -449,20 +451,25 @@ class Master:
 
     def _become_the_next(self) -> None:
         """Execute the program on disk in this process."""
-        pids = [str(pid) for pid in (*self._state.children, *self._state.old, self._state.watch) if pid]
-        environment = {**os.environ, _OLD_WORKERS: ",".join(pids), _OLD_LISTENER: str(self._listener.fileno())}
-        if getattr(sys, "frozen", False):
-            environment["PYINSTALLER_RESET_ENVIRONMENT"] = "1"  # or the new bundle takes itself for a child of the old
-        os.set_inheritable(self._listener.fileno(), True)
-        notify("RELOADING=1")
-        # Until the next program has its handlers: the mask survives execve(2), handlers do not.
+        # Until the next program has its handlers: the mask survives execve(2), handlers do not. What came before is
+        # handled when this returns, and the next program would not know of it; what comes later waits for it.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
+            if self._draining:
+                return
+            pids = [str(pid) for pid in (*self._state.children, *self._state.old, self._state.watch) if pid]
+            environment = {**os.environ, _OLD_WORKERS: ",".join(pids), _OLD_LISTENER: str(self._listener.fileno())}
+            if getattr(sys, "frozen", False):
+                # Or the new bundle takes itself for a child of the old.
+                environment["PYINSTALLER_RESET_ENVIRONMENT"] = "1"
+            os.set_inheritable(self._listener.fileno(), True)
+            notify("RELOADING=1")
             os.execve(sys.executable, _command_line(), environment)  # noqa: S606 - itself, by its own arguments
         except OSError as error:
             os.set_inheritable(self._listener.fileno(), False)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             sys.stderr.write(f"netloom-cni: cannot execute {sys.executable}: {error}; going on with this version\n")
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def one_more_helps(since_ns: Sequence[int], now: float, useful: int) -> bool:
@@ -481,12 +488,16 @@ def _command_line() -> list[str]:
     return [sys.executable, *sys.argv[1:]] if getattr(sys, "frozen", False) else sys.orig_argv
 
 
-def _end_with_master() -> None:
-    """SIGTERM to this worker when its master dies (prctl(2), PR_SET_PDEATHSIG); an execve does not count."""
+def _end_with_master(master: int) -> bool:
+    """SIGTERM to this worker when its master dies (prctl(2), PR_SET_PDEATHSIG); an execve does not count.
+
+    False: it is dead already, and nobody will tell.
+    """
     import ctypes  # noqa: PLC0415 - loaded long ago
 
     if ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl PR_SET_PDEATHSIG")
+    return os.getppid() == master
 
 
 def _call_this_process(name: str) -> None:

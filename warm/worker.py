@@ -9,8 +9,8 @@ Rules of this file
   that was sent before is found, and one that is sent later fails over there.
 - What the worker keeps open (rtnetlink, nfnetlink, ipamd) was opened at home before the first request. After a request
   that failed the netlink sockets are opened anew.
-- SIGTERM lets the request in hand finish. It only sets a flag and a timer: the accept(2) below returns on a signal, and
-  the one that came just before it was entered is followed by another.
+- SIGTERM lets the request in hand finish. It only sets a flag. The accept(2) below returns on a signal, and once in
+  LOOK_S: a signal that came just before it was entered has not interrupted it, and nobody sends another.
 """
 
 import array
@@ -41,10 +41,11 @@ from warm.board import Board
 READ_TIMEOUT_S = 1.0  # for the whole request: a launcher sends it at once, and has given up after that time
 DONE_TIMEOUT_S = 10.0  # a runtime that does not read its pipe for so long has lost interest
 DEADLINE_S = 60.0
-_REPEAT_S = 0.05
+LOOK_S = 1  # in accept(2) at most, then a look at whether SIGTERM came
 _AGAIN_S = 5.0  # a step that went on after the deadline is interrupted again
 _STDERR_LIMIT = 256 * 1024
 _NOT_AT_HOME = 70
+_LOOK = struct.pack("@ll", LOOK_S, 0)
 _READ_TIMEOUT = struct.pack("@ll", int(READ_TIMEOUT_S), int(READ_TIMEOUT_S % 1 * 1e6))
 _PEER = struct.Struct("=iII")
 _PLACES = ("/proc/self/ns/net", "/proc/self/ns/mnt", "/proc/self/ns/user", "/")
@@ -78,7 +79,6 @@ class Worker:
         self._home = _places()
         self._home_fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._served = 0
-        self._busy = False
         self._interruptible = False
         self._stopping = False
         self._overdue = False
@@ -90,8 +90,6 @@ class Worker:
     def stop(self) -> None:
         """Finish the request in hand, if there is one, and end. May be called by a signal handler."""
         self._stopping = True
-        if not self._busy:
-            signal.setitimer(signal.ITIMER_REAL, _REPEAT_S, _REPEAT_S)
 
     def _goes_on(self) -> bool:
         # A function of its own: Python runs the handler of a signal that ended accept(2) when a call begins.
@@ -104,20 +102,19 @@ class Worker:
             NotAtHome: the process must end at once.
         """
         signal.signal(signal.SIGALRM, self._late)
+        _return_in_time(self._listener_fd)
         self._board.ready(self._slot)
         while self._goes_on():
             fd = _accept(self._listener_fd)
             if fd < 0:
                 continue
             trace.begin("warm", "receive")
-            self._busy = True
             self._board.begin(self._slot)
             self._on_busy()
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd) as launcher:
                 self._serve(launcher)
             self._served += 1
             self._board.end(self._slot, self._served)
-            self._busy = False
 
     def _serve(self, launcher: socket.socket) -> None:
         descriptors: list[int] = []
@@ -234,8 +231,17 @@ def _identity(path: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+def _return_in_time(listener_fd: int) -> None:
+    """Let accept(2) return after LOOK_S (socket(7), SO_RCVTIMEO). It is the socket's own, the same for all workers."""
+    listener = socket.socket(fileno=listener_fd)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _LOOK)
+    finally:
+        listener.detach()
+
+
 def _accept(listener_fd: int) -> int:
-    """A connection; -1 after a signal, or where the peer is gone already.
+    """A connection; -1 after a signal, after LOOK_S, or where the peer is gone already.
 
     Not socket.accept, which goes on after a signal (PEP 475).
     """

@@ -71,6 +71,10 @@ def replaced(service: Service, victims: set[int]) -> bool:
     return len(workers) >= 3 and not victims & workers
 
 
+def replaced_some(service: Service, before: set[int]) -> bool:
+    return len(before & set(service.workers())) < len(before)
+
+
 def network(ipam: str) -> dict[str, object]:
     return bridge(ipam={"type": ipam}, isDefaultGateway=False, ipMasq=False)
 
@@ -138,6 +142,36 @@ def test_sigterm_lets_requests_in_hand_finish(service: Service) -> None:
 
 
 @kernel
+def test_sigterm_just_before_accept_is_not_lost(service: Service, tmp_path: Path) -> None:
+    """It interrupts nothing, and Python learns of it when accept(2) returns."""
+    library = tmp_path / "late_signal.so"
+    source = ROOT / "tests/warm/late_signal.c"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    service.start({"LD_PRELOAD": str(library), "NETLOOM_TEST_SIGNAL": "/run/signal"})
+    signalled = service.host.path("/run/signal")
+    for _ in range(3):
+        wait_until(lambda: len(service.workers()) == 3, "three workers")
+        before = set(service.workers())
+        signalled.touch()
+        service.call("VERSION", {}).ok()  # whoever serves it goes into accept(2) again
+        wait_until(lambda: not signalled.exists(), "the signal")
+        wait_until(partial(replaced_some, service, before), "the end of one worker")
+    assert service.cold() == []
+
+
+@kernel
+def test_sigterm_that_comes_with_an_upgrade_is_not_lost(service: Service) -> None:
+    service.start()
+    service.signal(signal.SIGSTOP)
+    service.signal(signal.SIGHUP)
+    service.signal(signal.SIGTERM)
+    service.signal(signal.SIGCONT)
+    assert service.process is not None
+    assert service.process.wait(60) == 0
+    assert "cannot execute" not in service.log()
+
+
+@kernel
 def test_workers_do_not_outlive_a_killed_master(service: Service) -> None:
     service.start()
     workers = service.workers()
@@ -145,6 +179,13 @@ def test_workers_do_not_outlive_a_killed_master(service: Service) -> None:
     wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in workers), "the end of the workers")
     service.start()  # its socket is in the way, and nobody listens there
     assert service.cold() == []
+
+
+@kernel
+def test_a_worker_whose_master_died_before_it_asked_to_be_told_ends(host: Host) -> None:
+    argv = [sys.executable, "-m", "tests.warm.orphaned"]
+    assert host.popen(argv).wait(60) == -signal.SIGKILL
+    wait_until(lambda: not any("orphaned" in command for command in host.processes().values()), "the worker's end")
 
 
 @kernel
