@@ -25,12 +25,12 @@ from libnetwork import conflist, docker, http, messages, reconcile
 from libnetwork.errors import DriverError
 from libnetwork.ipam_driver import DEFAULT_POOLS, IpamDriver
 from libnetwork.network_driver import NetworkDriver
+from libnetwork.sharing import DRIVER, Sharing
 from libnetwork.staging import Staging
 from libnetwork.state import Endpoint, State
 from telemetry import log
 
 SOCKET = "/run/docker/plugins/netloom.sock"
-NAME = "netloom"
 CNI_PATH = "/opt/cni/bin:/usr/lib/cni"
 _THREADS = 32
 _LISTEN_FDS_START = 3
@@ -98,21 +98,25 @@ async def _run(arguments: argparse.Namespace) -> None:
     staging = Staging(paths.run_dir(os.environ))
     staging.recover({endpoint.staging for endpoint in state.all(Endpoint)})
     own = _ThreadsOwn(settings.ipamd_socket(os.environ))
-    network = NetworkDriver(
-        state, staging, own.session, tuple(arguments.cni_path.split(os.pathsep)), arguments.conf_dir
-    )
+
+    def await_releases() -> None:
+        ipam.await_releases()  # which is made last
+
+    sharing = Sharing(state, own.client, arguments.docker, await_releases)
+    path = tuple(arguments.cni_path.split(os.pathsep))
+    network = NetworkDriver(state, staging, own.session, path, arguments.conf_dir, sharing)
     ipam = IpamDriver(state, own.client, own.session, arguments.default_pool or DEFAULT_POOLS, network.settle_address)
     with contextlib.suppress(DriverError):  # ipamd may start after us
         await asyncio.to_thread(ipam.recover)
     reconciler = reconcile.Reconciler(
-        lambda: docker.look(arguments.docker, NAME), network, ipam, arguments.interval, arguments.grace
+        lambda: docker.look(arguments.docker, DRIVER), network, ipam, arguments.interval, arguments.grace
     )
     with ThreadPoolExecutor(_THREADS, "netloom-call") as executor, contextlib.ExitStack() as stack:
         stack.callback(state.close)
         stack.callback(ipam.close)
         stack.callback(network.close)
         runner = web.AppRunner(
-            http.application(_calls(network, ipam, reconciler), executor, _IMMEDIATE),
+            http.application(_calls(network, ipam, reconciler, sharing), executor, _IMMEDIATE),
             access_log=None,
             shutdown_timeout=30,
         )
@@ -128,15 +132,20 @@ async def _run(arguments: argparse.Namespace) -> None:
             place.publish(0o600, None, None)
         network.end()
         reconciler.start()
+        sharing.start()
         log.event(_logger, "info", "serving Docker", socket=arguments.socket)
         await stop.wait()
+        await asyncio.to_thread(sharing.stop)
         await asyncio.to_thread(reconciler.stop)
         await runner.cleanup()
 
 
-def _calls(network: NetworkDriver, ipam: IpamDriver, reconciler: reconcile.Reconciler) -> dict[str, http.Handler]:
+def _calls(
+    network: NetworkDriver, ipam: IpamDriver, reconciler: reconcile.Reconciler, sharing: Sharing
+) -> dict[str, http.Handler]:
     def activate(_: messages.Empty) -> dict[str, Any]:
         ipam.activate()
+        sharing.wake()
         return {"Implements": ["NetworkDriver", "IpamDriver"]}
 
     def ignore(_: messages.Empty) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import msgspec
 
 from libnetwork.chain import VERSION, Chain, Plugin
 from libnetwork.errors import DriverError
+from libnetwork.options import OVERLAY
 from libnetwork.state import Endpoint, Network
 
 CONF_DIR = "/etc/cni/net.d"
@@ -50,6 +51,10 @@ def chain(network: Network, endpoint: Endpoint, path: tuple[str, ...]) -> Chain:
         if endpoint.addresses:
             plugins = ({**plugins[0], "ipam": static(network, endpoint)}, *plugins[1:])
         return Chain(name(network), plugins, path, network.version)
+    if network.options.type == OVERLAY:
+        # It does all of it by itself, by the network's definition.
+        attach = {"type": "netloom", "network": network.options.network, "ipam": static(network, endpoint)}
+        return Chain(name(network), ({**attach, "capabilities": {"mac": True}},), path)
     # Docker sets the policy of forwarded packets to drop: without the firewall plugin nothing would leave the host.
     internal = {"internal": True} if network.options.internal else {}
     after: dict[str, tuple[Plugin, ...]] = {

@@ -1,8 +1,10 @@
-"""What Docker itself says there is: its networks, and the endpoints and addresses of its containers. Read only."""
+"""What Docker itself says there is: its networks, and the endpoints and addresses of its containers. Networks that all
+hosts share are made and removed through it, too (libnetwork.sharing)."""
 
 import http.client
 import json
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
@@ -64,6 +66,84 @@ def look(path: str, driver: str) -> Truth:
     )
 
 
+class RefusedError(Exception):
+    """The daemon answers, and does not do it; the text is its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A network as Docker lists it. `ipam`: its IPAM driver; `created`: as text, which sorts."""
+
+    id: str
+    name: str
+    driver: str = ""
+    ipam: str = ""
+    created: str = ""
+    internal: bool = False
+    attachable: bool = False
+    options: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+def networks(path: str) -> list[Network]:
+    """All of them. Raises DockerAwayError."""
+    return [_network(found) for found in _get(path, "/networks")]
+
+
+def network(path: str, id: str) -> Network | None:  # noqa: A002 - Docker's word
+    """The one of this id, or None. Raises DockerAwayError."""
+    status, found = _ask(path, f"/networks/{quote(id, safe='')}")
+    if status == 404:
+        return None
+    if status != 200 or not isinstance(found, dict):
+        raise DockerAwayError(f"GET /networks/{id}: status {status}: {str(found)[:200]}")
+    return _network(found)
+
+
+def create_network(path: str, body: Mapping[str, Any]) -> str:
+    """POST /networks/create; its id. Raises DockerAwayError, RefusedError."""
+    status, found = _ask(path, "/networks/create", "POST", body)
+    if status != 201 or not isinstance(found, dict):
+        raise RefusedError(_words(status, found))
+    return str(found["Id"])
+
+
+def remove_network(path: str, id: str) -> None:  # noqa: A002
+    """What is not there is no error. Raises DockerAwayError, RefusedError."""
+    status, found = _ask(path, f"/networks/{quote(id, safe='')}", "DELETE")
+    if status not in (204, 404):
+        raise RefusedError(_words(status, found))
+
+
+def users(path: str, wanted: Network) -> list[str]:
+    """Names of the containers that are on a network, or are to be when they start. Raises DockerAwayError."""
+    found = []
+    for one in _get(path, "/containers/json?all=1"):
+        for name, place in ((one.get("NetworkSettings") or {}).get("Networks") or {}).items():
+            # One that never ran has the name alone.
+            if place.get("NetworkID") == wanted.id or (not place.get("NetworkID") and name in (wanted.name, wanted.id)):
+                found.append(str((one.get("Names") or [one["Id"]])[0]).lstrip("/"))
+    return found
+
+
+def _network(found: Mapping[str, Any]) -> Network:
+    return Network(
+        found["Id"],
+        found["Name"],
+        found.get("Driver", ""),
+        (found.get("IPAM") or {}).get("Driver", ""),
+        found.get("Created", ""),
+        bool(found.get("Internal")),
+        bool(found.get("Attachable")),
+        found.get("Options") or {},
+        found.get("Labels") or {},
+    )
+
+
+def _words(status: int, found: Any) -> str:
+    return str(found["message"]) if isinstance(found, dict) and "message" in found else f"status {status}: {found}"
+
+
 def container(path: str, name: str) -> tuple[str, int] | None:
     """The id and the process id of a running container, by name or id; None where there is none.
 
@@ -84,13 +164,14 @@ def _get(path: str, what: str) -> list[dict[str, Any]]:
     return found
 
 
-def _ask(path: str, what: str) -> tuple[int, Any]:
+def _ask(path: str, what: str, verb: str = "GET", body: Mapping[str, Any] | None = None) -> tuple[int, Any]:
     connection = _Connection(path)
     try:
-        connection.request("GET", what, headers={"Host": "docker"})
+        headers = {"Host": "docker", "Content-Type": "application/json"}
+        connection.request(verb, what, json.dumps(body) if body is not None else None, headers)
         answer = connection.getresponse()
-        body = answer.read()
-        return answer.status, json.loads(body)
+        text = answer.read()
+        return answer.status, json.loads(text) if text else None
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise DockerAwayError(f"Docker at {path}: {error}") from error
     finally:

@@ -9,7 +9,7 @@ whose endpoint has ended (`libnetwork.state.Ended`) and that Docker did not give
 back as soon as somebody wants it.
 
 A network's `--ip-range` is a pool of its own, since only addresses that nobody names come from it; the rest of the
-network, for gateways and `--ip`, is a second one.
+network, for gateways and `--ip`, is a second one. The pools of overlay networks are ipamd's own (libnetwork.overlays).
 """
 
 import logging
@@ -28,6 +28,7 @@ from kernel import route
 from kernel.session import Session
 from libnetwork.errors import DriverError
 from libnetwork.messages import Empty, PoolRef, ReleaseAddress, RequestAddress, RequestPool
+from libnetwork.overlays import Overlays, family
 from libnetwork.state import Ended, Pool, State
 from protos.ipam.v1 import ipam_pb2 as pb
 from telemetry import log
@@ -38,7 +39,7 @@ DEFAULT_POOLS = (*(f"172.{n}.0.0/16" for n in range(17, 32)), "192.168.0.0/16,20
 _MOST_POOLS = 65536
 _RELEASERS = 8  # threads
 _PATIENCE_S = 10.0
-_SPACE = "netloom"
+SPACE = "netloom"
 _REST = ".rest"
 _GATEWAY_HOLDER = "gateway"
 _ADDRESS = "address"  # stands for the interface, which Docker does not tell
@@ -67,6 +68,7 @@ class IpamDriver:
         """
         self._state = state
         self._client = client
+        self._overlays = Overlays(client)
         self._session = session
         self._before_release = before_release
         self._default_pools = tuple(pool for text in default_pools for pool in _default(text))
@@ -84,6 +86,11 @@ class IpamDriver:
     def close(self) -> None:
         """Returns when nothing is under way."""
         self._releaser.shutdown()
+
+    def await_releases(self) -> None:
+        """`settle`, for who is not one of Docker's calls here."""
+        with self._turn:
+            self.settle()
 
     def settle(self) -> None:
         """Returns when every release that was answered is done, or lasts too long, as its endpoint's DEL hangs."""
@@ -104,7 +111,7 @@ class IpamDriver:
 
     def address_spaces(self, _: Empty) -> Answer:
         """Both names are one space."""
-        return {"LocalDefaultAddressSpace": _SPACE, "GlobalDefaultAddressSpace": _SPACE}
+        return {"LocalDefaultAddressSpace": SPACE, "GlobalDefaultAddressSpace": SPACE}
 
     def activate(self) -> None:
         """A dockerd has started: it will ask again for what it still has.
@@ -151,6 +158,10 @@ class IpamDriver:
         with self._turn:
             self.settle()
             self._release(name, address, self._forget(name, address))
+            for ended in list(self._state.all(Ended)):
+                pool = self._overlays.pool(ended.pool_id)
+                if pool is not None and (pool.overlay, ended.address) == (name, address):
+                    self._state.remove(Ended, ended.id)
 
     def discard_pool(self, id: str) -> None:  # noqa: A002 - Docker's word
         """Remove a pool that Docker does not have, with its gateway."""
@@ -172,6 +183,9 @@ class IpamDriver:
     def request_pool(self, asked: RequestPool) -> Answer:
         """The pool that was named, or a free one."""
         with self._turn:
+            overlay = self._overlays.asked_for(asked)
+            if overlay is not None:
+                return {"PoolID": overlay.id, "Pool": overlay.pool, "Data": {}}
             if asked.pool:
                 pool = self._named(asked)
             elif asked.v6:
@@ -186,6 +200,7 @@ class IpamDriver:
     def release_pool(self, asked: PoolRef) -> Answer:
         """Forgets the pool, once nothing of it is held."""
         with self._turn:
+            self._overlays.taken(asked.pool_id)
             pool = self._state.find(Pool, asked.pool_id)
             if pool is None:
                 return {}
@@ -212,10 +227,16 @@ class IpamDriver:
                 continue
             if ip_network(other.pool).overlaps(network):
                 raise DriverError(f"pool {network} overlaps with {other.pool}, which another network has")
+        for one in self._overlays.all().values():
+            for subnet in one.subnets:
+                if ip_network(subnet).overlaps(network):
+                    raise DriverError(f"pool {network} overlaps with {subnet}, which overlay network {one.name} has")
         return pool
 
     def _free(self) -> Pool:
+        overlays = self._overlays.all().values()
         taken = [*(ip_network(pool.pool) for pool in self._state.all(Pool)), *self._routed()]
+        taken += [ip_network(subnet) for one in overlays for subnet in one.subnets]
         for network in self._default_pools:
             if not any(network.overlaps(other) for other in taken if other.version == network.version):
                 return Pool(_id(network, None), str(network))
@@ -250,11 +271,18 @@ class IpamDriver:
     def request_address(self, asked: RequestAddress) -> Answer:
         """The address that was named, or a free one; with the network's prefix length."""
         with self._turn:
-            pool = self._state.get(Pool, asked.pool_id)
-            self.settle()
-            self._note_unclaimed()
             is_gateway = (asked.options or {}).get("RequestAddressType") == _GATEWAY
             address = asked.address
+            self._overlays.taken(asked.pool_id)
+            pool = self._overlays.pool(asked.pool_id)
+            if pool is None:
+                pool = self._state.get(Pool, asked.pool_id)
+            else:
+                pool, gateway = self._overlays.whole(pool)
+                if is_gateway:
+                    return self._gateway(pool, gateway, address)
+            self.settle()
+            self._note_unclaimed()
             if is_gateway and not address:
                 address = str(next(ip_network(pool.pool).hosts()))
             name, wanted = self._where(pool, address)
@@ -277,14 +305,26 @@ class IpamDriver:
                     self._state.remove(Ended, ended.id)
             return self._answer(pool, address)
 
+    @staticmethod
+    def _gateway(pool: Pool, gateway: str, wanted: str) -> Answer:
+        """An overlay's, which is the same on all hosts, and nobody's."""
+        if wanted and ip_address(wanted) != ip_interface(gateway).ip:
+            raise DriverError(
+                f"--gateway {wanted}: overlay network {pool.overlay} has {_bare(gateway)} on every host; leave it out"
+            )
+        return {"Address": gateway, "Data": {}}
+
     def _allocate(self, pool: Pool, key: pb.AttachmentKey, wanted: list[str]) -> pb.AllocateResponse:
         """Raises IpamError."""
+        asked: dict[str, Any] = {"pools": [key.network], "requested": wanted}
+        if pool.overlay:
+            asked["family"] = family(pool)  # Docker asks for each by itself
         try:
-            return self._client().allocate(key, pools=[key.network], requested=wanted)
+            return self._client().allocate(key, **asked)
         except IpamError as error:
             if error.code is not grpc.StatusCode.RESOURCE_EXHAUSTED or not self._take_back(pool):
                 raise
-        return self._client().allocate(key, pools=[key.network], requested=wanted)
+        return self._client().allocate(key, **asked)
 
     def _take_back(self, pool: Pool, address: str = "") -> bool:
         """Take back what ended (this address alone), and Docker did not release. True where there was something."""
@@ -305,7 +345,7 @@ class IpamDriver:
         """Gives it back; one that nobody holds is no error. What fails is told in the log, and left to the
         comparison: Docker would do nothing about it."""
         with self._turn:
-            pool = self._state.find(Pool, asked.pool_id)
+            pool = self._overlays.pool(asked.pool_id) or self._state.find(Pool, asked.pool_id)
             if pool is None:
                 return {}
             name, address = self._where(pool, asked.address)
@@ -357,6 +397,8 @@ class IpamDriver:
             wanted = ip_address(address.partition("/")[0])
         except ValueError as error:
             raise DriverError(f"wanted an address, found {address!r}") from error
+        if pool.overlay and not pool.pool:
+            return pool.overlay, str(wanted)  # what is given back needs no judging
         if wanted not in ip_network(pool.pool):
             raise DriverError(f"address {wanted} does not lie in the network's subnet {pool.pool}")
         inside = not pool.sub_pool or wanted in ip_network(pool.sub_pool)
@@ -369,6 +411,8 @@ class IpamDriver:
 
 def _names(pool: Pool) -> tuple[str, ...]:
     """ipamd's pools for one of Docker's: where addresses come from, and the rest where that is not all."""
+    if pool.overlay:
+        return (pool.overlay,)
     return (pool.id, f"{pool.id}{_REST}") if pool.sub_pool and pool.sub_pool != pool.pool else (pool.id,)
 
 

@@ -16,11 +16,13 @@ class Empty(msgspec.Struct, frozen=True):
 
 
 class IpamData(msgspec.Struct, frozen=True, rename="pascal"):
-    """One pool of a network. `pool` and `gateway` are CIDRs: "10.0.0.0/16", "10.0.0.1/16"."""
+    """One pool of a network. `pool` and `gateway` are CIDRs: "10.0.0.0/16", "10.0.0.1/16"; `address_space` is the name
+    that its IPAM driver gave."""
 
     pool: str = ""
     gateway: str = ""
     aux_addresses: dict[str, str] | None = None
+    address_space: str = ""
 
 
 class CreateNetwork(msgspec.Struct, frozen=True):

@@ -20,19 +20,20 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from ipaddress import ip_interface, ip_network
 from typing import Any
 
 import msgspec
 
-from kernel import link, netns, sysctl
+from kernel import link, macs, netns, sysctl
 from kernel.errors import KernelError
 from kernel.session import Session
 from libnetwork import conflist, options, published
 from libnetwork.chain import Chain
 from libnetwork.errors import DriverError
+from libnetwork.locks import Locks
 from libnetwork.messages import (
     CreateEndpoint,
     CreateNetwork,
@@ -42,6 +43,9 @@ from libnetwork.messages import (
     NetworkRef,
     ProgramExternal,
 )
+from libnetwork.options import OVERLAY
+from libnetwork.overlays import pool_id
+from libnetwork.sharing import Sharing
 from libnetwork.staging import Staging
 from libnetwork.state import Ended, Endpoint, Network, Pool, State
 from telemetry import log
@@ -57,7 +61,13 @@ class NetworkDriver:
     """See the module. Every method may run in any thread; those of one endpoint wait for one another."""
 
     def __init__(
-        self, state: State, staging: Staging, session: Callable[[], Session], path: tuple[str, ...], conf_dir: str
+        self,
+        state: State,
+        staging: Staging,
+        session: Callable[[], Session],
+        path: tuple[str, ...],
+        conf_dir: str,
+        sharing: Sharing,
     ) -> None:
         """`session`: the calling thread's; `path`: where the plugins' executables are."""
         self._state = state
@@ -65,6 +75,7 @@ class NetworkDriver:
         self._session = session
         self._path = path
         self._conf_dir = conf_dir
+        self._sharing = sharing
         self._locks = Locks()
         self._ender = ThreadPoolExecutor(_ENDERS, "netloom-end")
         self._ending_mutex = threading.Lock()
@@ -108,6 +119,8 @@ class NetworkDriver:
             tuple(pool.gateway for pool in pools if pool.gateway),
         )
         self._check_bridge(network)
+        if found.type == OVERLAY:
+            network = self._sharing.admit(network, asked)
         network = conflist.adopt(network, self._conf_dir)
         for what in conflist.lost(network):
             log.event(
@@ -119,22 +132,29 @@ class NetworkDriver:
                 network=network.id,
             )
         self._state.put(network)
+        if found.type == OVERLAY:
+            self._sharing.created(network)
         return {}
 
     def delete_network(self, asked: NetworkRef) -> Answer:
-        """Forgets the network; a bridge that was made for it goes."""
+        """Forgets the network; a bridge that was made for it goes. An overlay goes from all hosts."""
         network = self._state.find(Network, asked.network_id)
-        if network is None:
-            return {}
+        if network is not None:
+            self._forget(network)
+            if network.options.type == OVERLAY:
+                self._sharing.removed(network)
+        return {}
+
+    def _forget(self, network: Network) -> None:
         self.settle(network.id)
         left = [endpoint.id for endpoint in self._state.all(Endpoint) if endpoint.network_id == network.id]
         if left:
             raise DriverError(f"network {network.id[:12]} still has {len(left)} endpoints, such as {left[0][:12]}")
         nobody = Endpoint("none", network.id, (), "", "")
-        with contextlib.suppress(DriverError):
-            conflist.chain(network, nobody, self._path).gc([])
+        if not network.interim:
+            with contextlib.suppress(DriverError):
+                conflist.chain(network, nobody, self._path).gc([])
         self._state.remove(Network, network.id)
-        return {}
 
     def _check_bridge(self, network: Network) -> None:
         if network.options.type != "bridge" or network.options.conflist:
@@ -168,13 +188,17 @@ class NetworkDriver:
 
     def discard_network(self, id: str) -> None:  # noqa: A002
         """Remove a network that Docker does not have."""
-        self.delete_network(NetworkRef(id))
+        network = self._state.find(Network, id)
+        if network is not None:
+            self._forget(network)
 
     # Endpoints
 
     def create_endpoint(self, asked: CreateEndpoint) -> Answer:
         """Settles addresses and MAC."""
         network = self._state.get(Network, asked.network_id)
+        if network.interim:
+            raise DriverError(f"overlay network {network.options.network}: {self._sharing.why_interim(network)}")
         self.settle(network.id)
         wanted = asked.interface
         addresses = tuple(a for a in (wanted.address, wanted.address_ipv6) if a) if wanted else ()
@@ -336,6 +360,12 @@ class NetworkDriver:
 
     def _note_ended(self, endpoint: Endpoint) -> None:
         """Docker gives the addresses back next; where they are ipamd's, that is not to depend on its reaching us."""
+        network = self._state.find(Network, endpoint.network_id)
+        if network is not None and network.options.type == OVERLAY:
+            for bare in _bare(endpoint):
+                its_pool = pool_id(network.options.network, bare)
+                self._state.put(Ended(f"{its_pool}.{bare.replace(':', '.')}", its_pool, bare))
+            return
         subnets = {str(where.network): str(where.ip) for where in map(ip_interface, endpoint.addresses)}
         for pool in self._state.all(Pool):
             address = subnets.get(pool.pool)
@@ -426,29 +456,6 @@ class NetworkDriver:
         return msgspec.structs.replace(endpoint, ports=None)
 
 
-class Locks:
-    """One lock for each name that is in use."""
-
-    def __init__(self) -> None:
-        self._mutex = threading.Lock()
-        self._held: dict[str, tuple[threading.Lock, int]] = {}
-
-    @contextlib.contextmanager
-    def held(self, name: str) -> Iterator[None]:
-        """Wait for it, and have it for the duration of the block."""
-        with self._mutex:
-            lock, users = self._held.get(name, (threading.Lock(), 0))
-            self._held[name] = (lock, users + 1)
-        try:
-            with lock:
-                yield
-        finally:
-            with self._mutex:
-                lock, users = self._held.pop(name)
-                if users > 1:
-                    self._held[name] = (lock, users - 1)
-
-
 def _log_parts(what: str, endpoint: Endpoint, **parts_s: float) -> None:
     """Where the time of a call went: the plugins', and the kernel's for the link."""
     milliseconds: dict[str, Any] = {f"{name}_ms": round(seconds * 1000, 1) for name, seconds in parts_s.items()}
@@ -460,10 +467,8 @@ def _bare(endpoint: Endpoint) -> set[str]:
 
 
 def _mac(addresses: Sequence[str]) -> str:
-    """As Docker makes them: 02:42 and the IPv4 address, so that one can be read off the other; else by chance."""
-    four = next((ip_interface(text).ip for text in addresses if ip_interface(text).version == 4), None)
-    tail = four.packed if four is not None else os.urandom(4)
-    return (b"\x02\x42" + tail).hex(":")
+    """The one that follows from the addresses; by chance where nobody knows them yet."""
+    return macs.of_addresses(ip_interface(text).ip for text in addresses) or (b"\x02\x42" + os.urandom(4)).hex(":")
 
 
 def _gateways(network: Network, endpoint: Endpoint) -> dict[int, str]:

@@ -13,13 +13,14 @@ import msgspec
 
 from libnetwork.errors import DriverError
 
-TYPES = ("bridge", "ptp", "macvlan")
+OVERLAY = "overlay"
+TYPES = ("bridge", "ptp", "macvlan", OVERLAY)
 _MODES = ("bridge", "private", "vepa", "passthru")
 _GENERIC = "com.docker.network.generic"
 _INTERNAL = "com.docker.network.internal"
 _IPV6 = "com.docker.network.enable_ipv6"
 _IFNAME = re.compile(r"[A-Za-z0-9_.\-]{1,15}", re.ASCII)
-_OF_OUR_PLUGINS = frozenset({"type", "bridge", "icc", "masquerade", "mtu", "parent", "macvlan_mode"})
+_OF_OUR_PLUGINS = frozenset({"type", "network", "bridge", "icc", "masquerade", "mtu", "parent", "macvlan_mode"})
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -27,6 +28,7 @@ class NetworkOptions(msgspec.Struct, frozen=True):
     """A network as it was asked for. "" and 0 stand for what was not said."""
 
     type: str = "bridge"
+    network: str = ""
     conflist: str = ""
     bridge: str = ""
     icc: bool = True
@@ -43,6 +45,7 @@ class NetworkOptions(msgspec.Struct, frozen=True):
 # Docker's name → ours. The second name of a thing is what newer Dockers write.
 _NAMES = {
     "type": "type",
+    "network": "network",
     "conflist": "conflist",
     "com.docker.network.bridge.name": "bridge",
     "com.docker.network.bridge.enable_icc": "icc",
@@ -78,6 +81,8 @@ def parse(options: Mapping[str, Any] | None) -> tuple[NetworkOptions, list[str]]
             values[field] = _value(name, field, str(text))
     found = NetworkOptions(**values)
     _check_together(found)
+    if found.type == OVERLAY:
+        _check_overlay(found, generic)
     idle = sorted(name for name in generic if found.conflist and _NAMES.get(name) in _OF_OUR_PLUGINS)
     if idle:
         raise DriverError(f"option {idle[0]}={generic[idle[0]]}: with -o conflist=NAME the conflist says such things")
@@ -113,3 +118,20 @@ def _check_together(found: NetworkOptions) -> None:
         raise DriverError(f"option parent={found.parent}: only with -o type=macvlan, not with {found.type}")
     if found.bridge and found.type != "bridge":
         raise DriverError(f"option com.docker.network.bridge.name={found.bridge}: only with -o type=bridge")
+    if found.network and found.type != OVERLAY:
+        raise DriverError(f"option network={found.network}: only with -o type=overlay, not with {found.type}")
+
+
+def _check_overlay(found: NetworkOptions, generic: Mapping[str, Any]) -> None:
+    """What an overlay is, its definition says, for all hosts."""
+    if not found.network:
+        raise DriverError(
+            "a network of type overlay needs -o network=NAME, a name of netloom network list; netloom network create "
+            "NAME --type overlay makes one"
+        )
+    for name in sorted(generic):
+        if _NAMES.get(name) in (_OF_OUR_PLUGINS | {"conflist"}) - {"type", "network"}:
+            raise DriverError(
+                f"option {name}={generic[name]}: with -o type=overlay the network's definition says such things, for "
+                "all hosts (netloom network create)"
+            )

@@ -1,11 +1,11 @@
 """What the shim must know after a restart: Docker repeats neither CreateNetwork nor CreateEndpoint nor Join.
 
-One file for each network, endpoint, pool and address that is to go back, `<state dir>/docker/<kind>/<id>.json`,
-replaced as a whole; those of networks and pools are on the disk before Docker gets its answer. The others are not
-waited for: what an endpoint speaks of, an interface and rules, survives no power cut either, and what comes back is
-what Docker does not have (libnetwork.reconcile). The shim is the only writer; a lock on the directory sees to that.
-A file that cannot be understood is told and set aside as `<file>.bad`: the rest of the host's containers must not wait
-for it. What a file holds is known from its first reading on.
+One file for each network, endpoint, pool, problem, and address that is to go back,
+`<state dir>/docker/<kind>/<id>.json`, replaced as a whole; those of networks and pools are on the disk before Docker
+gets its answer. The others are not waited for: what an endpoint speaks of, an interface and rules, survives no power
+cut either, and what comes back is what Docker does not have (libnetwork.reconcile). The shim is the only writer; a lock
+on the directory sees to that. A file that cannot be understood is told and set aside as `<file>.bad`: the rest of the
+host's containers must not wait for it. What a file holds is known from its first reading on.
 
 As installed, the state directory belongs to ipamd's user, who must not tell root what to do. So ours must be our own
 user's, and is held open: whatever is put into its place later is not looked at.
@@ -31,6 +31,15 @@ _logger = logging.getLogger("netloom-docker")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 
 
+class Shown(msgspec.Struct, frozen=True):
+    """An overlay network as Docker shows it: what it does not tell its driver when it makes one."""
+
+    name: str
+    labels: dict[str, str] = {}
+    attachable: bool = False
+    options: dict[str, str] = {}
+
+
 class Network(msgspec.Struct, frozen=True):
     """A network as Docker created it.
 
@@ -39,6 +48,9 @@ class Network(msgspec.Struct, frozen=True):
         plugins: of the conflist that the options name, as they were when the network was made: a DEL must find what
             its ADD found, whatever became of the file.
         version: that conflist's.
+        interim: an overlay with addresses of Docker's own, which is to be replaced (libnetwork.overlays).
+        shared: of an overlay: that all hosts show it was told to ipamd, or heard from it.
+        shown: of an overlay, once Docker was asked.
     """
 
     id: str
@@ -47,6 +59,9 @@ class Network(msgspec.Struct, frozen=True):
     gateways: tuple[str, ...] = ()
     plugins: tuple[dict[str, Any], ...] = ()
     version: str = ""
+    interim: bool = False
+    shared: bool = False
+    shown: Shown | None = None
 
 
 class Endpoint(msgspec.Struct, frozen=True):
@@ -73,11 +88,13 @@ class Endpoint(msgspec.Struct, frozen=True):
 
 
 class Pool(msgspec.Struct, frozen=True):
-    """A pool that Docker asked for. `sub_pool` is where addresses come from that nobody names."""
+    """A pool that Docker asked for. `sub_pool` is where addresses come from that nobody names. `overlay`: the network
+    whose pool it is; such a one is never written down, its id says it."""
 
     id: str
     pool: str
     sub_pool: str = ""
+    overlay: str = ""
 
 
 class Ended(msgspec.Struct, frozen=True):
@@ -88,8 +105,22 @@ class Ended(msgspec.Struct, frozen=True):
     address: str  # without prefix length
 
 
-T = TypeVar("T", Network, Endpoint, Pool, Ended)
-_KINDS: dict[type, str] = {Network: "networks", Endpoint: "endpoints", Pool: "pools", Ended: "ended"}
+class Problem(msgspec.Struct, frozen=True):
+    """What keeps an overlay network from being in this host's Docker as it should, for `netloom status`."""
+
+    id: str  # the network's name for ipamd
+    text: str
+
+
+Value = Network | Endpoint | Pool | Ended | Problem
+T = TypeVar("T", Network, Endpoint, Pool, Ended, Problem)
+_KINDS: dict[type, str] = {
+    Network: "networks",
+    Endpoint: "endpoints",
+    Pool: "pools",
+    Ended: "ended",
+    Problem: "problems",
+}
 _SYNCED = (Network, Pool)
 
 
@@ -150,7 +181,7 @@ class State:
         """As an operator finds it."""
         return path.replace(self._place, self._directory)
 
-    def put(self, value: Network | Endpoint | Pool | Ended) -> None:
+    def put(self, value: Value) -> None:
         """Writes one; a network or pool is on disk when this returns."""
         path = self._path(type(value), value.id)
         temporary = f"{path}.tmp"

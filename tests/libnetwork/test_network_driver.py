@@ -25,6 +25,7 @@ from libnetwork.messages import (
     ProgramExternal,
 )
 from libnetwork.network_driver import NetworkDriver
+from libnetwork.sharing import Sharing
 from libnetwork.state import Endpoint, Network, State
 from tests.libnetwork.conftest import Plugins, endpoint
 
@@ -64,6 +65,7 @@ class Stage:
             lambda: None,  # type: ignore[arg-type, return-value]
             (str(plugins.directory),),
             str(conf_dir),
+            Sharing(state, lambda: None, "/run/docker.sock", lambda: None),  # type: ignore[arg-type, return-value]
         )
 
     def _move_out(self, _: Any, path: str, ifname: str) -> None:
