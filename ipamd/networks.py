@@ -60,6 +60,10 @@ class Shared(Protocol):
     async def delete(self, record: NetworkRecord) -> None:
         """Removes it; what is not there is no error. UnavailableError where it is another by now."""
 
+
+class Overlays(Protocol):
+    """The same for what only overlay networks have. Raises IpamdError."""
+
     async def create_overlay(
         self, record: NetworkRecord, spec: PoolSpec, choice: Choice
     ) -> tuple[NetworkRecord, PoolSpec]:
@@ -112,6 +116,11 @@ class Networks:
         """The subnets of the networks that it is connected with."""
         return [subnet for name in record.connected if name in self._known for subnet in self._known[name].subnets]
 
+    def refresh(self, record: NetworkRecord) -> None:
+        """Replaces a definition, unless the network is gone meanwhile."""
+        if record.name in self._known:
+            self.keep([record])
+
     def keep(self, records: Iterable[NetworkRecord], without: Iterable[str] = ()) -> None:
         """Adds or replaces definitions and removes others, in one change of the store."""
         after = {**self._known, **{record.name: record for record in records}}
@@ -137,15 +146,17 @@ class Directory:
         create_pool: Callable[[str, PoolSpec], Awaitable[object]],
         delete_pool: Callable[[str], Awaitable[object]],
         shared: Shared | None = None,
+        overlays: Overlays | None = None,
         parts: Parts = overlay.DEFAULT_PARTS,
     ) -> None:
-        """`parts`: where subnets of overlay networks are chosen from."""
+        """`overlays`: there in a cluster. `parts`: where subnets of overlay networks are chosen from."""
         self._engine = engine
         self._ledger = ledger
         self._networks = networks
         self._create_pool = create_pool
         self._delete_pool = delete_pool
         self._shared = shared
+        self._overlays = overlays
         self._parts = parts
         self._changing = asyncio.Lock()  # each change is judged by what the one before left
 
@@ -188,7 +199,7 @@ class Directory:
             return record
 
     async def _create_overlay(self, record: NetworkRecord, spec: PoolSpec) -> NetworkRecord:
-        shared = self._shared_for("type: found overlay")
+        overlays = self._overlays_for("type: found overlay")
         overlay.check_spec(spec)
         async with self._changing:
             there = self._ledger.pools.get(record.name)
@@ -201,7 +212,7 @@ class Directory:
             ) -> NetworkRecord:
                 return overlay.complete(asked, others, self._parts, [*taken, *elsewhere])
 
-            made, its_pool = await shared.create_overlay(record, spec, choose)
+            made, its_pool = await overlays.create_overlay(record, spec, choose)
             # etcd has both; this node is not to wait until it hears of them.
             if made.name not in self._ledger.pools:
                 await self._create_pool(made.name, its_pool)
@@ -224,13 +235,13 @@ class Directory:
                 "(--subnet)"
             ) from None
 
-    def _shared_for(self, what: str) -> Shared:
-        if self._shared is None:
+    def _overlays_for(self, what: str) -> Overlays:
+        if self._overlays is None:
             raise PreconditionError(
                 f"{what}, and this ipamd keeps its addresses for itself: overlay networks want a cluster; set [store] "
                 'kind = "etcd" (docs/cluster.md)'
             )
-        return self._shared
+        return self._overlays
 
     async def share(self, name: str, docker: str) -> NetworkRecord:
         """Has every host's Docker show an overlay network under a name, or ("") no longer.
@@ -242,9 +253,9 @@ class Directory:
         if docker != docker.strip():
             raise InvalidArgumentError(f"docker: found {docker!r}; leave the spaces around the name out")
         async with self._changing:
-            if self._shared is None:
+            if self._overlays is None:
                 await self._engine.run(lambda: self._networks.get(name))
-            record = await self._shared_for("docker: hosts share overlay networks only").share(name, docker)
+            record = await self._overlays_for("docker: hosts share overlay networks only").share(name, docker)
             await self._engine.run(lambda: self._networks.keep([record]), grows=True)
             return record
 
@@ -255,7 +266,7 @@ class Directory:
         """
         ip = address_text(*parse_address(address, "address"))
         mac = overlay.parse_mac(mac)
-        shared = self._shared_for("pool: only addresses of overlay networks have a MAC")
+        overlays = self._overlays_for("pool: only addresses of overlay networks have a MAC")
         record = await self._engine.run(lambda: self._networks.get(pool))
         if record.type != OVERLAY:
             raise PreconditionError(
@@ -266,20 +277,20 @@ class Directory:
         held = await self._engine.run(lambda: self._networks.holder(pool, ip))
         if isinstance(held, Allocation) and mac == overlay.default_mac(held):
             mac = ""
-        await shared.set_mac(pool, ip, held, mac)
+        await overlays.set_mac(pool, ip, held, mac)
 
     async def delete(self, name: str) -> None:
         """Ends a network that nobody uses, with its pool. Raises PreconditionError that names a user."""
         async with self._changing:
             known = await self._engine.run(lambda: self._networks.get(name))
-            if self._shared is not None and known.type == OVERLAY:
-                known = await self._shared.refresh(known)
+            if self._overlays is not None and known.type == OVERLAY:
+                known = await self._overlays.refresh(known)
                 if known.docker:
                     raise PreconditionError(
                         f"network {name}: every host's Docker shows it as {known.docker}; remove it there first "
                         f"(docker network rm {known.docker})"
                     )
-                await self._engine.run(lambda: self._networks.keep([known]), grows=True)
+                await self._engine.run(lambda: self._networks.refresh(known), grows=True)
             if name in self._ledger.pools:
                 await self._delete_pool(name)  # refused while somebody holds an address of it
             record, others = await self._engine.run(lambda: (self._networks.get(name), self._networks.all()))

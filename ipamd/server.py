@@ -197,6 +197,7 @@ class _Daemon:
             create_pool=desk.create_pool,
             delete_pool=desk.delete_pool,
             shared=shared,
+            overlays=shared,
             parts=config.overlay_subnets,
         )
         self._checker = Checker(

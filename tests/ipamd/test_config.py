@@ -234,6 +234,11 @@ def test_tables_of_other_daemons_are_theirs(tmp_path: Path) -> None:
         ("[ipamd]\nnode = 'a/b'\n", "wanted a node name"),
         ("[ipamd]\nhttp_listen = '0.0.0.0:1'\n", "allow it explicitly with http_allow_remote = true"),
         ("[ipamd]\nhttp_listen = '9464'\n", "wanted an address and a port"),
+        ("[ipamd]\noverlay_subnets = 10\n", ":2: ipamd.overlay_subnets: found 10; wanted text in quotes"),
+        (
+            "[ipamd]\noverlay_subnets = '10.0.0.0/8'\n",
+            ":2: ipamd.overlay_subnets: found '10.0.0.0/8'; the length of its parts is missing: write",
+        ),
         ("[ipamd]\nhttp_allow_remote = 'yes'\n", "wanted true or false without quotes, this is text"),
         ("[pools]\ncooldown_s = '30'\n", ":2: pools.cooldown_s: found '30'; wanted a number of seconds without quotes"),
         ("[pools]\ncooldown_s = true\n", ":2: pools.cooldown_s: found true; wanted a number of seconds"),
