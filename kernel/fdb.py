@@ -81,7 +81,9 @@ def all_forwards(door: Door, index: int) -> list[Forward | Bridged]:
 def port_of(door: Door, bridge: int, mac: str) -> int:
     """The index of the port by which a bridge sends frames to a MAC, learned or set; 0: it does not know it, or it is
     the bridge itself. Kernels before 5.0 do not tell."""
-    body = NDMSG.pack(socket.AF_BRIDGE, 0, 0, _MASTER, 0) + attr(_NDA_LLADDR, packed_mac(mac)) + u32(_NDA_MASTER, bridge)
+    body = (
+        NDMSG.pack(socket.AF_BRIDGE, 0, 0, _MASTER, 0) + attr(_NDA_LLADDR, packed_mac(mac)) + u32(_NDA_MASTER, bridge)
+    )
     try:
         answer = door.rtnl.get(Message(_GETNEIGH, 0, body, f"look up the port of {mac} on bridge {bridge}"))
     except NotFound:

@@ -26,10 +26,10 @@ from typing import TypeVar
 from kernel.errors import KernelError
 from kernel.rtevents import RouteEvents
 from kernel.session import Session
-from netd.explain import text
 from netd.reconcile import Reconciler
 from netd.underlay import Choice
 from netd.values import Key, Network, Node
+from netd.way import text
 from telemetry import log
 
 T = TypeVar("T")

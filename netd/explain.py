@@ -5,60 +5,25 @@ What is there is looked up in the kernel at that moment, not in what netd rememb
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from ipaddress import ip_network
 
-from kernel import link, route
-from kernel.errors import NotFound
-from kernel.session import Session
 from netd.desired import OWN
-from netd.found import PROTOCOL, Found
+from netd.explain_overlay import explain_overlay
 from netd.reconcile import Reconciler
 from netd.values import (
     DEVICE,
     Address,
     AnyAddress,
     AnyNetwork,
-    Bridged,
     Device,
     Entry,
     Forward,
     Neighbour,
     Node,
-    Port,
     Route,
     route_key,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class EntryState:
-    """An entry that the way needs. `instead`: what is there in its place."""
-
-    kind: str
-    text: str
-    present: bool
-    instead: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Way:
-    """`kind`: "peer", "own", "underlay" or "elsewhere". What does not apply is empty."""
-
-    kind: str
-    node: str = ""
-    network: str = ""
-    backend: str = ""
-    subnet: str = ""
-    link: str = ""
-    next_hop: str = ""
-    outer: str = ""
-    vni: int = 0
-    port: int = 0
-    mtu: int = 0
-    entries: tuple[EntryState, ...] = ()
-    kernel: str = ""
-    problems: tuple[str, ...] = ()
+from netd.way import Way, kernel_route, states
 
 
 def explain(reconciler: Reconciler, address: AnyAddress) -> Way:
@@ -80,6 +45,9 @@ def explain(reconciler: Reconciler, address: AnyAddress) -> Way:
     for peer in reconciler.peers.values():
         if address in peer.addresses:
             return Way("underlay", peer.name, kernel=kernel, mtu=reconciler.underlay.mtu if reconciler.underlay else 0)
+    for overlay in reconciler.overlays.defined():
+        if overlay.subnet_of(address) is not None:
+            return explain_overlay(reconciler, overlay, address)
     held = [
         (subnet.prefixlen, peer, subnet)
         for peer in reconciler.peers.values()
@@ -89,20 +57,6 @@ def explain(reconciler: Reconciler, address: AnyAddress) -> Way:
         return Way("elsewhere", kernel=kernel)
     _length, peer, subnet = max(held, key=lambda one: one[0])
     return _to_peer(reconciler, peer, subnet, kernel)
-
-
-def kernel_route(session: Session, address: AnyAddress) -> str:
-    """What the kernel does with a packet to this address, in the words of `ip route get`."""
-    found = route.look_up(session, address)
-    if found is None:
-        return "unreachable: there is no route"
-    try:
-        name = link.by_index(session, found.index).name
-    except NotFound:
-        name = f"link {found.index}"
-    via = f" via {found.gateway}" if found.gateway is not None else ""
-    source = f" src {found.source}" if found.source is not None else ""
-    return f"{address}{via} dev {name}{source}"
 
 
 def _to_peer(reconciler: Reconciler, peer: Node, subnet: AnyNetwork, kernel: str) -> Way:
@@ -127,7 +81,6 @@ def _to_peer(reconciler: Reconciler, peer: Node, subnet: AnyNetwork, kernel: str
             forward = next((one for one in theirs if isinstance(one, Forward) and one.device == device.name), None)
             entries += [forward] if forward is not None else []
         entries.append(wanted)
-    found = _look(session, entries)
     return Way(
         kind="peer",
         node=peer.name,
@@ -140,54 +93,10 @@ def _to_peer(reconciler: Reconciler, peer: Node, subnet: AnyNetwork, kernel: str
         vni=device.vni if isinstance(device, Device) else 0,
         port=device.port if isinstance(device, Device) else 0,
         mtu=reconciler.mtu(network),
-        entries=tuple(_state(session, one, found) for one in entries),
+        entries=states(session, entries),
         kernel=kernel,
         problems=tuple(reconciler.problems_of(peer.name)),
     )
-
-
-def _look(session: Session, entries: list[Entry]) -> Found:
-    """What of these is in the kernel now."""
-    found = Found()
-    for name in {one.name for one in entries if isinstance(one, Device)}:
-        found.read_device(session, name)
-    for one in entries:
-        if isinstance(one, Route):
-            for there in route.all_routes(session, one.dst.version, protocol=PROTOCOL):
-                if there.dst == one.dst:
-                    found.put(found.route(session, there))
-    return found
-
-
-def _state(session: Session, entry: Entry, found: Found) -> EntryState:
-    there = found.get(entry.key)
-    instead = text(there) if there is not None and there != entry else ""
-    if there is None and isinstance(entry, Route):
-        others = [one for one in route.all_routes(session, entry.dst.version) if one.dst == entry.dst]
-        instead = f"a route of protocol {others[0].protocol}" if others else ""
-    return EntryState(type(entry).__name__.lower(), text(entry), there == entry, instead)
-
-
-def text(entry: Entry) -> str:
-    """As iproute2 writes it."""
-    if isinstance(entry, Device):
-        state = "" if entry.up else ", down"
-        said = f"{entry.name} vxlan id {entry.vni} local {entry.local} dstport {entry.port} mtu {entry.mtu}{state}"
-    elif isinstance(entry, Address):
-        said = f"{entry.interface} dev {entry.device}"
-    elif isinstance(entry, Neighbour):
-        said = f"{entry.address} dev {entry.device} lladdr {entry.mac} PERMANENT"
-    elif isinstance(entry, Forward):
-        said = f"{entry.mac} dev {entry.device} dst {entry.dst} self permanent"
-    elif isinstance(entry, Bridged):
-        said = f"{entry.mac} dev {entry.device} master sticky static"
-    elif isinstance(entry, Port):
-        flood = "on" if entry.flood else "off"
-        said = f"{entry.device} master {entry.bridge} neigh_suppress on learning off flood {flood}"
-    else:
-        via = f" via {entry.gateway}" if entry.gateway is not None else ""
-        said = f"{entry.dst}{via} dev {entry.device}{' onlink' if entry.onlink else ''}"
-    return said
 
 
 def _containing(subnets: tuple[AnyNetwork, ...], address: AnyAddress) -> AnyNetwork | None:

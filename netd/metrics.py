@@ -1,6 +1,6 @@
 """The metrics of netd, read at each scrape from a snapshot that its thread made. Names follow Prometheus' conventions.
 
-Labels hold only what is bounded: kinds of entries, states of peers; never a peer's name or an address.
+Labels hold only what is bounded: kinds of entries, states of peers, where holders are; never a host or an address.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class Sample:
     problems: int = 0
     entries: Mapping[str, int] = field(default_factory=dict)  # kind → how many are in the kernel
     peers: Mapping[str, int] = field(default_factory=dict)  # state → how many
+    overlay_addresses: Mapping[str, int] = field(default_factory=dict)  # "here", "other" → how many are held
 
 
 class NetdMetrics:
@@ -66,3 +67,11 @@ class _Samples(Collector):
         for state, number in sorted(now.peers.items()):
             peers.add_metric([state], number)
         yield peers
+        held = GaugeMetricFamily(
+            "netloom_netd_overlay_addresses",
+            "Addresses held on the overlays that this host is on, by where the holder is.",
+            labels=["where"],
+        )
+        for where, number in sorted(now.overlay_addresses.items()):
+            held.add_metric([where], number)
+        yield held

@@ -29,6 +29,7 @@ from netd.flannel import Flannel
 from netd.idle import IdleBridges
 from netd.local import LocalNetworks
 from netd.metrics import NetdMetrics, Sample
+from netd.overlay_status import holders_by_place
 from netd.reconcile import Reconciler
 from netd.registry import Registry
 from netd.service import Service, Source
@@ -188,7 +189,14 @@ class _Daemon:
         kinds = Counter(type(entry).__name__.lower() for entry in reconciler.found.entries.values())
         states = Counter(self._source.peer_state(name) for name in reconciler.peers)
         sample = Sample(
-            counts.full, counts.changes, counts.repairs, counts.full_s, len(problems), dict(kinds), dict(states)
+            counts.full,
+            counts.changes,
+            counts.repairs,
+            counts.full_s,
+            len(problems),
+            dict(kinds),
+            dict(states),
+            holders_by_place(reconciler),
         )
         unwell = problems[0] if reconciler.underlay is None and problems else ""
         return sample, unwell, json.dumps(_document(reconciler), indent=1) + "\n"

@@ -9,6 +9,7 @@ import functools
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any, TypeVar
 
@@ -16,11 +17,14 @@ import grpc
 from grpc import aio
 
 from netd.agent import Agent
-from netd.explain import Way, explain
+from netd.explain import explain
+from netd.explain_overlay import explain_held
 from netd.fabric.registry import TUNNELS
 from netd.fabric.vxlan import device_name
+from netd.overlay_status import overlay_messages
 from netd.reconcile import Reconciler
 from netd.values import AnyAddress, Holder, Node, Route
+from netd.way import Way
 from protos.node.v1 import node_pb2 as pb
 from protos.node.v1.node_pb2_grpc import NodeServicer
 from telemetry import log
@@ -107,7 +111,19 @@ class Service(NodeServicer):
                 f"address: wanted an IPv4 or IPv6 address without a length, found {request.address!r}"
             ) from None
         way = await asyncio.wrap_future(self._agent.call(lambda reconciler: explain(reconciler, address)))
+        if way.kind == "unknown":
+            way = await self._ask_for_holder(way, address)
         return _way(way)
+
+    async def _ask_for_holder(self, way: Way, address: AnyAddress) -> Way:
+        """Of an overlay whose holders this host does not follow, or not yet."""
+        try:
+            holder = await self._source.holder(way.network, address)
+        except UnknownHolderError as error:
+            return replace(way, problems=(*way.problems, str(error)))
+        return await asyncio.wrap_future(
+            self._agent.call(lambda reconciler: explain_held(reconciler, way, address, holder))
+        )
 
     @_unary
     async def Sync(self, _request: pb.SyncRequest) -> pb.SyncResponse:
@@ -162,6 +178,7 @@ class Service(NodeServicer):
             mac=reconciler.node.mac,
             source=self._source.name,
             store_state=self._source.state(),
+            overlays=overlay_messages(reconciler, self._source.peer_state),
         )
 
     def _peer(self, reconciler: Reconciler, peer: Node) -> pb.Peer:
@@ -188,7 +205,7 @@ def _way(way: Way) -> pb.ExplainResponse:
         network=way.network,
         backend=way.backend,
         subnet=way.subnet,
-        way="" if way.kind != "peer" or not way.link else "tunnel" if way.outer else "route",
+        way=_how(way),
         link=way.link,
         next_hop=way.next_hop,
         outer=way.outer,
@@ -200,4 +217,13 @@ def _way(way: Way) -> pb.ExplainResponse:
         ],
         kernel=way.kernel,
         problems=way.problems,
+        bridge=way.bridge,
+        mac=way.mac,
+        note=way.note,
     )
+
+
+def _how(way: Way) -> str:
+    if way.kind not in ("peer", "overlay") or not way.link:
+        return ""
+    return "tunnel" if way.outer or way.kind == "overlay" else "route"
