@@ -2,19 +2,26 @@
 
 A block is ```console, for the only host, or ```console NAME. A line that begins with `$ ` is a command, `> ` goes on
 with it, what follows is what it prints on both streams: these lines, in this order, `...` being any text; a line `...`
-alone stands for any number of lines. Nothing expected: nothing printed.
+alone stands for any number of lines. Nothing expected: nothing printed. A command that only looks is repeated until it
+shows that: what a command before it has begun may take a moment, as a server in a container does, or a release.
 """
 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.hosts import ROOT
+from tests.hosts import PATIENCE_S, ROOT
 
 LABS = ROOT / "docs/labs"
+_LOOKS = re.compile(
+    r"(docker exec \w+ |docker run --rm --network (host|container:\w+) box |ip netns exec \w+ )?"
+    r"(ip (-\S+ )*(addr|link|route|neigh)( show.*)?$|bridge (link|fdb show)|ping -c1 |wget -qO- |cat /|nft list"
+    r"|netloom (ip list|topology|route))"
+)
 Execute = Callable[[str, str], str]  # host, command → output
 
 
@@ -63,13 +70,22 @@ def matches(expected: list[str], printed: list[str]) -> bool:
     return re.fullmatch(pattern, " ".join(printed[0].split())) is not None and matches(expected[1:], printed[1:])
 
 
+def looks(command: str) -> bool:
+    """Whether a command changes nothing."""
+    return _LOOKS.match(command) is not None and re.search(r";|\n", command) is None
+
+
 def run(path: Path, execute: Execute) -> None:
     """Raises AssertionError with the line of the lab that does not hold."""
     for step in steps(path):
-        printed = execute(step.host, step.command).rstrip("\n")
-        lines = printed.split("\n") if printed else []
-        assert matches(step.expected, lines), (
-            f"{path.name}:{step.line}: $ {step.command}\nwanted:\n"
-            + "\n".join(step.expected)
-            + f"\nprinted:\n{printed}"
-        )
+        deadline = time.monotonic() + (PATIENCE_S if looks(step.command) else 0)
+        while True:
+            printed = execute(step.host, step.command).rstrip("\n")
+            if matches(step.expected, printed.split("\n") if printed else []):
+                break
+            assert time.monotonic() < deadline, (
+                f"{path.name}:{step.line}: $ {step.command}\nwanted:\n"
+                + "\n".join(step.expected)
+                + f"\nprinted:\n{printed}"
+            )
+            time.sleep(0.2)

@@ -104,10 +104,32 @@ def test_every_lab_is_executed() -> None:
     }  # test_labs_of_hosts.py, many_hosts
 
 
+@pytest.mark.parametrize(
+    ("command", "looks"),
+    [
+        ("docker exec r1 wget -qO- http://b1 || echo unknown", True),
+        ("docker run --rm --network host box wget -qO- http://127.0.0.1", True),
+        ("docker run --rm --network lan box ip -o -4 addr show eth0", False),  # another address the next time
+        ("ip -br link show type bridge", True),
+        ("docker exec one ip route", True),
+        ("ip route del 192.168.100.0/24", False),
+        ("ip route show 192.168.200.0/24; ip route del 192.168.200.0/24", False),
+        ("ip link set eth0 promisc on", False),
+        ("cat >/etc/netloom/netloom.toml <<'END'\nEND", False),
+    ],
+)
+def test_what_is_repeated_changes_nothing(command: str, looks: bool) -> None:
+    assert lab.looks(command) == looks
+
+
 def test_a_lab_that_shows_something_else_fails(tmp_path: Path) -> None:
     file = tmp_path / "wrong.md"
     file.write_text("```console\n$ one\nright\n$ two\n...\nlast ... word\n```\n", encoding="utf-8")
     lab.run(file, lambda _, command: {"one": "right\n", "two": "a\nb\nlast known word\n"}[command])
+    shown = iter(("not yet\n", "right\n"))
+    file.write_text("```console\n$ ip route\nright\n```\n", encoding="utf-8")
+    lab.run(file, lambda _host, _command: next(shown))
+    file.write_text("```console\n$ one\nright\n```\n", encoding="utf-8")
     for wrong in ("left\n", "right\nmore\n", ""):
 
         def execute(_: str, command: str, printed: str = wrong) -> str:
