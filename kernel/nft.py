@@ -36,7 +36,7 @@ from kernel.session import Session
 
 TABLE = "netloom"
 FLANNEL_TABLE = "netloom_flannel"  # netd's (netd/flannel_rules.py): what it marks is to pass, too
-SCHEMA = "schema5"  # raise the number with every change of _TABLES
+SCHEMA = "schema6"  # raise the number with every change of _TABLES
 
 # masq4, masq6: containers whose traffic leaves under the host's address.
 # nomasq4, nomasq6: (source network . destination network) where it does not. No element may lie within another: the
@@ -61,6 +61,8 @@ SCHEMA = "schema5"  # raise the number with every change of _TABLES
 #   (network . network) but for these. A published port is there for everybody. What leaves such a network through a
 #   tunnel of netd's (nl-vx…) keeps its source: the other host judges by it, and an address of the tunnel's end lies in
 #   some network of containers.
+# bridged: (bridge . bridge), each with itself, of networks that are one segment over many hosts. br_netfilter has the
+#   frames from the others forwarded as packets, from sources that accept4 does not know.
 # internal: bridges, and host's ends, from which nothing goes to any other link than these, nor comes from there.
 # guarded: bridge ports whose source MAC is checked; allowed: (port . MAC) that may pass there.
 # What no element is in costs one hash look-up a packet.
@@ -118,6 +120,7 @@ table inet {TABLE} {{
 		iifname @internal oifname != @internal drop
 		oifname @internal iifname != @internal drop
 		iifname . oifname @isolated drop
+		iifname . oifname @bridged goto accepted
 		ct status dnat ip daddr . meta l4proto . th dport @published4 goto accepted
 		ct status dnat ct direction reply ip saddr . meta l4proto . th sport @published4 goto accepted
 		ct status dnat ip6 daddr . meta l4proto . th dport @published6 goto accepted
@@ -217,6 +220,7 @@ _SETS: dict[str, _Set] = {
     "same": _Set("inet", ("ifname", "ifname"), shared=True),
     "isolated": _Set("inet", ("ifname", "ifname"), shared=True),
     "internal": _Set("inet", ("ifname",), shared=True),
+    "bridged": _Set("inet", ("ifname", "ifname"), shared=True),
     "guarded": _Set("bridge", ("ifname",)),
     "allowed": _Set("bridge", ("ifname", "mac")),
 }
@@ -360,6 +364,11 @@ def keep_apart(network: str) -> Element:
 def join(source: str, destination: str) -> Element:
     """What lets a network's addresses talk to those of one that is kept apart; a network is joined with itself, too."""
     return Element(f"joined{ip_network(source).version}", (source, destination))
+
+
+def bridged(bridge: str) -> Element:
+    """What lets pass, whatever another firewall says, the packets that stay on a bridge."""
+    return Element("bridged", (bridge, bridge))
 
 
 def internal(link: str) -> Element:

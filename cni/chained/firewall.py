@@ -54,7 +54,8 @@ class FirewallConf(msgspec.Struct, frozen=True, rename="camel"):
     iptables_admin_chain_name: str = foreign.ADMIN_CHAIN
     firewalld_zone: str = firewalld.ZONE
     ingress_policy: str = ""
-    internal: bool = False  # ours: the reference has no such key, nor the next
+    internal: bool = False  # ours: the reference has no such key, nor the next two
+    bridged: bool = False
     apart: tuple[str, ...] = ()
 
     @property
@@ -120,13 +121,15 @@ def _wishes(request: Request, conf: FirewallConf, host: Session, result: Result)
     addresses = tuple(str(one.ip) for one in chain.container_ips(result))
     own = tuple(nft.accept(address, owner) for address in addresses)
     apart = tuple(_keep_apart(conf.apart))
-    if conf.ingress_policy in _OPEN and not conf.internal:
+    if conf.ingress_policy in _OPEN and not conf.internal and not conf.bridged:
         return Wishes(addresses, own, apart)
     isolated = conf.ingress_policy == _ISOLATED
     first = _first(conf, host, result)
     policy = () if conf.ingress_policy in _OPEN else tuple(nft.separate(first.name, isolated=isolated))
     if conf.internal:
         policy += (nft.internal(first.name),)
+    if conf.bridged:
+        policy += (nft.bridged(first.name),)
     if first.kind != "bridge":
         # The host's end of a ptp network: the attachment's own, and nobody else is behind it.
         return Wishes(addresses, (*own, *(dataclasses.replace(element, comment=owner) for element in policy)), apart)
@@ -160,7 +163,8 @@ def _first(conf: FirewallConf, host: Session, result: Result) -> Link:
 
 
 def _unfit(conf: FirewallConf, why: str) -> CniError:
-    key, value = ("internal", True) if conf.ingress_policy in _OPEN else ("ingressPolicy", conf.ingress_policy)
+    policy = () if conf.ingress_policy in _OPEN else (("ingressPolicy", conf.ingress_policy),)
+    key, value = (*policy, *((key, True) for key in ("internal", "bridged") if getattr(conf, key)))[0]
     return config.refused(key, value, f'chain "firewall" after "bridge" for it: {why}')
 
 

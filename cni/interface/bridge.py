@@ -4,7 +4,8 @@ What an ADD does, in this order
 1. validate the whole configuration;
 2. ask the IPAM plugin for addresses;
 3. write the attachment record: what this attachment will want of the host's kernel;
-4. on a bridge of ours: veth pair, port settings; up, unless a spoof check is to come before the first packet;
+4. on a bridge of ours: veth pair, port settings; up, unless a spoof check is to come before the first packet, or the
+   MAC with the addresses;
 5. have the addresses; write what they want of the kernel into the record;
 6. bridge, gateway addresses, forwarding: shared by all containers and never undone; any other bridge gets the pair now;
 7. spoof check, masquerade; up, where it is not; addresses, routes;
@@ -31,11 +32,11 @@ from cni.interface.configure import bring_up, configure
 from cni.request import Request
 from cni.result import DNS, Interface, IPConfig, Result, Route
 from cni.undo import Undo
-from kernel import addr, leftovers, link, netns, nft, paths
+from kernel import addr, leftovers, link, macs, netns, nft, paths
 from kernel.errors import Exists, KernelError
 from kernel.link import Link, VethSpec
 from kernel.record import Record, Records
-from kernel.session import Session, Visit
+from kernel.session import Door, Session, Visit
 from telemetry import trace
 
 AnyInterface = IPv4Interface | IPv6Interface
@@ -67,6 +68,7 @@ class BridgeConf(msgspec.Struct, frozen=True, rename="camel"):
     enabledad: bool = False
     disable_container_interface: bool = False
     port_isolation: bool = False
+    mac_from_address: bool = False  # ours: the reference has no such key
     dns: DNS = DNS()
 
     @property
@@ -107,8 +109,15 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
     Raises:
         CniError, KernelError: and `undo` holds the inverse of everything that was done.
     """
+    return attach(request, host, undo)[0]
+
+
+def attach(request: Request, host: Session, undo: Undo) -> tuple[Result, Link]:
+    """As `add`; the bridge, too."""
     conf = parse(request)
-    mac = container.wanted_mac(request) or container.random_mac()
+    mac = container.wanted_mac(request)
+    mac_follows = conf.mac_from_address and not mac
+    mac = mac or container.random_mac()
     records = Records(paths.run_dir(request.environment))
     with netns.opened(request.netns) as sandbox, host.visit(sandbox) as inside:
         veth.clear_the_way(request, host, records, inside)
@@ -125,20 +134,25 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
         ours = found is not None and found.alias == leftovers.BRIDGE_MARK
         bridge = _ensure_bridge(host, conf, found) if ours else None
         eth = _plug_in(host, inside, conf, spec, bridge, undo) if bridge is not None else None
-        early = eth is not None and not (conf.disable_container_interface or conf.macspoofchk)
+        early = eth is not None and not (conf.disable_container_interface or conf.macspoofchk or mac_follows)
         port = _connect(host, inside, conf, spec, eth) if eth is not None and early else None
         present = _addresses(host, bridge) if bridge is not None and conf.gateway else None
         forwarded = veth.forwarded(one.version for one in present or () if not one.ip.is_link_local)
         lease = wait()
         ips, routes = _with_gateways(conf, lease)
-        if bridge is None:
-            bridge = _ensure_bridge(host, conf, found)
+        gateways = [_gateway_interface(ip) for ip in ips] if conf.gateway else []
+        if bridge is None or conf.mac_from_address:
+            bridge = _bridge_with_mac(host, conf, bridge or found, gateways)
         if conf.gateway:
-            gateways = [_gateway_interface(ip) for ip in ips]
             _ensure_gateways(host, bridge, conf, gateways, present)
             veth.forward({one.version for one in gateways} - forwarded)
+        if mac_follows:
+            mac = macs.of_addresses(parsed.interface(ip.address).ip for ip in ips) or mac
+            spec = dataclasses.replace(spec, mac=mac)
         if eth is None:
             eth = _plug_in(host, inside, conf, spec, bridge, undo)
+        elif mac_follows:
+            eth = _with_mac(inside, eth, mac)
         record = attachment.complete_record(records, record, _record(request, conf, ips, port_name, mac))
         with trace.step("nftables"):
             records.apply(host, record)
@@ -151,14 +165,12 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
             container.announce(inside, eth)
         if bridge.alias != leftovers.BRIDGE_MARK:
             bridge = link.get(host, conf.bridge)  # once more: somebody else's may take the MAC of a port
-    return msgspec.structs.replace(
-        result,
-        interfaces=(
-            Interface(conf.bridge, bridge.mac),
-            Interface(port.name, port.mac),
-            Interface(request.ifname, eth.mac, request.netns),
-        ),
+    interfaces = (
+        Interface(conf.bridge, bridge.mac),
+        Interface(port.name, port.mac),
+        Interface(request.ifname, eth.mac, request.netns),
     )
+    return msgspec.structs.replace(result, interfaces=interfaces), bridge
 
 
 def _with_gateways(conf: BridgeConf, lease: Result) -> tuple[list[IPConfig], list[Route]]:
@@ -212,14 +224,18 @@ def _record(request: Request, conf: BridgeConf, ips: list[IPConfig], port_name: 
 
 
 @trace.step("bridge link")
-def _ensure_bridge(host: Session, conf: BridgeConf, bridge: Link | None) -> Link:
-    """The bridge, made where it was not found."""
+def _ensure_bridge(host: Session, conf: BridgeConf, bridge: Link | None, mac: str = "") -> Link:
+    """The bridge, made where it was not found, with this MAC where one is given."""
     if bridge is None:
         try:
-            link.add_bridge(host, conf.bridge, container.random_mac(), mtu=conf.mtu, alias=leftovers.BRIDGE_MARK)
+            born_with = mac or container.random_mac()
+            link.add_bridge(host, conf.bridge, born_with, mtu=conf.mtu, alias=leftovers.BRIDGE_MARK)
             # Routers on the segment do not decide over this host's routes. Somebody else's bridge is left as it is: it
             # may be how the host itself gets its addresses.
             veth.try_sysctl("0", "ipv6", "conf", conf.bridge, "accept_ra")
+            if mac:
+                # Bridges of other hosts may be on the segment with the same MAC, and so link-local address.
+                veth.try_sysctl("0", "ipv6", "conf", conf.bridge, "accept_dad")
         except Exists:
             pass  # another ADD was faster
         except KernelError as error:
@@ -236,6 +252,22 @@ def _ensure_bridge(host: Session, conf: BridgeConf, bridge: Link | None) -> Link
     if conf.promisc_mode and not bridge.promiscuous:
         link.set_promiscuous(host, bridge.index, True)
     return bridge
+
+
+def _bridge_with_mac(host: Session, conf: BridgeConf, bridge: Link | None, gateways: list[AnyInterface]) -> Link:
+    """The bridge, made where it was not found; with macFromAddress, ours has the gateway's MAC."""
+    mac = macs.of_addresses(one.ip for one in gateways) if conf.mac_from_address else ""
+    if bridge is None or bridge.alias != leftovers.BRIDGE_MARK:
+        bridge = _ensure_bridge(host, conf, bridge, mac)
+    return _with_mac(host, bridge, mac) if mac and bridge.alias == leftovers.BRIDGE_MARK else bridge
+
+
+def _with_mac(door: Door, one: Link, mac: str) -> Link:
+    """The link after it got this MAC, where it had another."""
+    if one.mac == mac:
+        return one
+    link.set_mac(door, one.index, mac)
+    return dataclasses.replace(one, mac=mac)
 
 
 @trace.step("gateway")

@@ -6,7 +6,8 @@ of the attachment; this plugin's own record has what all attachments of the netw
 hosts, and who may reach whom.
 
 An ADD, in this order: the network's definition; its own record; bridge; portmap and bandwidth where the runtime gives
-ports or limits; firewall. A DEL goes by the records, the other way round, and asks nobody for the definition.
+ports or limits; firewall; for an overlay network netd's device on the bridge (cni.interface.overlay). A DEL goes by the
+records, the other way round, and asks nobody for the definition.
 """
 
 import os
@@ -21,7 +22,7 @@ from cni import check as verify
 from cni.chained import bandwidth, firewall, portmap
 from cni.errors import CniError, Code
 from cni.failures import Failures
-from cni.interface import bridge, veth
+from cni.interface import bridge, container, overlay, veth
 from cni.ipam import ipamd
 from cni.request import Request
 from cni.result import DNS, Result
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 _LEAST_MTU = 68  # RFC 791
 _OTHERWISE = "default"  # netd's word for networks that it does not know, or not yet
+_ETHERNET_MTU = 1500
+_TUNNEL_OVERHEAD = 70  # bytes, over IPv6; 50 over IPv4
 
 # What comes after the bridge, and the capability without which it is left out.
 _CHAIN: tuple[tuple[str, ModuleType], ...] = (("portmap", portmap), ("firewall", firewall), ("bandwidth", bandwidth))
@@ -59,9 +62,12 @@ class _Fabric(msgspec.Struct, frozen=True):
     """What netd says of a network."""
 
     mtu: int = 0
+    backend: str = ""
 
 
 class _Fabrics(msgspec.Struct, frozen=True):
+    """What netd wrote; nothing where it never ran."""
+
     networks: dict[str, _Fabric] = {}
 
 
@@ -78,8 +84,9 @@ def parse(request: Request) -> NetloomConf:
         raise config.refused("socket", conf.socket, "want an absolute path")
     if not 0 < conf.timeout <= 300:
         raise config.refused("timeout", conf.timeout, "want seconds between 0 and 300")
-    if request.config.get("ipam"):
-        raise config.refused("ipam", request.config["ipam"], "the network has its own pool; leave the key out")
+    if request.config.get("ipam") and not overlay.is_static(request):
+        wish = "the network has its own pool; leave the key out (for an overlay, type static may name addresses of it)"
+        raise config.refused("ipam", request.config["ipam"], wish)
     return conf
 
 
@@ -93,15 +100,19 @@ def _with(request: Request, plugin: str, keys: Mapping[str, object], result: Res
     return msgspec.structs.replace(request, plugin=plugin, config={**common, **keys}, prev_result=result)
 
 
-def _for_bridge(request: Request, conf: NetloomConf, network: "pb.Network", result: Result | None) -> Request:
+def _for_bridge(
+    request: Request, conf: NetloomConf, network: "pb.Network", fabrics: _Fabrics, result: Result | None
+) -> Request:
     keys: dict[str, object] = {
         "bridge": network.bridge,
         "isGateway": True,
-        "isDefaultGateway": conf.is_default_gateway,
-        "ipMasq": not network.no_masquerade,
-        "mtu": conf.mtu or network.mtu or _fabric_mtu(request, network.name),
-        "ipam": _ipam(conf, network.pool),
+        "isDefaultGateway": conf.is_default_gateway and not network.internal,
+        "ipMasq": not network.no_masquerade and not network.internal,
+        "mtu": _mtu(conf, network, fabrics),
+        "ipam": request.config["ipam"] if overlay.is_static(request) else _ipam(conf, network.pool),
     }
+    if network.type == overlay.TYPE:
+        keys["macFromAddress"] = True
     if conf.dns:
         keys["dns"] = conf.dns
     return _with(request, "bridge", keys, result)
@@ -114,14 +125,37 @@ def _ipam(conf: NetloomConf, pool: str) -> dict[str, object]:
     return keys
 
 
-def _fabric_mtu(request: Request, network: str) -> int:
-    """What netd worked out for the network; 0, the kernel's default, where no netd runs."""
+def _fabrics(request: Request, conf: NetloomConf, network: "pb.Network") -> _Fabrics:
+    """What netd says of the host's networks, as far as anything of it is wanted; empty where no netd runs."""
+    if (conf.mtu or network.mtu) and network.type != overlay.TYPE:
+        return _Fabrics()
     try:
         with open(os.path.join(paths.run_dir(request.environment), "fabric.json"), "rb") as stream:
-            known = msgspec.json.decode(stream.read(), type=_Fabrics)
+            return msgspec.json.decode(stream.read(), type=_Fabrics)
     except (OSError, ValueError):  # what msgspec raises are ValueErrors
-        return 0
-    return (known.networks.get(network) or known.networks.get(_OTHERWISE) or _Fabric()).mtu
+        return _Fabrics()
+
+
+def _mtu(conf: NetloomConf, network: "pb.Network", fabrics: _Fabrics) -> int:
+    """The MTU of the network's links; 0, the kernel's default, where nobody says."""
+    if conf.mtu or network.mtu:
+        return conf.mtu or network.mtu
+    known = fabrics.networks.get(network.name) or _Fabric()
+    otherwise = fabrics.networks.get(_OTHERWISE) or _Fabric()
+    if network.type != overlay.TYPE:
+        return (known if network.name in fabrics.networks else otherwise).mtu
+    if known.mtu or otherwise.backend == "vxlan" or not fabrics.networks:
+        return known.mtu or otherwise.mtu
+    # netd is about to learn of the network, or of the underlay; all that is known is that packets are to fit a tunnel.
+    return max((otherwise.mtu or _ETHERNET_MTU) - _TUNNEL_OVERHEAD, _LEAST_MTU)
+
+
+def _for_chain(request: Request, name: str, network: "pb.Network | None", result: Result | None) -> Request:
+    """The request for a plugin that comes after the bridge."""
+    keys: dict[str, object] = {}
+    if name == "firewall" and network is not None and network.type == overlay.TYPE:
+        keys = {"bridged": True, "internal": network.internal}
+    return _with(request, name, keys, result)
 
 
 @trace.step("network")
@@ -129,10 +163,16 @@ def _definition(request: Request, conf: NetloomConf) -> "pb.Network":
     """What ipamd knows of the network.
 
     Raises:
-        CniError: 7, there is none of that name; 11, ipamd is away.
+        CniError: 7, there is none of that name, or the configuration's addresses are none of it; 11, ipamd is away.
     """
-    asked = _with(request, request.plugin, {"ipam": _ipam(conf, "")}, None)
-    return ipamd.network(asked, _name(request, conf))
+    network = ipamd.network(_for_ipamd(request, conf), _name(request, conf))
+    if overlay.is_static(request):
+        overlay.check_addresses(request, network)
+    return network
+
+
+def _for_ipamd(request: Request, conf: NetloomConf) -> Request:
+    return _with(request, request.plugin, {"ipam": _ipam(conf, "")}, None)
 
 
 def _shared(network: "pb.Network") -> list[Element]:
@@ -166,15 +206,29 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
     attachment.write_record(host, records, record, undo)
     with trace.step("nftables"):
         records.apply(host, record)
-    result = bridge.add(_for_bridge(request, conf, network, None), host, undo)
+    fabrics = _fabrics(request, conf, network)
+    result, its_bridge = bridge.attach(_for_bridge(request, conf, network, fabrics, None), host, undo)
+    if network.type == overlay.TYPE:
+        _tell_macs(request, conf, network, result)
     for name, module in _wanted(request):
         with trace.step(name):
-            result = module.add(_with(request, name, {}, result), host, undo)
+            result = module.add(_for_chain(request, name, network, result), host, undo)
+    if network.type == overlay.TYPE and network.name in fabrics.networks:
+        overlay.wait_until_ready(host, its_bridge, network)  # last: netd works meanwhile
     return result
 
 
+def _tell_macs(request: Request, conf: NetloomConf, network: "pb.Network", result: Result) -> None:
+    """Tell the other hosts the MACs that they would not expect. What is told ends with the address: nothing to undo."""
+    mac = next(one.mac for one in result.interfaces if one.sandbox)
+    for address in overlay.unexpected(result.ips, mac, together=not overlay.is_static(request)):
+        with trace.step("overlay mac"):
+            ipamd.set_mac(_for_ipamd(request, conf), network.pool, address, mac)
+
+
 def _check_early(request: Request) -> None:
-    """Refuse ports and limits that cannot be before anything is done."""
+    """Refuse a MAC, ports and limits that cannot be before anything is done."""
+    container.wanted_mac(request)
     portmap.parse(_with(request, "portmap", {}, None))
     bandwidth.parse(_with(request, "bandwidth", {}, None))
 
@@ -208,7 +262,9 @@ def _for_release(request: Request) -> Request:
         conf = parse(request)
     except CniError:
         conf = NetloomConf()  # an ADD with it was refused
-    return _with(request, "bridge", {"ipam": _ipam(conf, _name(request, conf))}, request.prev_result)
+    # Addresses of the caller's own are the caller's to give back.
+    ipam = {"type": "static"} if overlay.is_static(request) else _ipam(conf, _name(request, conf))
+    return _with(request, "bridge", {"ipam": ipam}, request.prev_result)
 
 
 # CHECK
@@ -224,9 +280,12 @@ def check(request: Request, host: Session) -> None:
     result = verify.required_result(request)
     network = _definition(request, conf)
     verify.elements(host, _shared(network))
-    bridge.check(_for_bridge(request, conf, network, result), host)
+    fabrics = _fabrics(request, conf, network)
+    bridge.check(_for_bridge(request, conf, network, fabrics, result), host)
+    if network.type == overlay.TYPE:
+        overlay.check(request, host, network, result, _mtu(conf, network, fabrics))
     for name, module in _wanted(request):
-        module.check(_with(request, name, {}, result), host)
+        module.check(_for_chain(request, name, network, result), host)
 
 
 # GC and STATUS
@@ -239,9 +298,18 @@ def gc(request: Request, host: Session) -> None:
             attachment.collect(_with(request, name, {}, None), host, failures)
         used = veth.collect(_for_release(request), host, failures)
         records = Records(paths.run_dir(request.environment))
-        for name in sorted({record.bridge for record in used}):
+        for name in sorted({record.bridge for record in used} | _bridge_of(request)):
             failures.attempt(leftovers.delete_idle_bridge, host, records, name)
         attachment.collect(request, host, failures)
+
+
+def _bridge_of(request: Request) -> set[str]:
+    """The network's bridge, also where no record names it any more; none where ipamd does not say."""
+    try:
+        conf = parse(request)
+        return {ipamd.network(_for_ipamd(request, conf), _name(request, conf)).bridge}
+    except CniError:
+        return set()
 
 
 def status(request: Request, host: Session) -> None:
@@ -255,6 +323,9 @@ def status(request: Request, host: Session) -> None:
         network = _definition(request, conf)
     except CniError as error:
         raise CniError(Code.NOT_AVAILABLE, f"network {_name(request, conf)} cannot be used now", str(error)) from error
-    bridge.status(_for_bridge(request, conf, network, None), host)
+    fabrics = _fabrics(request, conf, network)
+    if network.type == overlay.TYPE and network.name not in fabrics.networks:
+        raise overlay.unknown_to_netd(network.name, runs=bool(fabrics.networks))
+    bridge.status(_for_bridge(request, conf, network, fabrics, None), host)
     for name, module in _CHAIN:
-        module.status(_with(request, name, {}, None), host)
+        module.status(_for_chain(request, name, network, None), host)

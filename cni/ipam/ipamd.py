@@ -397,6 +397,21 @@ def network(request: Request, name: str) -> "pb.Network":
         raise _error(request, error) from error
 
 
+def set_mac(request: Request, pool: str, address: str, mac: str) -> None:
+    """Tell all hosts the MAC of an address that this host holds; it is forgotten when the address is given back.
+
+    Raises:
+        CniError: the address is not held, or ipamd is away.
+    """
+    from ipamd.client import IpamError  # noqa: PLC0415
+
+    try:
+        with _using(request, config.convert(request.config.get("ipam", {}), IpamConf, "$.ipam")) as client:
+            client.set_mac(pool, address, mac)
+    except IpamError as error:
+        raise _error(request, error) from error
+
+
 # Towards ipamd
 
 
