@@ -12,6 +12,7 @@ import hashlib
 import ipaddress
 import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -78,8 +79,24 @@ class Overlays(Protocol):
     async def share(self, name: str, docker: str) -> NetworkRecord:
         """As `Directory.share`."""
 
-    async def set_mac(self, pool: str, ip: str, held: Allocation | Reservation | None, mac: str) -> None:
-        """As `Directory.set_mac`; `held`: who has the address here. "": the one that follows from the address."""
+
+class Macs(Protocol):
+    """The MACs of addresses in overlay networks."""
+
+    async def set(self, pool: str, ip: str, mac: str) -> None:
+        """Tells all hosts the MAC of an address that this node holds; "": the one that follows from the address.
+
+        Raises NotFoundError where nobody has the address, PreconditionError where another node has it.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class OverlayDesk:
+    """What a cluster has for overlay networks. `parts`: where their subnets are chosen from."""
+
+    networks: Overlays
+    macs: Macs
+    parts: Parts
 
 
 class Networks:
@@ -146,10 +163,9 @@ class Directory:
         create_pool: Callable[[str, PoolSpec], Awaitable[object]],
         delete_pool: Callable[[str], Awaitable[object]],
         shared: Shared | None = None,
-        overlays: Overlays | None = None,
-        parts: Parts = overlay.DEFAULT_PARTS,
+        overlays: OverlayDesk | None = None,
     ) -> None:
-        """`overlays`: there in a cluster. `parts`: where subnets of overlay networks are chosen from."""
+        """`shared` and `overlays`: there in a cluster."""
         self._engine = engine
         self._ledger = ledger
         self._networks = networks
@@ -157,7 +173,6 @@ class Directory:
         self._delete_pool = delete_pool
         self._shared = shared
         self._overlays = overlays
-        self._parts = parts
         self._changing = asyncio.Lock()  # each change is judged by what the one before left
 
     async def get(self, name: str) -> tuple[NetworkRecord, list[str]]:
@@ -199,7 +214,7 @@ class Directory:
             return record
 
     async def _create_overlay(self, record: NetworkRecord, spec: PoolSpec) -> NetworkRecord:
-        overlays = self._overlays_for("type: found overlay")
+        desk = self._desk("type: found overlay")
         overlay.check_spec(spec)
         async with self._changing:
             there = self._ledger.pools.get(record.name)
@@ -210,9 +225,9 @@ class Directory:
             def choose(
                 asked: NetworkRecord, others: Iterable[NetworkRecord], elsewhere: Iterable[Network]
             ) -> NetworkRecord:
-                return overlay.complete(asked, others, self._parts, [*taken, *elsewhere])
+                return overlay.complete(asked, others, desk.parts, [*taken, *elsewhere])
 
-            made, its_pool = await overlays.create_overlay(record, spec, choose)
+            made, its_pool = await desk.networks.create_overlay(record, spec, choose)
             # etcd has both; this node is not to wait until it hears of them.
             if made.name not in self._ledger.pools:
                 await self._create_pool(made.name, its_pool)
@@ -235,7 +250,7 @@ class Directory:
                 "(--subnet)"
             ) from None
 
-    def _overlays_for(self, what: str) -> Overlays:
+    def _desk(self, what: str) -> OverlayDesk:
         if self._overlays is None:
             raise PreconditionError(
                 f"{what}, and this ipamd keeps its addresses for itself: overlay networks want a cluster; set [store] "
@@ -255,7 +270,7 @@ class Directory:
         async with self._changing:
             if self._overlays is None:
                 await self._engine.run(lambda: self._networks.get(name))
-            record = await self._overlays_for("docker: hosts share overlay networks only").share(name, docker)
+            record = await self._desk("docker: hosts share overlay networks only").networks.share(name, docker)
             await self._engine.run(lambda: self._networks.keep([record]), grows=True)
             return record
 
@@ -266,7 +281,7 @@ class Directory:
         """
         ip = address_text(*parse_address(address, "address"))
         mac = overlay.parse_mac(mac)
-        overlays = self._overlays_for("pool: only addresses of overlay networks have a MAC")
+        macs = self._desk("pool: only addresses of overlay networks have a MAC").macs
         record = await self._engine.run(lambda: self._networks.get(pool))
         if record.type != OVERLAY:
             raise PreconditionError(
@@ -277,14 +292,14 @@ class Directory:
         held = await self._engine.run(lambda: self._networks.holder(pool, ip))
         if isinstance(held, Allocation) and mac == overlay.default_mac(held):
             mac = ""
-        await overlays.set_mac(pool, ip, held, mac)
+        await macs.set(pool, ip, mac)
 
     async def delete(self, name: str) -> None:
         """Ends a network that nobody uses, with its pool. Raises PreconditionError that names a user."""
         async with self._changing:
             known = await self._engine.run(lambda: self._networks.get(name))
             if self._overlays is not None and known.type == OVERLAY:
-                known = await self._overlays.refresh(known)
+                known = await self._overlays.networks.refresh(known)
                 if known.docker:
                     raise PreconditionError(
                         f"network {name}: every host's Docker shows it as {known.docker}; remove it there first "

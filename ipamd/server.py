@@ -23,9 +23,10 @@ from ipamd.fill import FillWatch, fills
 from ipamd.lease import Ledger
 from ipamd.listen import SocketPlace, served
 from ipamd.member.identity import is_of_cluster, on_disk
+from ipamd.member.macs import Macs
 from ipamd.member.member import Member
 from ipamd.member.networks import SharedNetworks
-from ipamd.networks import Directory, Networks
+from ipamd.networks import Directory, Networks, OverlayDesk
 from ipamd.reclaim import Reclaimer
 from ipamd.records import ReleaseRecords
 from ipamd.service import Service
@@ -186,9 +187,13 @@ class _Daemon:
             config.release_dir, engine, ledger, node=config.node, on_release=metrics.released
         )
         networks = Networks(transaction)
-        shared = SharedNetworks(member.etcd, engine, ledger, networks, member.identity.node_id) if member else None
+        shared = SharedNetworks(member.etcd, engine, ledger, networks) if member else None
+        overlays: OverlayDesk | None = None
         if member and shared:
+            macs = Macs(member.etcd, engine, transaction, member.identity.node_id)
+            overlays = OverlayDesk(shared, macs, config.overlay_subnets)
             member.followers.append(shared.follower)
+            member.also.append(macs.run)
             ledger.has_macs = networks.is_overlay
         self._directory = Directory(
             engine,
@@ -197,8 +202,7 @@ class _Daemon:
             create_pool=desk.create_pool,
             delete_pool=desk.delete_pool,
             shared=shared,
-            overlays=shared,
-            parts=config.overlay_subnets,
+            overlays=overlays,
         )
         self._checker = Checker(
             engine,

@@ -41,7 +41,7 @@ from ipamd.store.base import Allocation, Change, DropBlock, Filter, Note, PoolRo
 from ipamd.store.sqlite import SqliteStore
 
 _PAGE = 500
-_NOTES = ("cluster", "node-id", "draining", "renewed")
+_NOTES = ("cluster", "node-id", "draining", "renewed", "macs")
 _ERRANDS = 1 << 31  # all
 
 Place = tuple[str, str]

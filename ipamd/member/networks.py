@@ -20,7 +20,6 @@ from cluster.layout import (
     AddressRecord,
     AliveRecord,
     LayoutError,
-    MacRecord,
     NetworkRecord,
     PoolRecord,
     VersionRecord,
@@ -28,12 +27,11 @@ from cluster.layout import (
 from ipamd.engine import Engine
 from ipamd.errors import AlreadyExistsError, NotFoundError, PreconditionError, UnavailableError
 from ipamd.lease import Ledger
-from ipamd.member.book import address_key, holder_of, mac_key
 from ipamd.member.follow import Follower
 from ipamd.networks import Choice, Networks, judge
 from ipamd.overlay import OVERLAY, spec_of
 from ipamd.pool import Network, PoolSpec, validate
-from ipamd.store.base import Allocation, Reservation
+from ipamd.store.base import Allocation
 from telemetry import log
 
 _logger = logging.getLogger("ipamd.member")
@@ -67,12 +65,11 @@ class _State(Struct, frozen=True):
 class SharedNetworks:
     """See `ipamd.networks.Shared`. `follower` keeps this node's copy."""
 
-    def __init__(self, etcd: Etcd, engine: Engine, ledger: Ledger, networks: Networks, node_id: str) -> None:
+    def __init__(self, etcd: Etcd, engine: Engine, ledger: Ledger, networks: Networks) -> None:
         self._etcd = etcd
         self._engine = engine
         self._ledger = ledger
         self._networks = networks
-        self._node_id = node_id
         self.follower = Follower(etcd, layout.NETWORKS, self._listed, self._changed)
 
     async def create(self, record: NetworkRecord) -> None:
@@ -193,28 +190,6 @@ class SharedNetworks:
             if not holder or asyncio.get_running_loop().time() > until:
                 return holder
             await asyncio.sleep(_POLL_S)
-
-    async def set_mac(self, pool: str, ip: str, held: Allocation | Reservation | None, mac: str) -> None:
-        """See `ipamd.networks.Directory.set_mac`. It is kept for this allocation only: who releases it, deletes it."""
-        place = pool, ip
-        with _told():
-            address, there = (await self._etcd.txn([], [Get(address_key(place)), Get(mac_key(place))])).pairs
-            holder = holder_of(address) if address is not None else None
-            if holder is not None and holder.node_id != self._node_id:
-                raise PreconditionError(
-                    f"address: {ip} of pool {pool} is held by node {holder.node}; its own ipamd is to be told"
-                )
-            if not isinstance(held, Allocation):
-                raise NotFoundError(f"address: nobody holds {ip} of pool {pool} here; allocate it first")
-            if address is None or holder is None or holder.generation != held.generation:
-                raise UnavailableError(f"the cluster does not know yet who holds {ip} of pool {pool}; ask again")
-            record = layout.encode(MacRecord(self._node_id, held.generation, mac))
-            if (there.value if there is not None else b"") == (record if mac else b""):
-                return
-            change = Put(mac_key(place), record) if mac else Delete(mac_key(place))
-            done = await self._etcd.txn([unchanged(address.key, address.mod_revision)], [change])
-        if not done.succeeded:
-            raise NotFoundError(f"address: {ip} of pool {pool} was released at this moment")
 
     async def _state(self) -> _State:
         """Raises EtcdError."""

@@ -230,7 +230,7 @@ async def test_what_one_node_has_not_heard_of_yet_is_not_overwritten() -> None:
             for record in (together, db):
                 await client.put(layout.NETWORKS + record.name, layout.encode(record))
             # Of what it is made of only etcd is asked for these.
-            shared = SharedNetworks(client, Mock(), Mock(), Mock(), "1")
+            shared = SharedNetworks(client, Mock(), Mock(), Mock())
             for change in (
                 shared.change([(db, db), (web, msgspec.structs.replace(web, connected=("pods",)))]),
                 shared.change([(pods, msgspec.structs.replace(pods, connected=("web",)))]),

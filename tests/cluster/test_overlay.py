@@ -14,6 +14,9 @@ from cluster import layout
 from cluster.etcd import Delete, Etcd, Put
 from cluster.layout import AliveRecord, MacRecord, NetworkRecord, VersionRecord
 from ipamd.client import Client, IpamError
+from ipamd.engine import Engine, Transaction
+from ipamd.member.macs import Macs
+from ipamd.store.cluster import ClusterStore
 from protos.ipam.v1 import ipam_pb2 as pb
 from tests.cluster.daemons import Node
 from tests.cluster.loop import connected
@@ -300,6 +303,42 @@ def test_a_mac_is_told_and_goes_with_its_address(lab: Lab) -> None:
         lab.b.kill()
         to_a.remove_node("b", force=True)
         assert lab.keys(layout.ADDRESSES) == lab.keys(layout.MACS) == []
+
+
+def test_macs_that_etcd_lost_are_told_again(lab: Lab) -> None:
+    """By the look that a node takes when etcd comes back; here the test takes it, with the node's database."""
+    with lab.a.client() as client:
+        client.create_network(wanted("one", "198.18.0.0/24"))
+        macs = {f"198.18.0.{number}": f"02:00:00:00:00:{number:02x}" for number in (7, 8, 9)}
+        for ip, mac in macs.items():
+            client.allocate(key(ip), pools=["one"], requested=[ip])
+            client.set_mac("one", ip, mac)
+        client.release(key("198.18.0.9"))
+        client.set_mac("one", "198.18.0.8", "02:42:c6:12:00:08")  # what follows from the address
+        wait_for("the release in etcd", lambda: len(lab.keys(layout.ADDRESSES)) == 2)
+        node_id = client.list_nodes("a")[0].id
+        lab.a.stop()
+    told = lab.mac("one#198.18.0.7")
+    lab.write(Delete(layout.MACS, True))
+
+    async def look(etcd: Etcd) -> list[int]:
+        store = ClusterStore(lab.a.database)
+        transaction = Transaction(store)
+        engine = Engine(transaction)
+        try:
+            macs = Macs(etcd, engine, transaction, node_id)
+            return [await macs.look(), await macs.look()]
+        finally:
+            await engine.close()
+            store.close()
+
+    assert lab.ask(look) == [1, 0]
+    assert lab.keys(layout.MACS) == ["one#198.18.0.7"]
+    assert lab.mac("one#198.18.0.7") == told
+    # By the node itself at its start.
+    lab.write(Delete(layout.MACS, True))
+    lab.a.start()
+    wait_for("the MAC", lambda: lab.mac("one#198.18.0.7") == told)
 
 
 def test_a_check_finds_macs_of_nobody(lab: Lab) -> None:
