@@ -21,7 +21,7 @@ from protos.ipam.v1 import ipam_pb2 as pb
 from tests.cluster.daemons import Node
 from tests.cluster.loop import connected
 from tests.etcd import EtcdCluster
-from tests.ipamd.daemon import cidrs, key, spec, wait_for
+from tests.ipamd.daemon import cidrs, key, now, spec, wait_for
 
 T = TypeVar("T")
 
@@ -303,6 +303,24 @@ def test_a_mac_is_told_and_goes_with_its_address(lab: Lab) -> None:
         lab.b.kill()
         to_a.remove_node("b", force=True)
         assert lab.keys(layout.ADDRESSES) == lab.keys(layout.MACS) == []
+
+
+def test_as_many_as_etcd_takes_are_released_together(lab: Lab) -> None:
+    """Address, index, MAC and cool-down of each; etcd takes 128 changes at a time."""
+    with lab.a.client() as client:
+        client.create_network(wanted("one", "198.18.0.0/24"))
+        ips = [f"198.18.0.{number}" for number in range(2, 102)]
+        for ip in ips:
+            client.allocate(key(ip), pools=["one"], requested=[ip])
+        for ip in ips[:5] + ips[-5:]:
+            client.set_mac("one", ip, "02:00:00:00:00:07")
+        assert len(lab.keys(layout.ADDRESSES)) == 100
+        # In one commit, so that all of them are to be told at a time.
+        request = pb.GarbageCollectRequest(client="cni", network="n", before=now())
+        assert len(client.garbage_collect(request).released) == 100
+        wait_for("their end", lambda: not lab.keys(layout.ADDRESSES))
+        assert lab.keys(layout.MACS) == lab.keys(layout.OWNED) == []
+        assert len(lab.keys(layout.FREED)) == 100
 
 
 def test_macs_that_etcd_lost_are_told_again(lab: Lab) -> None:
