@@ -28,7 +28,7 @@ from ipamd.allocate import LostError
 from ipamd.engine import Engine
 from ipamd.errors import IpamdError
 from ipamd.lease import Ledger
-from ipamd.member.book import Book, Own, address_key, holder_of, workload_of
+from ipamd.member.book import Book, Own, address_key, holder_of, mac_key, workload_of
 from ipamd.member.claims import Claims, note_pair
 from ipamd.pool import address_number, address_text
 from ipamd.shared import Place
@@ -339,7 +339,7 @@ class Addresses:
         except IpamdError as error:
             log.event(_logger, "warning", "an address that etcd has for this node, and nobody here, is given back",
                       pool=place[0], address=place[1], was=str(key), why=str(error))  # fmt: skip
-            gone = [Delete(pair.key), Delete(self._book.owned_key(place))]
+            gone = [Delete(pair.key), Delete(self._book.owned_key(place)), Delete(mac_key(place))]
             await self._etcd.txn([unchanged(pair.key, pair.mod_revision)], gone, repeatable=True)
             self._book.own.pop(place, None)
             return
