@@ -45,7 +45,8 @@ test-cluster: ## several nodes and a real etcd (root)
 test-docker: ## dockerd with the Docker shim (root)
 test-hosts: ## several hosts, joined by an underlay (root)
 test-vm: ## what needs a kernel that this machine lacks, in a virtual machine (root)
-$(addprefix test-,$(GROUPS)): suite = $(PYTEST) "$(call place,$(@:test-%=%))"
+# A cache for each: which tests failed last (pytest --last-failed) is a question to one group.
+$(addprefix test-,$(GROUPS)): suite = $(PYTEST) -o cache_dir=.pytest_cache/$(@:test-%=%) "$(call place,$(@:test-%=%))"
 test-vm: suite = sh tests/vm/suite
 $(addprefix test-,$(GROUPS)):
 	@if test -d "$(call place,$(@:test-%=%))"; then $(RUN) $(@:test-%=%) $(suite) $(ARGS); \

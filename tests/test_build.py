@@ -171,17 +171,56 @@ def test_the_ci_runs_everything_also_when_something_failed(
     assert ("FAILED: " + failing in done.stdout) == bool(status)
 
 
-def test_the_ci_tries_failed_tests_once_more(clone: Path, tmp_path: Path) -> None:
-    fake = tmp_path / "fake"
-    fake.mkdir()
-    (fake / "make").write_text('#!/bin/sh\necho "make $*" >>made\n[ "$*" != test ]\n')
-    (fake / "make").chmod(0o755)
-    done = run([".ci/run"], clone, {"PATH": f"{fake}:{os.environ['PATH']}"})
-    assert done.returncode == 0
-    assert "make test ARGS=--last-failed" in (clone / "made").read_text().splitlines()
-    assert "test (second try)" in done.stdout
-    (fake / "make").write_text('#!/bin/sh\n[ "$1" != test ]\n')
-    assert run([".ci/run"], clone, {"PATH": f"{fake}:{os.environ['PATH']}"}).returncode == 1
+AGAIN = "--last-failed --last-failed-no-failures=none"
+# As make and pytest end: some of the group's tests failed (1), or the run broke off (2).
+FAILING_MAKE = """#!/bin/sh
+echo "make $*" >>made
+case "$*" in {pattern}) ;; *) exit 0 ;; esac
+echo "=== short test summary info ==="
+echo "SKIPPED [1] tests/other.py:1: why"
+echo "FAILED tests/x.py::test_x - AssertionError: three"
+echo "lines of"
+echo "reason"
+echo "=== 1 failed in 1 s ==="
+echo "make: *** [Makefile:40: $1] Error {status}" >&2
+exit 2
+"""
+
+
+@pytest.mark.parametrize(
+    ("pattern", "status", "last", "named"),
+    [
+        ("test", 0, f"test ARGS={AGAIN}", "=== test: failed at first, and then passed; to be mended"),
+        ("test-vm", 0, f"test-vm ARGS={AGAIN}", "=== test-vm: failed at first, and then passed; to be mended"),
+        ("test-vm*", 1, f"test-vm ARGS={AGAIN}", "FAILED: test-vm (second try) (exit 2)"),
+    ],
+)
+def test_the_ci_tries_failed_tests_once_more(
+    clone: Path, tmp_path: Path, pattern: str, status: int, last: str, named: str
+) -> None:
+    (clone / "tests/vm").mkdir(parents=True)
+    fake_make(tmp_path / "fake", "")
+    (tmp_path / "fake/make").write_text(FAILING_MAKE.format(pattern=pattern, status=1))
+    done = run([".ci/run"], clone, {"PATH": f"{tmp_path / 'fake'}:{os.environ['PATH']}"})
+    assert done.returncode == status
+    made = (clone / "made").read_text().splitlines()
+    assert made.count(f"make {last}") == 1
+    assert len(made) == 5  # lint, two groups, one of them again, demo
+    assert done.stdout.splitlines().count(named) == 1
+    # What failed and why is at the end, where a log that was cut still has it.
+    end = done.stdout[done.stdout.index("\npassed:") :]
+    assert "    FAILED tests/x.py::test_x - AssertionError: three\n    lines of\n    reason\n" in end
+    assert "SKIPPED" not in end
+    assert "1 failed in" not in end
+
+
+def test_the_ci_has_no_second_try_for_a_run_that_broke_off(clone: Path, tmp_path: Path) -> None:
+    fake_make(tmp_path / "fake", "")
+    (tmp_path / "fake/make").write_text(FAILING_MAKE.format(pattern="test", status=2))
+    done = run([".ci/run"], clone, {"PATH": f"{tmp_path / 'fake'}:{os.environ['PATH']}"})
+    assert done.returncode == 1
+    assert (clone / "made").read_text().splitlines() == ["make lint", "make test", "make demo"]
+    assert "FAILED: test (exit 2)" in done.stdout
 
 
 @pytest.mark.kernel
