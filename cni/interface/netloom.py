@@ -138,14 +138,16 @@ def _fabrics(request: Request, conf: NetloomConf, network: "pb.Network") -> _Fab
 
 def _mtu(conf: NetloomConf, network: "pb.Network", fabrics: _Fabrics) -> int:
     """The MTU of the network's links; 0, the kernel's default, where nobody says."""
-    if conf.mtu or network.mtu:
-        return conf.mtu or network.mtu
+    if conf.mtu:
+        return conf.mtu
     known = fabrics.networks.get(network.name) or _Fabric()
     otherwise = fabrics.networks.get(_OTHERWISE) or _Fabric()
     if network.type != overlay.TYPE:
-        return (known if network.name in fabrics.networks else otherwise).mtu
-    if known.mtu or otherwise.backend == "vxlan" or not fabrics.networks:
-        return known.mtu or otherwise.mtu
+        return network.mtu or (known if network.name in fabrics.networks else otherwise).mtu
+    # Of an overlay netd knows the network's own, too, and how much of it the tunnel carries.
+    wanted = known.mtu or network.mtu
+    if wanted or otherwise.backend == "vxlan" or not fabrics.networks:
+        return wanted or otherwise.mtu
     # netd is about to learn of the network, or of the underlay; all that is known is that packets are to fit a tunnel.
     return max((otherwise.mtu or _ETHERNET_MTU) - _TUNNEL_OVERHEAD, _LEAST_MTU)
 

@@ -14,7 +14,6 @@ from cni import check as verify
 from cni import config, parsed
 from cni.errors import CniError, Code
 from cni.failures import note
-from cni.ipam import static
 from cni.request import Request
 from cni.result import IPConfig, Result
 from kernel import link, macs, netns
@@ -58,6 +57,8 @@ def check_addresses(request: Request, network: "pb.Network") -> None:
         raise config.refused(
             "ipam", request.config["ipam"], f"network {network.name} has its own pool and is no overlay; leave it out"
         )
+    from cni.ipam import static  # noqa: PLC0415 - for few requests, and each import is paid for by every cold process
+
     ips = static.parse(request).ips
     if not ips:
         wish = "add one that was taken from the network's pool, or leave ipam out"

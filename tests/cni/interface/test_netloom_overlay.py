@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
+from ipaddress import ip_address
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from cni.versions import SUPPORTED
 from tests.cni.chained.test_firewall import bridge_netfilter, dropping
 from tests.cni.chained.traffic import ask, no_answer, serving
 from tests.cni.interface.test_netloom import HOST, OUTSIDE, outside, with_ports
-from tests.cni.lab import WITH_CHECK, Attached, Lab, elements
+from tests.cni.lab import WITH_CHECK, Attached, Lab, elements, net, pool
 from tests.cni.overlays import (
     FABRIC,
     MTU,
@@ -344,6 +346,42 @@ def test_a_routed_network_gives_its_addresses_itself(lab: Lab, relay: Relay) -> 
         answer = lab.cni("ADD", "netloom", conf_of(OV1, **static("10.9.0.50/24")), netns=netns)
         assert answer.code() == 7
         assert "no overlay" in said(answer)
+
+
+V6_ONLY = Overlay("six", 5004, ("fd00:99::/64",))
+
+
+@needs_ipv6
+def test_without_ipv4_the_mac_follows_from_the_ipv6_address(lab: Lab) -> None:
+    def mac_of_six(address: str) -> str:
+        return "02:42:" + hashlib.sha256(ip_address(address).packed).digest()[:4].hex(":")
+
+    with relaying(lab, V6_ONLY), FakeNetd(lab.host, (V6_ONLY,)), lab.attached(conf_of(V6_ONLY), "netloom") as one:
+        assert mac(one) == mac_of_six(one.ip(6))
+        assert lab.host.links()[V6_ONLY.bridge]["address"] == mac_of_six("fd00:99::1")
+        assert one.netns.ping("fd00:99::1") > 0
+        one.check()
+
+
+@pytest.mark.parametrize("spoof_check", [False, True])
+def test_the_key_of_plugin_bridge(lab: Lab, spoof_check: bool) -> None:
+    conf = net(bridge="br9", isGateway=True, macFromAddress=True, macspoofchk=spoof_check, ipam=pool("10.8.0.0/16"))
+    with lab.attached(conf) as one, lab.attached(conf) as two:  # the second one finds the bridge
+        for attached in (one, two):
+            assert mac(attached) == attached.mac == mac_of(attached.ip())
+            assert attached.netns.ping("10.8.0.1") > 0
+            attached.check()
+        assert one.result["interfaces"][0]["mac"] == lab.host.links()["br9"]["address"] == "02:42:0a:08:00:01"
+    with lab.attached({**conf, "runtimeConfig": {"mac": OWN_MAC}}) as one:
+        assert mac(one) == one.mac == OWN_MAC
+    without = {key: value for key, value in conf.items() if key not in ("ipam", "isGateway")}
+    with lab.attached(without) as one:
+        assert mac(one) == one.mac != ""
+    # Somebody else's bridge keeps its MAC.
+    lab.host.run(["ip", "link", "add", "br8", "address", OWN_MAC, "type", "bridge"])
+    with lab.attached({**conf, "bridge": "br8"}) as one:
+        assert mac(one) == mac_of(one.ip())
+        assert lab.host.links()["br8"]["address"] == OWN_MAC == one.result["interfaces"][0]["mac"]
 
 
 # Who reaches whom
