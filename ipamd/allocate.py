@@ -4,11 +4,13 @@ Without a cluster, and for pools of this node alone, the ledger's answer is the 
 """
 
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from ipamd.engine import Engine
 from ipamd.errors import NeedsBlockError, UnavailableError
 from ipamd.lease import Ask, Ledger
+from ipamd.rounds import Rounds
 from ipamd.store.base import Allocation, Instant, Key
 
 # Each refusal teaches this node who holds what it asked for, so a few tries are many.
@@ -30,6 +32,10 @@ class Blocks(Protocol):
 
 class Claims(Protocol):
     """What claims addresses for cluster-address pools."""
+
+    @property
+    def rounds(self) -> Rounds:
+        """In which they are asked for."""
 
     async def ready(self) -> None:
         """Returns when the state of such pools is known, or cannot be known now. Raises UnavailableError."""
@@ -118,24 +124,34 @@ async def _allocate(engine: Engine, ledger: Ledger, member: Member, turn: Turn) 
         return ledger.allocate(ask)
 
     last_try_s = time.monotonic() + _LAST_TRY_S
-    if ledger.wants_claims(ask.pools):
-        await member.claims.ready()
+    claims = member.claims if ledger.wants_claims(ask.pools) else None
+    if claims is not None:
+        await claims.ready()
     for tries in range(1, _MOST_TRIES + 1):
         try:
-            allocation, created = await engine.run(choose, grows=True)
+            if claims is None:
+                return await engine.run(choose, grows=True)
+            return await _claim(engine, ledger, claims, turn, choose)
         except NeedsBlockError as need:
             await member.blocks.provide(need)
-            continue
-        if allocation.generation not in ledger.unconfirmed:
-            return allocation, created
-        try:
-            await member.claims.confirm(allocation)
         except LostError:
             if time.monotonic() > last_try_s:
                 raise UnavailableError(
                     f"others were faster each of {tries} times, and etcd is slow; ask again"
                 ) from None
-            continue
-        turn.check()
-        return allocation, created
     raise UnavailableError(f"others were faster each of {_MOST_TRIES} times; ask again")
+
+
+async def _claim(
+    engine: Engine, ledger: Ledger, claims: Claims, turn: Turn, choose: Callable[[], tuple[Allocation, bool]]
+) -> tuple[Allocation, bool]:
+    """Addresses that the cluster has as this node's; raises LostError."""
+    going = await claims.rounds.enter()
+    try:
+        allocation, created = await engine.run(choose, grows=True)
+        if allocation.generation in ledger.unconfirmed:
+            await claims.confirm(allocation)
+            turn.check()
+        return allocation, created
+    finally:
+        claims.rounds.leave(going)

@@ -42,6 +42,30 @@ _GRACE_S = 3.0
 _PAGE = 500
 _LATEST = 1 << 63
 _GATHER_S = 0.05
+# More messages in so long are many, and who followed them comes again that much later.
+_BUSY_S, _MANY = 0.25, 8
+
+
+async def changes(etcd: Etcd, prefix: str, revision: int, take: Callable[[list[Event]], None]) -> int:
+    """Hands on what happens behind a revision; where that is much, returns how far it came, to be called again later.
+
+    etcd sends a message for each transaction, which costs a node as much as a dozen events. Who comes a while later and
+    asks for what happened since gets all of it in one.
+    """
+    began_s, messages = time.monotonic(), 0
+    async with contextlib.aclosing(etcd.watch(prefix, revision + 1)) as batches:
+        async for batch in batches:
+            revision = batch.revision
+            if not batch.events:
+                continue
+            take(batch.events)
+            now_s = time.monotonic()
+            if now_s - began_s > _BUSY_S:
+                began_s, messages = now_s, 0
+            messages += 1
+            if messages > _MANY or batch.events[0].pair.mod_revision + _MANY < revision:
+                break
+    return revision
 
 
 class Addresses:
@@ -84,8 +108,9 @@ class Addresses:
                 revision = await read()
                 await self._note_listed(prefix)
                 async with self._gathering(change) as take:
-                    async for batch in self._etcd.watch(prefix, revision + 1):
-                        take(batch.events)
+                    while True:
+                        revision = await changes(self._etcd, prefix, revision, take)
+                        await asyncio.sleep(_BUSY_S)
             except CompactedError:
                 log.event(_logger, "info", "etcd forgot what came in between; read anew", prefix=prefix)
             except EtcdError as error:

@@ -34,7 +34,6 @@ _logger = logging.getLogger("ipamd.member")
 # Three conditions each, and etcd takes 128 operations of a kind.
 MOST_ADDRESSES = 32
 _MOST_ROUNDS = 8
-_GATHER_S = 0.01
 
 
 class Claim:
@@ -68,8 +67,6 @@ class Claims:
         self._pools = pools
         self._waiting: dict[int, Claim] = {}  # by generation
         self._more = asyncio.Event()
-        self._rounds_in_vain = 0
-        self._rounds_left_out = 0
         self.on_claimed: Callable[[], None] = lambda: None
         self.collisions = 0  # claims that others were faster with
 
@@ -120,7 +117,6 @@ class Claims:
     async def run(self) -> None:
         """Claims what waits. Never returns."""
         while True:
-            await self._gather()
             batch = self._next()
             if not batch:
                 self._more.clear()
@@ -135,28 +131,6 @@ class Claims:
             finally:
                 self._book.claiming.clear()
                 self.on_claimed()
-
-    async def _gather(self) -> None:
-        """Waits a moment for others: fewer and larger transactions, which is faster for all of them.
-
-        Each transaction costs ipamd, and every node that follows, as much as some ten addresses in it. Who claims alone
-        does not wait: where nobody came, the next rounds go on at once, up to 32 of them.
-        """
-        if not self._waiting:
-            return
-        if self._rounds_left_out < self._rounds_in_vain:
-            self._rounds_left_out += 1
-            return
-        loop = asyncio.get_running_loop()
-        until_s = loop.time() + _GATHER_S
-        before = len(self._waiting)
-        timer = loop.call_at(until_s, self._more.set)
-        while loop.time() < until_s and len(self._waiting) < MOST_ADDRESSES:
-            self._more.clear()
-            await self._more.wait()
-        timer.cancel()
-        self._rounds_left_out = 0
-        self._rounds_in_vain = 0 if len(self._waiting) > before else min(self._rounds_in_vain + 1, 32)
 
     def _next(self) -> list[Claim]:
         batch: list[Claim] = []

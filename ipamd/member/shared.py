@@ -13,6 +13,7 @@ from ipamd.member.book import Book
 from ipamd.member.claims import Claims
 from ipamd.member.mirror import Known
 from ipamd.member.unclaims import Unclaims
+from ipamd.rounds import Rounds
 from ipamd.shared import Place
 from ipamd.store.base import Allocation, Store
 
@@ -34,6 +35,7 @@ class SharedAddresses:
         self._unclaims = Unclaims(etcd, engine, ledger, store, self._book)
         self._addresses = Addresses(etcd, engine, ledger, store, self._book, self._claims)
         self._claims.on_claimed = self._unclaims.claimed
+        self.rounds = Rounds()
         self._running = False
         ledger.join(identity.node)
 

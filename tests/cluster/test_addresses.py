@@ -1,5 +1,6 @@
 """Pools of mode cluster-address on real ipamd processes and a real etcd."""
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -14,10 +15,13 @@ from pathlib import Path
 import grpc
 import pytest
 
+from cluster.etcd import Event
 from ipamd.client import Client, IpamError
+from ipamd.member.addresses import changes
 from protos.ipam.v1 import ipam_pb2 as pb
 from tests.cluster import faulty
 from tests.cluster.daemons import Node
+from tests.cluster.loop import connected, looped, until
 from tests.etcd import EtcdCluster
 from tests.ipamd.daemon import ROOT, Daemon, cidrs, key, now, spec, wait_for
 
@@ -307,6 +311,43 @@ def test_history_is_compacted_under_the_watch(etcd: EtcdCluster, prefix: str, tm
             b.process.send_signal(signal.SIGCONT)
             assert eventually(to_b, "x", old) == [f"{old}/24"]
             assert refusal(to_b, "y", new).code is Code.ALREADY_EXISTS
+
+
+@looped
+async def test_where_changes_are_many_they_come_in_few_messages(etcd: EtcdCluster, prefix: str) -> None:
+    """Whole, in order and each once, while they are made and when they are over."""
+    found: list[Event] = []
+    takes: list[int] = []
+
+    def take(events: list[Event]) -> None:
+        takes.append(len(events))
+        found.extend(events)
+
+    async with connected(etcd.sockets, prefix) as client:
+        first = await client.put("other", b"")
+        names = [f"addresses/{number}" for number in range(60)]
+
+        async def follow() -> None:
+            revision = first
+            while True:
+                before, revision = revision, await changes(client, "addresses/", revision, take)
+                assert revision > before
+
+        following = asyncio.create_task(follow())
+        for name in names:
+            await client.put(name, b"")
+        for name in names:
+            await client.delete(name)
+        await until(lambda: asyncio.sleep(0, len(found) >= 120 or following.done()), "all of them")
+        following.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await following
+    assert [(event.kind, event.pair.key) for event in found] == [
+        *(("put", name) for name in names),
+        *(("delete", name) for name in names),
+    ]
+    assert [event.pair.mod_revision for event in found] == list(range(first + 1, first + 121))
+    assert max(takes) > 8
 
 
 def test_all_of_the_cluster_is_listed_on_every_node(etcd: EtcdCluster, prefix: str, tmp_path: Path) -> None:

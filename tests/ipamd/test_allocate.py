@@ -13,6 +13,7 @@ from ipamd.errors import NeedsBlockError, UnavailableError
 from ipamd.lease import Ask, Ledger
 from ipamd.member.holdings import Holdings
 from ipamd.pool import PoolSpec, RangeSpec
+from ipamd.rounds import Rounds
 from ipamd.store.base import Allocation, Instant, Key, Netns
 from ipamd.store.memory import MemoryStore
 
@@ -28,6 +29,7 @@ class Member:
         self._engine = engine
         self._holdings = Holdings(transaction, ledger)
         self.asked, self.answer = asyncio.Event(), asyncio.Event()
+        self.rounds = Rounds()
 
     @property
     def blocks(self) -> Member:
