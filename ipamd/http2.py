@@ -5,8 +5,9 @@ An ADD or DEL asks ipamd once. gRPC's library costs such a process 60 ms to impo
 processor time than all its netlink (docs/adr/0014). Here a call is one send, and whatever the socket then says.
 
 Rules of this file
-- The other side is ipamd, which is gRPC's own server. Whatever it may say by the standard and never does, such as a
-  header in Huffman's code, is `UnexpectedError`: the caller has gRPC itself to ask.
+- The other side is ipamd: `ipamd.door`, which has its frames from here, or gRPC's own server in one of before that.
+  Whatever these may say by the standard and never do, such as a header in Huffman's code, is `UnexpectedError`: the
+  caller has gRPC itself to ask.
 - A connection on which anything went wrong is not used again.
 - Sending and receiving are apart, so that other work fits in between.
 
@@ -24,22 +25,22 @@ import time
 from urllib.parse import unquote_to_bytes
 
 LARGEST_REQUEST = 16_000  # bytes of a message; in one frame, below the least that everybody takes
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
-_END_STREAM = _ACK = 0x1
-_END_HEADERS, _PADDED, _PRIORITY = 0x4, 0x8, 0x20
-_HEADER = struct.Struct(">HBBBI")  # length (24 bits, in two parts), kind, flags, stream
-_SETTING = struct.Struct(">HI")
-_U32 = struct.Struct(">I")
-_MESSAGE = struct.Struct(">BI")  # compressed or not, length
-_WINDOW = 65_535
-_GIVE_BACK = 32_768
-_LARGEST_FRAME = 16_384  # without a word of ours, nobody may send more in one
-_LAST_STREAM = 2**31 - 1
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
+END_STREAM = ACK = 0x1
+END_HEADERS, _PADDED, _PRIORITY = 0x4, 0x8, 0x20
+HEADER = struct.Struct(">HBBBI")  # length (24 bits, in two parts), kind, flags, stream
+SETTING = struct.Struct(">HI")
+U32 = struct.Struct(">I")
+MESSAGE = struct.Struct(">BI")  # compressed or not, length
+WINDOW = 65_535
+GIVE_BACK = 32_768
+LARGEST_FRAME = 16_384  # without a word of ours, nobody may send more in one
+LAST_STREAM = 2**31 - 1
 _REFUSED_STREAM = 7
 _LONGEST_SUN_PATH = 107
 
-_STATIC_STATUS = range(8, 15)  # the entries of HPACK's static table that are :status
+_STATIC_PATH, _STATIC_STATUS = range(4, 6), range(8, 15)  # the entries of HPACK's static table that are one of these
 _STATIC_NAMES = 61
 
 OK, CANCELLED, DEADLINE_EXCEEDED, UNAVAILABLE = 0, 1, 4, 14  # gRPC's status codes
@@ -80,7 +81,7 @@ class Connection:
         """
         self._timeout_s = timeout_s
         self._stream = -1
-        self._room = _WINDOW  # bytes that we may send
+        self._room = WINDOW  # bytes that we may send
         self._taken = 0  # bytes that came and that the other side does not know to be read
         self._closing = False
         self._buffer = b""
@@ -89,8 +90,7 @@ class Connection:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             _connect(self._socket, path, timeout_s)
-            # No table of headers: each answer can be read by itself. Nobody pushes.
-            self._send(_PREFACE + _frame(_SETTINGS, 0, 0, _SETTING.pack(1, 0) + _SETTING.pack(2, 0)))
+            self._send(HELLO)
         except BaseException:
             self._socket.close()
             raise
@@ -106,7 +106,7 @@ class Connection:
             LostError, LateError, UnexpectedError
         """
         until = time.monotonic() + self._timeout_s
-        while self._next(until)[0] != _SETTINGS:
+        while self._next(until)[0] != SETTINGS:
             pass
 
     def ask(self, headers: bytes, message: bytes) -> None:
@@ -116,14 +116,14 @@ class Connection:
             LostError
         """
         size = len(message) + 5
-        if self._closing or size > self._room or self._stream > _LAST_STREAM - 2:
+        if self._closing or size > self._room or self._stream > LAST_STREAM - 2:
             raise LostError("the connection is used up")
         self._stream += 2
         self._headers, self._data = {}, b""
         self._room -= size
         self._send(
-            _frame(_HEADERS, _END_HEADERS, self._stream, headers)
-            + _frame(_DATA, _END_STREAM, self._stream, _MESSAGE.pack(0, len(message)) + message)
+            frame(HEADERS, END_HEADERS, self._stream, headers)
+            + frame(DATA, END_STREAM, self._stream, MESSAGE.pack(0, len(message)) + message)
         )
 
     def answer(self) -> Answer:
@@ -135,47 +135,47 @@ class Connection:
         until = time.monotonic() + self._timeout_s
         while True:
             kind, flags, stream, body = self._next(until)
-            if kind == _GOAWAY and _number(body) & _LAST_STREAM < self._stream:
+            if kind == GOAWAY and number_of(body) & LAST_STREAM < self._stream:
                 raise LostError("the server is ending")
             if stream != self._stream:
                 continue
-            if kind == _RST_STREAM:
-                number = _number(body)
+            if kind == RST_STREAM:
+                number = number_of(body)
                 if number == _REFUSED_STREAM:
                     raise LostError("the server refused the stream")
                 return Answer(CANCELLED, f"the server reset the stream (HTTP/2 error {number})", False, b"")
-            if kind == _DATA:
+            if kind == DATA:
                 self._data += _unpadded(flags, body)
-                if len(self._data) > _WINDOW:
+                if len(self._data) > WINDOW:
                     raise UnexpectedError("more than there is room for")
-            elif kind == _HEADERS:
-                if not flags & _END_HEADERS:
+            elif kind == HEADERS:
+                if not flags & END_HEADERS:
                     raise UnexpectedError("headers in several frames")
-                self._headers.update(_headers(_unpadded(flags, body, priority=flags & _PRIORITY)))
-            if flags & _END_STREAM and kind in (_DATA, _HEADERS):
+                self._headers.update(read_headers(_unpadded(flags, body, priority=flags & _PRIORITY)))
+            if flags & END_STREAM and kind in (DATA, HEADERS):
                 return _answer(self._headers, self._data)
 
     def _next(self, until: float) -> tuple[int, int, int, bytes]:
         """The next frame; what is about the connection is seen to."""
-        while len(self._buffer) < 9 or len(self._buffer) < 9 + _length(self._buffer):
+        while len(self._buffer) < 9 or len(self._buffer) < 9 + length_of(self._buffer):
             self._buffer += self._receive(until)
-        length = _length(self._buffer)
-        _high, _low, kind, flags, stream = _HEADER.unpack_from(self._buffer)
+        length = length_of(self._buffer)
+        _high, _low, kind, flags, stream = HEADER.unpack_from(self._buffer)
         body = self._buffer[9 : 9 + length]
         self._buffer = self._buffer[9 + length :]
-        stream &= _LAST_STREAM
-        if kind == _DATA:
+        stream &= LAST_STREAM
+        if kind == DATA:
             self._taken += length
-            if self._taken >= _GIVE_BACK:
-                self._send(_frame(_WINDOW_UPDATE, 0, 0, _U32.pack(self._taken)))
+            if self._taken >= GIVE_BACK:
+                self._send(frame(WINDOW_UPDATE, 0, 0, U32.pack(self._taken)))
                 self._taken = 0
-        elif kind == _SETTINGS and not flags & _ACK:
-            self._send(_frame(_SETTINGS, _ACK, 0, b""))
-        elif kind == _PING and not flags & _ACK:
-            self._send(_frame(_PING, _ACK, 0, body))
-        elif kind == _WINDOW_UPDATE and not stream:
-            self._room += _number(body) & _LAST_STREAM
-        elif kind == _GOAWAY:
+        elif kind == SETTINGS and not flags & ACK:
+            self._send(frame(SETTINGS, ACK, 0, b""))
+        elif kind == PING and not flags & ACK:
+            self._send(frame(PING, ACK, 0, body))
+        elif kind == WINDOW_UPDATE and not stream:
+            self._room += number_of(body) & LAST_STREAM
+        elif kind == GOAWAY:
             self._closing = True
         return kind, flags, stream, body
 
@@ -208,15 +208,15 @@ def request_headers(path: str, timeout_s: float, request_id: str = "") -> bytes:
         request_id: "" for none.
     """
     block = _method_headers(path, timeout_s)
-    return block + b"\0" + _REQUEST_ID + _string(request_id.encode()) if request_id else block
+    return block + b"\0" + _REQUEST_ID + string(request_id.encode()) if request_id else block
 
 
 @functools.lru_cache(maxsize=16)
 def _method_headers(path: str, timeout_s: float) -> bytes:
     """Those that each call of a method has."""
-    block = b"\x83\x86" + b"\x04" + _string(path.encode()) + b"\x01" + _string(b"localhost")  # POST, http
+    block = b"\x83\x86" + b"\x04" + string(path.encode()) + b"\x01" + string(b"localhost")  # POST, http
     fields = {"te": "trailers", "content-type": "application/grpc", "grpc-timeout": f"{int(timeout_s * 1000)}m"}
-    return block + b"".join(b"\0" + _string(name.encode()) + _string(value.encode()) for name, value in fields.items())
+    return block + b"".join(b"\0" + string(name.encode()) + string(value.encode()) for name, value in fields.items())
 
 
 def _connect(connecting: socket.socket, path: str, timeout_s: float) -> None:
@@ -240,22 +240,26 @@ def _connect(connecting: socket.socket, path: str, timeout_s: float) -> None:
             os.close(directory_fd)
 
 
-def _frame(kind: int, flags: int, stream: int, body: bytes) -> bytes:
-    return _HEADER.pack(len(body) >> 8, len(body) & 0xFF, kind, flags, stream) + body
+def frame(kind: int, flags: int, stream: int, body: bytes) -> bytes:
+    return HEADER.pack(len(body) >> 8, len(body) & 0xFF, kind, flags, stream) + body
 
 
-def _length(buffer: bytes) -> int:
-    length = buffer[0] << 16 | buffer[1] << 8 | buffer[2]
-    if length > _LARGEST_FRAME:
+def checked_length(length: int) -> int:
+    """A frame's length; raises UnexpectedError where it has more than anybody takes."""
+    if length > LARGEST_FRAME:
         raise UnexpectedError("a frame larger than we take")
     return length
 
 
-def _number(body: bytes) -> int:
+def length_of(buffer: bytes) -> int:
+    return checked_length(buffer[0] << 16 | buffer[1] << 8 | buffer[2])
+
+
+def number_of(body: bytes) -> int:
     """The first number of a frame's body."""
-    if len(body) < _U32.size:
+    if len(body) < U32.size:
         raise UnexpectedError("a frame that ends in the middle")
-    return int(_U32.unpack_from(body)[0])
+    return int(U32.unpack_from(body)[0])
 
 
 def _unpadded(flags: int, body: bytes, *, priority: int = 0) -> bytes:
@@ -266,6 +270,11 @@ def _unpadded(flags: int, body: bytes, *, priority: int = 0) -> bytes:
     return body[5:] if priority else body
 
 
+# No table of headers: each answer can be read by itself. Nobody pushes. And a setting of our own, which gRPC's server
+# does not know and skips: ipamd answers itself who says so, see `ipamd.door`.
+HELLO = PREFACE + frame(SETTINGS, 0, 0, SETTING.pack(1, 0) + SETTING.pack(2, 0) + SETTING.pack(0x4E4C, 1))
+
+
 def _answer(headers: dict[bytes, bytes], data: bytes) -> Answer:
     status = headers.get(b"grpc-status", b"")
     if not status.isdigit() or len(status) > 9:
@@ -274,7 +283,7 @@ def _answer(headers: dict[bytes, bytes], data: bytes) -> Answer:
     text = unquote_to_bytes(headers.get(b"grpc-message", b"")).decode(errors="replace")
     message = b""
     if code == OK:
-        if len(data) < 5 or _MESSAGE.unpack_from(data) != (0, len(data) - 5):
+        if len(data) < 5 or MESSAGE.unpack_from(data) != (0, len(data) - 5):
             raise UnexpectedError("no whole message that is not compressed")
         message = data[5:]
     return Answer(code, text, b"x-answered-by" in headers, message)
@@ -283,8 +292,13 @@ def _answer(headers: dict[bytes, bytes], data: bytes) -> Answer:
 # HPACK
 
 
-def _string(data: bytes) -> bytes:
+def string(data: bytes) -> bytes:
     return _integer(len(data), 7) + data
+
+
+def literal(name: bytes, value: bytes) -> bytes:
+    """A header that neither side is to remember."""
+    return b"\0" + string(name) + string(value)
 
 
 def _integer(value: int, bits: int) -> bytes:
@@ -300,10 +314,10 @@ def _integer(value: int, bits: int) -> bytes:
     return bytes(encoded)
 
 
-_REQUEST_ID = _string(b"x-request-id")
+_REQUEST_ID = string(b"x-request-id")
 
 
-def _headers(block: bytes) -> dict[bytes, bytes]:
+def read_headers(block: bytes) -> dict[bytes, bytes]:
     """Those that have a name of their own; the static table's names are of no interest but for `:status`."""
     found: dict[bytes, bytes] = {}
     at = 0
@@ -324,9 +338,11 @@ def _headers(block: bytes) -> dict[bytes, bytes]:
                 raise UnexpectedError(f"name number {index} of a table that is empty")
             if index in _STATIC_STATUS:
                 name = b":status"
+            elif index in _STATIC_PATH:
+                name = b":path"
             elif not index:
-                name, at = _read_string(block, at)
-            value, at = _read_string(block, at)
+                name, at = read_string(block, at)
+            value, at = read_string(block, at)
             if name:
                 found[name] = value
     except IndexError:
@@ -352,7 +368,7 @@ def _read_integer(block: bytes, at: int, bits: int) -> tuple[int, int]:
             raise UnexpectedError("a number without an end")
 
 
-def _read_string(block: bytes, at: int) -> tuple[bytes, int]:
+def read_string(block: bytes, at: int) -> tuple[bytes, int]:
     coded = block[at] & 0x80
     length, at = _read_integer(block, at, 7)
     if coded:

@@ -51,11 +51,24 @@ class SocketPlace:
             os.close(self._directory)
             raise
         self._inode = 0
+        self._hidden = -1
 
     @property
     def address(self) -> str:
         """The path to bind, short enough for any socket."""
         return f"/proc/self/fd/{self._private}/s"
+
+    @property
+    def inner(self) -> str:
+        """A second path to bind, for `hide`."""
+        return f"/proc/self/fd/{self._private}/inner"
+
+    def hide(self) -> str:
+        """Takes the name of what was bound at `inner` away, and returns the path by which this process reaches it."""
+        self._hidden = os.open("inner", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._private)
+        os.unlink("inner", dir_fd=self._private)
+        # connect(2) follows it to the socket, which needs no name for that (proc(5), /proc/pid/fd).
+        return f"/proc/self/fd/{self._hidden}"
 
     def publish(self, mode: int, owner: int | None, group: int | None) -> None:
         """Gives the bound socket its rights and puts it in place. Raises StartError."""
@@ -82,6 +95,8 @@ class SocketPlace:
     ) -> None:
         self.remove()
         self._drop_private()
+        if self._hidden >= 0:
+            os.close(self._hidden)
         os.close(self._private)
         os.close(self._directory)
 
@@ -93,8 +108,9 @@ class SocketPlace:
         self._inode = 0
 
     def _drop_private(self) -> None:
-        with contextlib.suppress(OSError):
-            os.unlink("s", dir_fd=self._private)
+        for name in ("s", "inner"):
+            with contextlib.suppress(OSError):
+                os.unlink(name, dir_fd=self._private)
         with contextlib.suppress(OSError):
             os.rmdir(self._private_name, dir_fd=self._directory)
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import socket
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
@@ -17,6 +18,7 @@ from ipamd.check import Checker
 from ipamd.clock import BootClock, Clock
 from ipamd.config import Config
 from ipamd.desk import Desk
+from ipamd.door import Door, Methods
 from ipamd.engine import Engine, Transaction
 from ipamd.errors import IpamdError, StartError
 from ipamd.fill import FillWatch, fills
@@ -42,7 +44,7 @@ from telemetry.metrics import CONTENT_TYPE, IpamdMetrics, PoolSample
 
 _logger = logging.getLogger("ipamd")
 
-_SERVICE = ipam_pb2.DESCRIPTOR.services_by_name["Ipam"].full_name
+_SERVICE = ipam_pb2.DESCRIPTOR.services_by_name["Ipam"]
 _LARGEST_MESSAGE = 64 << 20  # a GC that names 100,000 attachments has 8 MiB
 _DRAIN_S = 10.0
 # Nothing in hand at so many looks in a row: what had arrived has been begun, and the answers have gone out.
@@ -240,20 +242,24 @@ class _Daemon:
         async with contextlib.AsyncExitStack() as stack:
             place = stack.enter_context(SocketPlace(config.socket))
             server = self._server()
-            _bind(server, place, config.socket)
+            listening = _bind(server, place, config.socket)
+            stack.callback(listening.close)
+            door = Door(Methods(_SERVICE, self._service), place.hide())
+            stack.callback(door.shut)
             if config.http_listen:
                 await stack.enter_async_context(self._pages(config.http_listen))
             self._records.prepare()
             await self._records.replay()
             await server.start()
+            await door.open(listening)
             place.publish(config.socket_mode, config.socket_owner, config.socket_group)
-            await self._serve(server, place, stop)
+            await self._serve(server, door, place, stop)
 
-    async def _serve(self, server: aio.Server, place: SocketPlace, stop: asyncio.Event) -> None:
+    async def _serve(self, server: aio.Server, door: Door, place: SocketPlace, stop: asyncio.Event) -> None:
         config = self._config
         tasks = [asyncio.create_task(work()) for work in (self._replay_records, self._reclaim, self._sample_pools)]
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
-        await self._health.set(_SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        await self._health.set(_SERVICE.full_name, health_pb2.HealthCheckResponse.SERVING)
         log.event(_logger, "info", "ipamd serves", socket=config.socket, node=config.node, store=config.store_kind)
         try:
             await stop.wait()
@@ -261,16 +267,17 @@ class _Daemon:
             log.event(_logger, "info", "ipamd is stopping: it answers what it took")
             place.remove()
             await self._health.enter_graceful_shutdown()
-            await self._drain(server)
+            await self._drain(server, door)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _drain(self, server: aio.Server) -> None:
+    async def _drain(self, server: aio.Server, door: Door) -> None:
         """Takes nothing any more, answers what is in hand.
 
         gRPC alone would wait for connections to be closed, too; those of idle workers stay until their next request.
         """
+        door.close()
         stopping = asyncio.create_task(server.stop(_DRAIN_S))
         quiet = 0
         while quiet < _QUIET and not stopping.done():
@@ -278,6 +285,7 @@ class _Daemon:
             quiet = 0 if self._service.in_hand else quiet + 1
         await server.stop(None)
         await stopping
+        door.shut()
 
     def _server(self) -> aio.Server:
         server = aio.server(
@@ -289,7 +297,7 @@ class _Daemon:
         )
         add_IpamServicer_to_server(self._service, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        reflection.enable_server_reflection((_SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server
 
     def _pages(self, listen: str) -> AbstractAsyncContextManager[None]:
@@ -345,11 +353,16 @@ class _Daemon:
             await asyncio.sleep(self._config.reclaim_interval_s)
 
 
-def _bind(server: aio.Server, place: SocketPlace, path: str) -> None:
+def _bind(server: aio.Server, place: SocketPlace, path: str) -> socket.socket:
+    """Binds both sockets, gRPC's own and the one that everybody comes to, which is returned. Raises StartError."""
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        server.add_insecure_port(f"unix:{place.address}")
-    except RuntimeError as error:
+        server.add_insecure_port(f"unix:{place.inner}")
+        listening.bind(place.address)
+    except (RuntimeError, OSError) as error:
+        listening.close()
         raise StartError(f"{path}: cannot be bound: {error}") from None
+    return listening
 
 
 async def _guard(work: Callable[[], Awaitable[object]], what: str) -> None:

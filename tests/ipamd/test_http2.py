@@ -129,7 +129,7 @@ def test_what_is_sent(serve: Serve) -> None:
     with Client(server.path, request_id="r" * 300) as client:
         assert client.release(KEY, generation=7) == ANSWER
     settings, headers, data = peers[0].seen[:3]
-    assert settings == (SETTINGS, 0, 0, struct.pack(">HIHI", 1, 0, 2, 0))
+    assert settings == (SETTINGS, 0, 0, struct.pack(">HIHIHI", 1, 0, 2, 0, 0x4E4C, 1))
     assert headers[:3] == (HEADERS, 0x4, 1)
     assert b"/netloom.ipam.v1.Ipam/Release" in headers[3]
     assert b"r" * 300 in headers[3]
