@@ -7,9 +7,10 @@ from typing import TypedDict
 
 import grpc
 
-from cli import output
+from cli import output, overlays
 from cli.daemon import TIMEOUT_S, knock, unreachable
 from cli.failure import Failure, Status
+from cli.overlays import OverlayDocument
 from kernel import paths, settings
 from netd.client import Client, NodeError
 from protos.node.v1 import node_pb2 as pb
@@ -52,6 +53,7 @@ class NetdDocument(TypedDict):
     public: list[str]
     networks: list[NetworkDocument]
     peers: list[PeerDocument]
+    overlays: list[OverlayDocument]
     problems: list[str]
     last_change_unix_s: float
     entries: int
@@ -106,6 +108,12 @@ def look() -> NetdDocument | None:
         return document(pb.StatusResponse(), path, failure.message)
 
 
+def overlay(name: str) -> OverlayDocument | None:
+    """What netd of this host knows of one; None where it does not know it, or does not answer."""
+    found = look()
+    return next((one for one in found["overlays"] if one["name"] == name), None) if found is not None else None
+
+
 def document(status: pb.StatusResponse, path: str, error: str = "") -> NetdDocument:
     """netd's answer; `error`: why there is none."""
     return NetdDocument(
@@ -147,6 +155,7 @@ def document(status: pb.StatusResponse, path: str, error: str = "") -> NetdDocum
             )
             for one in status.peers
         ],
+        overlays=[overlays.document(one) for one in status.overlays],
         problems=list(status.problems),
         last_change_unix_s=status.counts.last_change_unix_s,
         entries=status.counts.entries,
@@ -173,7 +182,7 @@ def fact(found: NetdDocument) -> str:
 
 
 def print_tables(found: NetdDocument) -> None:
-    """Networks and hosts, for people."""
+    """Networks, hosts and overlays, for people."""
     networks = [one for one in found["networks"] if one["subnets"] or one["own_subnets"] or len(found["networks"]) == 1]
     if networks:
         output.line("")
@@ -201,3 +210,5 @@ def print_tables(found: NetdDocument) -> None:
             ],
             ("ENTRIES",),
         )
+    if found["overlays"]:
+        overlays.print_table(found["overlays"])

@@ -7,7 +7,7 @@ from typing import TypedDict
 import click
 from click.shell_completion import CompletionItem
 
-from cli import output
+from cli import netd, output, overlays
 from cli.daemon import connected
 from cli.failure import Failure, Status
 from cli.options import Choices, command, pass_choices
@@ -88,13 +88,14 @@ def list_(choices: Choices) -> None:
 @click.argument("name", shell_complete=_complete)
 @pass_choices
 def show(choices: Choices, name: str) -> None:
-    """Show a network."""
+    """Show a network; where netd runs, also what it knows of an overlay."""
     with choices.ipamd() as ipamd:
         found = _document(ipamd.get_network(name))
+    here = netd.overlay(name) if found["type"] == "overlay" else None
     if choices.as_json:
-        output.document(dict(found))
+        output.document({**found, "overlay": here})
     else:
-        output.facts(_facts(found))
+        output.facts([*_facts(found), *(overlays.facts(here) if here is not None else ())])
 
 
 @command(networks, "create")

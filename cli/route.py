@@ -7,6 +7,7 @@ import click
 from cli import netd, output
 from cli.failure import Failure, Status
 from cli.options import Choices, common, pass_choices
+from ipamd.client import Client
 from protos.ipam.v1 import ipam_pb2
 from protos.node.v1 import node_pb2 as pb
 
@@ -16,6 +17,10 @@ _EPILOG = (
 )
 _KINDS = {
     "own": "a container of this host",
+    "overlay": "a container of another host",
+    "gateway": "the gateway, which each host of the network has itself",
+    "nobody": "nobody's: no container has it",
+    "unknown": "an address whose holder is not known",
     "underlay": "another host itself",
     "elsewhere": "beyond the hosts that netd knows",
 }
@@ -53,10 +58,12 @@ def _is_address(text: str) -> bool:
 
 
 def _addresses_of(choices: Choices, container: str) -> list[str]:
-    """Those that ipamd knows of; in a cluster, of other hosts' containers, too."""
+    """Those that ipamd knows of: of this host's containers, else in a cluster of the others'."""
     with choices.ipamd() as ipamd:
-        found = list(ipamd.list_allocations(ipam_pb2.ListAllocationsRequest()))
-    ids = {one.key.container_id for one in found if one.key.container_id.startswith(container)}
+        found = _allocations(ipamd, container, cluster=False)
+        if not found and ipamd.status().store == "etcd":
+            found = _allocations(ipamd, container, cluster=True)
+    ids = {one.key.container_id for one in found}
     if container in ids:
         ids = {container}
     if len(ids) > 1:
@@ -66,6 +73,12 @@ def _addresses_of(choices: Choices, container: str) -> list[str]:
             f"ipamd knows no container {container}; name its address instead (host-local's containers it never knows)"
         )
     return [address.cidr.partition("/")[0] for one in found if one.key.container_id in ids for address in one.addresses]
+
+
+def _allocations(ipamd: Client, container: str, *, cluster: bool) -> list[ipam_pb2.Allocation]:
+    """Of containers whose ids begin so."""
+    listed = ipamd.list_allocations(ipam_pb2.ListAllocationsRequest(cluster=cluster))
+    return [one for one in listed if one.key.container_id.startswith(container)]
 
 
 def _document(address: str, way: pb.ExplainResponse) -> dict[str, object]:
@@ -83,6 +96,9 @@ def _document(address: str, way: pb.ExplainResponse) -> dict[str, object]:
         "vni": way.vni,
         "port": way.port,
         "mtu": way.mtu,
+        "bridge": way.bridge,
+        "mac": way.mac,
+        "note": way.note,
         "entries": [
             {"kind": one.kind, "text": one.text, "present": one.present, "instead": one.instead} for one in way.entries
         ],
@@ -93,20 +109,26 @@ def _document(address: str, way: pb.ExplainResponse) -> dict[str, object]:
 
 def _print(address: str, way: pb.ExplainResponse) -> None:
     facts = [("address", address)]
-    if way.kind != "peer":
+    if way.kind not in ("peer", "overlay"):
         of = f" ({way.node})" if way.node else ""
         facts.append(("is", f"{_KINDS.get(way.kind, way.kind)}{of}"))
     else:
-        facts += [("host", way.node), ("network", f"{way.network}, backend {way.backend}"), ("subnet", way.subnet)]
+        facts.append(("host", way.node))
+    if way.bridge:
+        facts += _overlay(way)
+    elif way.kind == "peer":
+        facts += [("network", f"{way.network}, backend {way.backend}"), ("subnet", way.subnet)]
     if way.way == "tunnel":
-        facts.append(("way", f"tunnel {way.link} to {way.outer}, VNI {way.vni}, UDP port {way.port}"))
+        facts.append(("way", f"tunnel {way.link} to {way.outer or 'nowhere'}, VNI {way.vni}, UDP port {way.port}"))
     elif way.way == "route":
         facts.append(("way", f"by {way.next_hop} over {way.link}, nothing encapsulated"))
     elif way.kind == "peer":
         facts.append(("way", "none that netd made"))
     if way.mtu:
         facts.append(("mtu", str(way.mtu)))
-    facts += [("kernel", way.kernel), *(("problem", problem) for problem in way.problems)]
+    facts += [("kernel", way.kernel)] if way.kernel else []
+    facts += [("note", way.note)] if way.note else []
+    facts += [("problem", problem) for problem in way.problems]
     output.facts(facts)
     if way.entries:
         output.line("")
@@ -114,6 +136,19 @@ def _print(address: str, way: pb.ExplainResponse) -> None:
             ("ENTRY", "THERE", "AS IPROUTE2 WRITES IT"),
             [(one.kind, "yes" if one.present else "NO", _entry(one)) for one in way.entries],
         )
+
+
+def _overlay(way: pb.ExplainResponse) -> list[tuple[str, str]]:
+    """Of an address in an overlay's subnet."""
+    port = f", port {way.link}" if way.kind == "own" and way.link else ""
+    facts = [
+        ("network", f"{way.network}, an overlay, VNI {way.vni}"),
+        ("subnet", way.subnet),
+        ("bridge", f"{way.bridge}{port}"),
+    ]
+    if way.kind == "overlay" and not way.link:
+        facts.append(("vtep", way.outer or "unknown"))
+    return facts + ([("mac", way.mac)] if way.mac else [])
 
 
 def _entry(one: pb.EntryState) -> str:

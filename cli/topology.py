@@ -5,10 +5,11 @@ from xml.sax.saxutils import escape
 
 import click
 
-from cli import netd, output
+from cli import netd, output, overlays
 from cli.failure import Failure
 from cli.netd import NetdDocument, PeerDocument
 from cli.options import Choices, common, pass_choices
+from cli.overlays import OverlayDocument
 
 _EPILOG = "Exit status: 0 done, 1 the file cannot be written, 2 wrong usage, 3 netd cannot be reached."
 _BOX, _GAP, _WIDTH, _LINE = 250, 170, 700, 16
@@ -33,6 +34,7 @@ def topology(choices: Choices, svg: str | None) -> None:
                 "underlay": found["underlay"],
                 "networks": found["networks"],
                 "peers": found["peers"],
+                "overlays": found["overlays"],
             }
         )
     else:
@@ -55,6 +57,8 @@ def picture(found: NetdDocument) -> list[str]:
         gap = f"  {missing} OF {peer['wanted']} ENTRIES MISSING" if missing else ""
         lines.append(f" +--{way:-<{width}}--> [{peer['name']}]  {' '.join(peer['addresses'])}{state}{gap}")
         lines.append(f" {' ' if last else '|'}  {'':{width}}      {' '.join(peer['subnets']) or 'no subnets'}")
+    for one in found["overlays"]:
+        lines += ["", f"({one['name']})  {_about(one)}", *(f" +-- {line}" for line in _members(one))]
     return lines
 
 
@@ -65,8 +69,10 @@ def drawing(found: NetdDocument) -> str:
         found["node"], found["public"], [s for network in found["networks"] for s in network["own_subnets"]]
     )
     heights = [_height(box) for box in boxes]
-    height = max(sum(heights) + 20 * (len(boxes) + 1), _height(own) + 40)
-    middle = height // 2
+    bottom = max(sum(heights) + 20 * (len(boxes) + 1), _height(own) + 40)
+    bands = [[one["name"], _about(one), *_members(one)] for one in found["overlays"]]
+    height = bottom + sum(_height(band) + 20 for band in bands)
+    middle = bottom // 2
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" font-family="sans-serif"'
         ' font-size="12">',
@@ -86,6 +92,9 @@ def drawing(found: NetdDocument) -> str:
         parts += _box(right, top, box, colour)
         top += size + 20
     parts += _box(15, middle - _height(own) // 2, own, "#1f4e79")
+    for one, band in zip(found["overlays"], bands, strict=True):
+        parts += _box(15, bottom, band, _colour(one), 2 * _BOX + _GAP)
+        bottom += _height(band) + 20
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -96,6 +105,32 @@ def _way(found: NetdDocument, peer: PeerDocument) -> str:
         return " no way "
     plain = [" route "] if found["underlay"] in peer["links"] else []
     return "+".join([*(f" tunnel {link} " for link in tunnels), *plain]) or " nothing made "
+
+
+def _about(one: OverlayDocument) -> str:
+    """An overlay in a line."""
+    number = overlays.counted(one["containers"]) if one["known"] else overlays.state(one)
+    return f"overlay, VNI {one['vni']}, {' '.join(one['subnets'])}: {number}"
+
+
+def _members(one: OverlayDocument) -> list[str]:
+    """A line for each host that is on it, and one for what is missing here."""
+    lines = []
+    for host in one["hosts"]:
+        where = f"by {one['device']} to {host['outer']}" if host["outer"] else "NO WAY"
+        state = "" if host["state"] in ("here", "up") else f"  {host['state'].upper()}"
+        way = "this host" if host["state"] == "here" else where
+        lines.append(f"[{host['name']}]  {overlays.counted(host['containers'])}, {way}{state}")
+    if one["present"] < one["wanted"]:
+        lines.append(f"{one['wanted'] - one['present']} OF {one['wanted']} ENTRIES MISSING")
+    return lines
+
+
+def _colour(one: OverlayDocument) -> str:
+    if not one["here"]:
+        return "#555"
+    well = one["known"] and one["present"] == one["wanted"] and not one["problems"]
+    return _COLOURS["up" if well else "refused"]
 
 
 def _lines_of(name: str, addresses: list[str], subnets: list[str]) -> list[str]:
@@ -109,9 +144,9 @@ def _height(lines: list[str]) -> int:
     return 14 + _LINE * len(lines)
 
 
-def _box(x: int, y: int, lines: list[str], colour: str) -> list[str]:
+def _box(x: int, y: int, lines: list[str], colour: str, width: int = _BOX) -> list[str]:
     parts = [
-        f'<rect x="{x}" y="{y}" width="{_BOX}" height="{_height(lines)}" rx="6" fill="#fff" stroke="{colour}"'
+        f'<rect x="{x}" y="{y}" width="{width}" height="{_height(lines)}" rx="6" fill="#fff" stroke="{colour}"'
         ' stroke-width="2"/>'
     ]
     for number, line in enumerate(lines):
