@@ -89,6 +89,8 @@ class Firewall:
 
 def _matters(change: Change) -> bool:
     """Not our own, nor a worker's: those took what was no longer wanted. The helper's show that it is there."""
-    if change.pid == os.getpid() or (change.process.startswith("netloom-") and change.process != HELPER):
+    # The kernel names the thread that did it (nf_tables_fill_gen_info, task_pid_nr), which is not the process' first.
+    own = os.path.exists(f"/proc/self/task/{change.pid}")
+    if own or (change.process.startswith("netloom-") and change.process != HELPER):
         return False
     return change.structure or change.elements or change.forward
