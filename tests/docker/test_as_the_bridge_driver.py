@@ -57,7 +57,7 @@ def test_an_internal_network_has_no_way_out_and_no_way_in(docker: Docker, driver
     try:
         assert docker.ask(inner) == "one"  # the host itself
         assert docker.inside("one", "wget", "-qO-", f"http://{docker.address('two', 'inner')}") == "two"
-        assert docker.docker("exec", "one", "ping", "-c1", "-w1", OUTSIDE, check=False).returncode != 0
+        assert docker.docker("exec", "one", "ping", "-c1", "-W1", OUTSIDE, check=False).returncode != 0
         assert not reaches(docker, "one", docker.address("other", "open"))
         assert not reaches(docker, "one", docker.address("third", "secret"))
         assert not reaches(docker, "one", HOST_OUTSIDE, 8080)

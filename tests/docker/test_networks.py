@@ -56,13 +56,13 @@ def test_networks_are_apart_and_a_container_on_both_reaches_both(docker: Docker)
     docker.start("ann", "--network", "left")
     docker.start("bob", "--network", "right")
     there = docker.address("bob", "right")
-    assert docker.docker("exec", "ann", "ping", "-c1", "-w2", there, check=False).returncode != 0
+    assert docker.docker("exec", "ann", "ping", "-c1", "-W1", there, check=False).returncode != 0
     docker.docker("network", "connect", "right", "ann")
     docker.inside("ann", "ping", "-c1", there)
     assert docker.inside("ann", "wget", "-qO-", "http://bob") == "bob"
     docker.docker("network", "disconnect", "right", "ann")
     assert "eth1" not in docker.inside("ann", "ip", "link")
-    assert docker.docker("exec", "ann", "ping", "-c1", "-w2", there, check=False).returncode != 0
+    assert docker.docker("exec", "ann", "ping", "-c1", "-W1", there, check=False).returncode != 0
 
 
 def test_addresses_that_are_asked_for(docker: Docker) -> None:
@@ -109,7 +109,7 @@ def test_an_internal_network_has_no_way_out(docker: Docker) -> None:
     docker.start("two", "--network", "inner")
     docker.inside("one", "ping", "-c1", "two")
     assert "default" not in docker.inside("one", "ip", "route")
-    assert docker.docker("exec", "one", "ping", "-c1", "-w1", OUTSIDE, check=False).returncode != 0
+    assert docker.docker("exec", "one", "ping", "-c1", "-W1", OUTSIDE, check=False).returncode != 0
 
 
 def test_dockers_own_ipam_under_our_driver(docker: Docker) -> None:
@@ -163,7 +163,7 @@ def test_options_of_the_bridge(docker: Docker) -> None:
     assert docker.host.links()["mybridge"]["mtu"] == 1400
     assert "mtu 1400" in docker.inside("one", "ip", "link", "show", "lan0")
     there = docker.address("two", "opt")
-    assert docker.docker("exec", "one", "ping", "-c1", "-w1", there, check=False).returncode != 0
+    assert docker.docker("exec", "one", "ping", "-c1", "-W1", there, check=False).returncode != 0
     docker.inside("one", "ping", "-c1", "10.40.0.1")
 
 
