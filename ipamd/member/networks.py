@@ -10,7 +10,7 @@ import ipaddress
 import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from msgspec import Struct, json
+from msgspec import Struct
 from msgspec.structs import replace
 
 from cluster import layout
@@ -183,7 +183,7 @@ class SharedNetworks:
             async for page in self._etcd.walk(layout.ADDRESSES + layout.place(name, "")):
                 for pair in page.pairs:
                     record = layout.decode(AddressRecord, pair.key, pair.value)
-                    key = json.decode(record.allocation, type=Allocation).key
+                    key = layout.decode(Allocation, pair.key, bytes(record.allocation)).key
                     if key.client == "docker":
                         ip = layout.split(pair.key)[1]
                         holder = f"container {key.container_id} on node {record.node} has {ip}"
@@ -206,11 +206,12 @@ class SharedNetworks:
     async def _taken(self) -> list[Network]:
         """What the cluster uses beside its networks: pools, and where netd's hosts are."""
         found: list[Network] = []
+        texts: list[str] = []
         async for page in self._etcd.walk(layout.POOLS):
             for pair in page.pairs:
-                spec = PoolSpec.decode(layout.decode(PoolRecord, pair.key, pair.value).spec)
-                found += (ipaddress.ip_network(one.subnet) for ranges in spec.range_sets for one in ranges)
-        texts: list[str] = []
+                with contextlib.suppress(LayoutError):  # `mirror` says so
+                    spec = _spec_of(pair, layout.decode(PoolRecord, pair.key, pair.value))
+                    texts += (one.subnet for ranges in spec.range_sets for one in ranges)
         async for page in self._etcd.walk(_UNDERLAY, keys_only=True):
             texts += (pair.key.removeprefix(_UNDERLAY) for pair in page.pairs)
         async for page in self._etcd.walk(_NETD):
@@ -325,7 +326,11 @@ def _spec_in(pair: Pair) -> PoolSpec:
     if record.deleting:
         name = pair.key.removeprefix(layout.POOLS)
         raise UnavailableError(f"pool {name} is being deleted; ask again, or delete it again")
-    return PoolSpec.decode(record.spec)
+    return _spec_of(pair, record)
+
+
+def _spec_of(pair: Pair, record: PoolRecord) -> PoolSpec:
+    return layout.decode(PoolSpec, pair.key, record.spec.encode())
 
 
 def _read(pair: Pair) -> NetworkRecord | None:

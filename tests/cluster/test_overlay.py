@@ -111,7 +111,9 @@ def test_what_is_not_said_is_chosen(lab: Lab) -> None:
         lab.write(
             Put("underlay/198.18.242.7", b"x"),
             Put("netd/c", b'{"id": "1", "addresses": ["198.18.243.9"], "mac": "", "subnets": ["198.18.244.0/23"]}'),
-            Put("netd/d", b'{"id": 7}'),
+            Put("netd/d", b'{"addresses": 7}'),
+            Put("netd/e", b'{"addresses": ["x"]}'),
+            Put("pools/broken", b'{"spec": "7"}'),
         )
         one = to_a.create_network(wanted("one"))
         assert (one.type, one.vni, list(one.subnets), list(one.gateways), one.bridge, one.pool) == (
