@@ -7,12 +7,13 @@ MTU because nobody looked would mislead.
 import ipaddress
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import click
 
-from cli import netd, output
+from cli import doctor_overlays, netd, output
 from cli.failure import Failure, Status
+from cli.finding import Finding, some
 from cli.netd import NetdDocument
 from cli.options import Choices, common, pass_choices
 from cli.status import other_firewalls
@@ -29,16 +30,6 @@ _MOST_CONNECTED = 5
 _SMALL = 100
 _LEAST = {4: 576, 6: 1280}  # RFC 791, RFC 8200: what every host takes
 _DEFAULT_PORT_OVERHEAD = {4: 50, 6: 70}
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """`level`: "ok", "warning" (it works, or may), "problem" (it does not)."""
-
-    check: str
-    level: str
-    text: str
-    remedy: str = ""
 
 
 @click.command("doctor", epilog=_EPILOG, short_help="What keeps hosts from one another, and what to do.")
@@ -78,18 +69,21 @@ def _examine() -> Iterator[Finding]:
     yield from _daemon(status)
     yield from _underlay(status)
     yield from _tunnels(status)
+    yield from doctor_overlays.examine(status)
 
 
 def _daemon(status: NetdDocument) -> Iterator[Finding]:
-    for problem in status["problems"]:
+    of_overlays = {problem for one in status["overlays"] for problem in one["problems"]}
+    told = [problem for problem in status["problems"] if problem not in of_overlays]
+    for problem in told:
         text, _, remedy = problem.partition("; ")
         yield Finding("netd", "problem", text, remedy)
     missing = [peer["name"] for peer in status["peers"] if peer["present"] < peer["wanted"]]
     if missing:
         yield Finding(
-            "netd", "problem", f"entries that lead to {_some(missing)} are missing", "see netloom route, and netd's log"
+            "netd", "problem", f"entries that lead to {some(missing)} are missing", "see netloom route, and netd's log"
         )
-    if not status["problems"] and not missing:
+    if not told and not missing and not of_overlays:
         yield Finding(
             "netd", "ok", f"all {status['entries']} entries for {len(status['peers'])} hosts are in the kernel"
         )
@@ -99,7 +93,7 @@ def _daemon(status: NetdDocument) -> Iterator[Finding]:
         yield Finding(
             "versions",
             "warning",
-            f"this host has version {status['version']}, {_some(of)} {', '.join(others)}",
+            f"this host has version {status['version']}, {some(of)} {', '.join(others)}",
             "neighbouring versions work together; upgrade all hosts to one when you can",
         )
     elif status["version"] != VERSION:
@@ -190,7 +184,7 @@ def _underlay(status: NetdDocument) -> Iterator[Finding]:
         yield Finding(
             "underlay",
             "problem",
-            f"no answer from {_some(silent)}",
+            f"no answer from {some(silent)}",
             "are they up, and does a firewall between drop ICMP? ip route get ADDRESS shows this host's way there",
         )
     elif hosts:
@@ -221,7 +215,7 @@ def _tunnels(status: NetdDocument) -> Iterator[Finding]:
         yield Finding(
             "tunnels",
             "problem",
-            f"{_some(lost)} answer, but not through the tunnel",
+            f"{some(lost)} answer, but not through the tunnel",
             f"does a firewall there or between drop UDP port {port}? does netd run there, with the same vni and port?",
         )
     elif targets:
@@ -251,7 +245,7 @@ def _checksums(
     targets = [address for address in reached if isinstance(address, ipaddress.IPv4Address)][:_MOST_CONNECTED]
     silent = [target for target in targets if not probe.tcp_answers(target)]
     if targets and not silent:
-        yield Finding("checksums", "ok", f"TCP through the tunnel to {_some([names[one] for one in targets])} works")
+        yield Finding("checksums", "ok", f"TCP through the tunnel to {some([names[one] for one in targets])} works")
     for target in silent:
         yield _checksum(target, names[target], devices)
 
@@ -283,7 +277,3 @@ def _own_address(devices: Sequence[str]) -> ipaddress.IPv4Address | None:
                 if isinstance(address.interface, ipaddress.IPv4Interface):
                     return address.interface.ip
     return None
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

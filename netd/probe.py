@@ -1,6 +1,6 @@
 """Probes: does a host answer, with packets of which size, and do checksums arrive. Raw sockets, so root.
 
-Blocking, with a limit; many hosts are asked at once. In the namespace of the calling thread. RFC 792, 4443, 793.
+Blocking, with a limit; many hosts are asked at once. In the namespace of the calling thread. RFC 792, 4443, 793, 826.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ _TRIES = 3
 _HEADERS = {4: 20 + 8, 6: 40 + 8}
 _TCP_HEADER = 20
 _SYN, _RST, _ACK = 0x02, 0x04, 0x10
+_ETH_P_ALL = 3  # include/uapi/linux/if_ether.h
+_ARP_REQUEST = b"\x08\x06\0\1\x08\0\6\4\0\1"  # the EtherType, and ARP's beginning for IPv4 over Ethernet
+_ARP_REPLY = _ARP_REQUEST[:-1] + b"\2"
+_ARP_LENGTH = 14 + 28
 _DISCARD = 9  # the port of a service that nobody has: the answer is a reset
 
 
@@ -102,6 +106,45 @@ def tcp_answers_checked(address: IPv4Address, source: IPv4Address, wait_s: float
     return False
 
 
+def arp(
+    device: str, source: tuple[IPv4Address, str], targets: Mapping[IPv4Address, str], wait_s: float = 1.0
+) -> set[IPv4Address]:
+    """Who of these, each with its MAC, answers an ARP request that goes to it alone, out of a port of a bridge: its
+    kernel does, without any firewall of IP packets being asked.
+
+    Args:
+        device: a tunnel's end. The answer is seen as it comes out of it, whoever it is for.
+        source: address and MAC of a container behind that bridge. It gets the answers, too, which tell it nothing new.
+        targets: containers beyond the tunnel.
+        wait_s: for how long to wait for those that have not answered, after each of the tries.
+
+    Raises:
+        OSError: this needs root, and the device.
+    """
+    found: set[IPv4Address] = set()
+    own = _packed(source[1])
+    # Of every protocol: a bridge takes what comes by its port before those who listen for one protocol are asked.
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.htons(_ETH_P_ALL)) as raw:
+        raw.bind((device, _ETH_P_ALL))
+        raw.setblocking(False)
+        for _ in range(_TRIES):
+            for address in targets.keys() - found:
+                body = own + source[0].packed + bytes(6) + address.packed
+                frame = _packed(targets[address]) + own + _ARP_REQUEST + body
+                with contextlib.suppress(OSError):
+                    raw.send(frame)
+            deadline = time.monotonic() + wait_s
+            while targets.keys() - found and (left := deadline - time.monotonic()) > 0:
+                if select.select([raw], [], [], left)[0]:
+                    with contextlib.suppress(OSError):
+                        frame = raw.recv(2048)
+                        if frame[:6] == own and frame[12:22] == _ARP_REPLY and len(frame) >= _ARP_LENGTH:
+                            found.add(IPv4Address(frame[28:32]))
+            if not targets.keys() - found:
+                break
+    return found & targets.keys()
+
+
 def _round(sockets: Mapping[int, socket.socket], probes: list[Probe], wait_s: float) -> dict[Probe, float | None]:
     """Send all, and collect until all have answered or the time is over."""
     identifier = secrets.randbelow(0x10000)
@@ -151,6 +194,10 @@ def _answered(version: int, packet: bytes, identifier: int) -> int:
         packet = packet[(packet[0] & 0xF) * 4 :]
     kind, _, _, whose, number = struct.unpack_from("!BBHHH", packet)
     return int(number) if (kind, whose) == (0 if version == 4 else 129, identifier) else -1
+
+
+def _packed(mac: str) -> bytes:
+    return bytes.fromhex(mac.replace(":", ""))
 
 
 def _checksum(data: bytes) -> int:
