@@ -25,7 +25,7 @@ from cluster.layout import (
     VersionRecord,
 )
 from ipamd.engine import Engine
-from ipamd.errors import AlreadyExistsError, NotFoundError, PreconditionError, UnavailableError
+from ipamd.errors import AlreadyExistsError, ExhaustedError, NotFoundError, PreconditionError, UnavailableError
 from ipamd.lease import Ledger
 from ipamd.member.follow import Follower
 from ipamd.networks import Choice, Networks, judge
@@ -98,25 +98,20 @@ class SharedNetworks:
                 there = judge(record, state.records)
                 if there is not None:
                     return there, _spec_in(pool) if pool is not None else spec_of(there, spec)
-                made = choice(record, state.records, [] if record.subnets else await self._taken())
-                conditions = [absent(layout.NETWORKS + record.name), state.order]
+                try:
+                    made = choice(record, state.records, [] if record.subnets else await self._taken())
+                    its_pool = spec_of(made, spec)
+                    conditions, puts = _pool_change(record.name, its_pool, pool)
+                except (AlreadyExistsError, ExhaustedError):
+                    # Pools are read after the networks: what is in the way may be this network, of another node.
+                    if (await self._state()).order == state.order:
+                        raise
+                    continue
                 needs = await self._raised(version)
-                its_pool = spec_of(made, spec)
-                validate(its_pool)
-                puts = [*_puts(made), *needs]
-                if pool is None:
-                    conditions.append(absent(layout.POOLS + record.name))
-                    puts.append(Put(layout.POOLS + record.name, layout.encode(PoolRecord(its_pool.encode()))))
-                elif _spec_in(pool) == its_pool:
-                    conditions.append(unchanged(pool.key, pool.mod_revision))
-                else:
-                    raise AlreadyExistsError(
-                        f"the cluster has a pool {record.name} with another spec; delete it first (netloom pool delete "
-                        f"{record.name}), or take another name"
-                    )
                 if needs and version is not None:
                     conditions.append(unchanged(version.key, version.mod_revision))
-                done = await self._etcd.txn(conditions, puts)
+                conditions += [absent(layout.NETWORKS + record.name), state.order]
+                done = await self._etcd.txn(conditions, [*_puts(made), *puts, *needs])
             if done.succeeded:
                 return made, its_pool
         raise _late(record.name)
@@ -318,6 +313,20 @@ def _puts(record: NetworkRecord) -> list[Put]:
         Put(layout.NETWORKS + record.name, layout.encode(record)),
         Put(layout.LAST_NETWORK, record.name.encode()),
     ]
+
+
+def _pool_change(name: str, spec: PoolSpec, there: Pair | None) -> tuple[list[Compare], list[Put]]:
+    """What makes a network's pool, where it is not there yet. Raises AlreadyExistsError for another one of the name."""
+    validate(spec)
+    key = layout.POOLS + name
+    if there is None:
+        return [absent(key)], [Put(key, layout.encode(PoolRecord(spec.encode())))]
+    if _spec_in(there) == spec:
+        return [unchanged(key, there.mod_revision)], []
+    raise AlreadyExistsError(
+        f"the cluster has a pool {name} with another spec; delete it first (netloom pool delete {name}), or take "
+        "another name"
+    )
 
 
 def _spec_in(pair: Pair) -> PoolSpec:

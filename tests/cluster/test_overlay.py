@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import Mock
 
 import msgspec
 import pytest
@@ -16,10 +17,14 @@ from cluster.layout import AliveRecord, MacRecord, NetworkRecord, VersionRecord
 from ipamd.client import Client, IpamError
 from ipamd.engine import Engine, Transaction
 from ipamd.member.macs import Macs
+from ipamd.member.networks import SharedNetworks
+from ipamd.networks import Choice, validated
+from ipamd.overlay import complete, parts_of
+from ipamd.pool import PoolSpec
 from ipamd.store.cluster import ClusterStore
 from protos.ipam.v1 import ipam_pb2 as pb
 from tests.cluster.daemons import Node
-from tests.cluster.loop import connected
+from tests.cluster.loop import connected, looped
 from tests.etcd import EtcdCluster
 from tests.ipamd.daemon import cidrs, key, now, spec, wait_for
 
@@ -213,6 +218,38 @@ def test_two_nodes_at_once_choose_differently_and_leave_nothing_behind(lab: Lab)
         assert lab.keys(layout.POOLS) == sorted([*names, *(f"more{number}" for number in range(5))])
         client.delete_network("a0")
         client.create_network(wanted("last"))
+
+
+@looped
+async def test_what_comes_in_between_two_looks_is_no_refusal(etcd: EtcdCluster, tmp_path: Path) -> None:
+    """The same network of another node, made after the networks were read and before the pools were."""
+    spec_ = PoolSpec((), mode="cluster-address")
+    record = validated(NetworkRecord("same", type="overlay"))
+
+    def choose(parts: str) -> Choice:
+        return lambda asked, others, taken: complete(asked, others, parts_of(parts), taken)
+
+    async with connected(etcd.sockets, f"/{tmp_path.name}/") as client:
+        other = SharedNetworks(client, Mock(), Mock(), Mock())
+
+        class Late(SharedNetworks):
+            looks = 0
+
+            async def _state(self) -> Any:
+                found = await super()._state()
+                self.looks += 1
+                if self.looks == 1:
+                    await other.create_overlay(record, spec_, choose("198.18.7.0/24,24"))
+                return found
+
+        for parts in ("198.18.0.0/20,24", "198.18.7.0/24,24"):  # another choice; nothing is left to choose
+            late = Late(client, Mock(), Mock(), Mock())
+            made, its_pool = await late.create_overlay(record, spec_, choose(parts))
+            assert (made.vni, made.subnets, its_pool.range_sets[0][0].subnet) == (
+                *(256, ("198.18.7.0/24",), "198.18.7.0/24"),
+            )
+            assert late.looks == 3
+            await client.delete("", prefix=True)
 
 
 def test_a_network_is_shared_with_docker_and_kept_while_it_is(lab: Lab) -> None:
