@@ -20,7 +20,7 @@ LABS = ROOT / "docs/labs"
 _LOOKS = re.compile(
     r"(docker exec \w+ |docker run --rm --network (host|container:\w+) box |ip netns exec \w+ )?"
     r"(ip (-\S+ )*(addr|link|route|neigh)( show.*)?$|bridge (link|fdb show)|ping -c1 |wget -qO- |cat /|nft list"
-    r"|netloom (ip list|topology|route))"
+    r"|netloom (ip list|topology|route|network show)|docker network (ls|inspect))"
 )
 Execute = Callable[[str, str], str]  # host, command → output
 

@@ -100,6 +100,7 @@ def test_every_lab_is_executed() -> None:
         "docker-macvlan",
         "static-routes",
         "tunnels",
+        "docker-overlay",
         *FLANNEL,
     }  # test_labs_of_hosts.py, many_hosts
 

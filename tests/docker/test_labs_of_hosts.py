@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.docker import lab
+from tests.docker.cluster import clustered
 from tests.docker.engine import Docker
 from tests.docker.test_labs import prepare, shell
 from tests.hosts import wait_until
@@ -56,6 +57,13 @@ def start_netd(docker: Docker, name: str) -> None:
     (place / "systemctl").chmod(0o755)
     wait_until(lambda: host.path(SOCKET).exists() or process.poll() is not None, "netd", (place / "netd.log").read_text)
     assert process.poll() is None, (place / "netd.log").read_text()
+
+
+def test_overlay(launcher: Path) -> None:
+    with clustered(launcher, {"host1": (), "host2": ()}, "10.0.0.0/24") as (made, _):
+        for docker in made.values():
+            prepare(docker)
+        lab.run(lab.LABS / "docker-overlay.md", lambda host, command: shell(made[host], command))
 
 
 def test_static_routes(launcher: Path) -> None:
