@@ -50,7 +50,21 @@ class Shared:
         self.holders: dict[Number, str] = {}  # the node
         self.resting: dict[Number, Rest] = {}
         self.leaving: set[Number] = set()
-        self.workloads: dict[str, Number] = {}  # of `resting`
+        self.workloads: dict[str, tuple[Number, ...]] = {}  # of `resting`; one of each range set, as a rule
+
+    def note_rest(self, number: Number, rest: Rest | None) -> None:
+        """The address cools down like that, or (None) no longer."""
+        known = self.resting.pop(number, None)
+        if known is not None and known.workload:
+            left = tuple(one for one in self.workloads.get(known.workload, ()) if one != number)
+            if left:
+                self.workloads[known.workload] = left
+            else:
+                self.workloads.pop(known.workload, None)
+        if rest is not None:
+            self.resting[number] = rest
+            if rest.workload:
+                self.workloads[rest.workload] = (*self.workloads.get(rest.workload, ()), number)
 
     def __contains__(self, number: Number) -> bool:
         return number in self.holders or number in self.resting or number in self.leaving
@@ -115,14 +129,9 @@ class SharedPools(Pools):
     def rest(self, name: str, ip: str, rest: Rest) -> None:
         """The address cools down."""
         shared, number = self.shared_of(name), address_number(ip)
-        known = shared.resting.get(number)
-        if known is None:
+        if number not in shared.resting:
             self._add_to(name, number, cooling=1)
-        elif known.workload:
-            shared.workloads.pop(known.workload, None)
-        shared.resting[number] = rest
-        if rest.workload:
-            shared.workloads[rest.workload] = number
+        shared.note_rest(number, rest)
         self._touch(name, number)
 
     def rested(self, name: str, ip: str, revision: int) -> None:
@@ -131,9 +140,7 @@ class SharedPools(Pools):
         known = shared.resting.get(number)
         if known is None or known.revision > revision:
             return
-        del shared.resting[number]
-        if shared.workloads.get(known.workload) == number:
-            del shared.workloads[known.workload]
+        shared.note_rest(number, None)
         self._add_to(name, number, cooling=-1)
         self._cool(name, number)
 
@@ -199,8 +206,8 @@ class SharedPools(Pools):
         """The address that a workload may have back; "" for none. Another node may have had it for the workload."""
         shared = self.shared_of(pool.name)
         own = self._store.former(pool.name, index, name)
-        for number in (shared.workloads.get(name), address_number(own) if own else None):
-            if number is None or number in shared.holders or number in shared.leaving:
+        for number in (*shared.workloads.get(name, ()), *([address_number(own)] if own else ())):
+            if number in shared.holders or number in shared.leaving:
                 continue
             place = pool.locate(*number)
             rest = shared.resting.get(number)
