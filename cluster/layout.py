@@ -1,4 +1,5 @@
-"""What stands in etcd under which key. Values are JSON; fields that a version does not know are ignored by it.
+"""What stands in etcd under which key. Values are JSON; fields that a version does not know are ignored by it, and kept
+where it writes a record of another one again (`encode_over`).
 
     version                    VersionRecord: the schema, and the cluster's own id
     pools/<pool>               PoolRecord
@@ -175,6 +176,14 @@ class LayoutError(ValueError):
 
 def encode(record: Struct) -> bytes:
     return msgspec.json.encode(record)
+
+
+def encode_over(found: bytes, record: Struct) -> bytes:
+    """A record in place of what was found, with the fields of it that only a newer version knows."""
+    there = msgspec.json.decode(found, type=dict[str, msgspec.Raw])
+    known = {field.encode_name for field in msgspec.structs.fields(record)}
+    own = msgspec.json.decode(encode(record), type=dict[str, msgspec.Raw])
+    return msgspec.json.encode(own | {name: value for name, value in there.items() if name not in known})
 
 
 def decode(kind: type[T], key: str, value: bytes) -> T:

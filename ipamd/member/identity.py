@@ -9,7 +9,7 @@ from collections.abc import Callable
 from msgspec import Struct
 
 from cluster import layout
-from cluster.etcd import Etcd, Get, Put, absent
+from cluster.etcd import Etcd, Get, Pair, Put, absent
 from cluster.layout import AliveRecord, NodeRecord, VersionRecord
 from ipamd.engine import Transaction
 from ipamd.errors import StartError
@@ -72,18 +72,30 @@ async def join_cluster(etcd: Etcd, identity: Identity) -> str:
         put = Put(layout.VERSION, layout.encode(fresh))
         done = await etcd.txn([absent(layout.VERSION)], [put], [Get(layout.VERSION)], repeatable=True)
         pair = None if done.succeeded else done.pairs[0]
-    found = fresh if pair is None else layout.decode(VersionRecord, layout.VERSION, pair.value)
-    if found.needs > layout.SCHEMA:
-        raise JoinError(
-            f"the cluster's state needs schema {found.needs}, and this ipamd knows up to {layout.SCHEMA}; install the "
-            "version that the other nodes have"
-        )
+    found = fresh if pair is None else _understood(pair)
     if identity.cluster and identity.cluster != found.cluster:
         raise JoinError(
             f"etcd ({endpoints}, prefix {etcd.config.prefix}) is of cluster {found.cluster}, and this node of cluster "
             f"{identity.cluster}: name the right etcd, or begin anew with an empty database"
         )
     return found.cluster
+
+
+async def refuse_newer(etcd: Etcd) -> None:
+    """Raises JoinError where the cluster's state became too new for this version."""
+    pair = await etcd.get(layout.VERSION)
+    if pair is not None:
+        _understood(pair)
+
+
+def _understood(version: Pair) -> VersionRecord:
+    found = layout.decode(VersionRecord, version.key, version.value)
+    if found.needs > layout.SCHEMA:
+        raise JoinError(
+            f"the cluster's state needs schema {found.needs}, and this ipamd knows up to {layout.SCHEMA}; install the "
+            "version that the other nodes have"
+        )
+    return found
 
 
 async def register(etcd: Etcd, identity: Identity, record: NodeRecord) -> NodeRecord:

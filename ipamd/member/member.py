@@ -255,11 +255,12 @@ class Member:
             if self._keeper is not None:
                 await self._keeper.lost()
             try:
+                await identities.refuse_newer(self.etcd)
                 await self._register()
                 await self._wait_for_ghost()
                 await self._say_alive()
             except JoinError as error:
-                log.event(_logger, "error", "the cluster has another node of this name", error=str(error))
+                log.event(_logger, "error", "the cluster does not take this node any more", error=str(error))
                 self.refusal = str(error)
                 self._judge()
                 await asyncio.sleep(_PAUSE_AFTER_REFUSAL_S)

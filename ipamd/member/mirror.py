@@ -210,14 +210,15 @@ class Mirror:
         if pair is None:
             raise NotFoundError(f"the cluster has no pool {name}")
         record = layout.decode(PoolRecord, key, pair.value)
-        marked = layout.encode(PoolRecord(record.spec, deleting=True))
+        marked = layout.encode_over(pair.value, PoolRecord(record.spec, deleting=True))
         done = await self._txn([unchanged(key, pair.mod_revision)], [Put(key, marked)], [Get(key)])
         if not done.succeeded:
             raise UnavailableError(f"pool {name} was changed by another node at the same moment; ask again")
         in_use = await self._wait_until_free(name)
         if in_use:
             # Its first node may still be there, and gave nothing back because an address is in use.
-            await self._txn([unchanged(key, done.revision)], [Put(key, layout.encode(PoolRecord(record.spec)))])
+            unmarked = layout.encode_over(pair.value, PoolRecord(record.spec))
+            await self._txn([unchanged(key, done.revision)], [Put(key, unmarked)])
             users = await self._users(name)
             raise PreconditionError(f"pool {name} is in use: {users or in_use}; release its addresses first")
         gone = [Delete(prefix + layout.place(name, ""), True) for prefix in (layout.RESERVATIONS, layout.MACS)]

@@ -222,7 +222,7 @@ class SharedNetworks:
     async def _raised(self, version: Pair | None) -> list[Put]:
         """What keeps members out that know no overlay networks. Raises PreconditionError where one runs."""
         record = layout.decode(VersionRecord, version.key, version.value) if version is not None else None
-        if record is None or record.needs >= layout.OVERLAYS_NEED:
+        if version is None or record is None or record.needs >= layout.OVERLAYS_NEED:
             return []
         async for page in self._etcd.walk(layout.ALIVE):
             for pair in page.pairs:
@@ -233,7 +233,7 @@ class SharedNetworks:
                         f"{alive.version}, which would take it for a routed network; install a newer one there first"
                     )
         raised = replace(record, schema=max(record.schema, layout.SCHEMA), needs=layout.OVERLAYS_NEED)
-        return [Put(layout.VERSION, layout.encode(raised))]
+        return [Put(layout.VERSION, layout.encode_over(version.value, raised))]
 
     async def change(self, changes: Sequence[tuple[NetworkRecord, NetworkRecord]]) -> None:
         """Raises UnavailableError, also where this node does not know yet what another one changed."""
@@ -246,7 +246,7 @@ class SharedNetworks:
                     raise _late(before.name)
                 if _read(pair) != after:
                     conditions.append(unchanged(pair.key, pair.mod_revision))
-                    puts.append(Put(pair.key, layout.encode(after)))
+                    puts.append(Put(pair.key, layout.encode_over(pair.value, after)))
             if not puts:
                 continue
             with _told():

@@ -101,7 +101,7 @@ class Nodes:
                 record = layout.decode(NodeRecord, key, pair.value)
                 if record.draining == (not undo):
                     break
-                changed = layout.encode(msgspec.structs.replace(record, draining=not undo))
+                changed = layout.encode_over(pair.value, msgspec.structs.replace(record, draining=not undo))
                 done = await self._etcd.txn([unchanged(key, pair.mod_revision)], [Put(key, changed)], repeatable=True)
                 if done.succeeded:
                     break
