@@ -225,7 +225,7 @@ def test_what_refuses_to_start(lab: Lab, etcd: EtcdCluster) -> None:
         await to_etcd.put(layout.VERSION, layout.encode(layout.VersionRecord(9, 9, record.cluster)))
 
     lab.ask(demand)
-    assert "needs schema 9, and this ipamd knows up to 1" in with_("", "")
+    assert f"needs schema 9, and this ipamd knows up to {layout.SCHEMA}" in with_("", "")
 
 
 def test_a_local_store_takes_no_pool_of_a_cluster(tmp_path: Path) -> None:
