@@ -22,7 +22,20 @@ from typing import NoReturn
 
 import msgspec
 
-from bench import addresses, attach, between, chained, cluster, disk, engine, host_local, report, traffic, workers
+from bench import (
+    addresses,
+    attach,
+    between,
+    chained,
+    cluster,
+    disk,
+    engine,
+    host_local,
+    overlay,
+    report,
+    traffic,
+    workers,
+)
 from bench.host import BenchError, Budget, Plan
 from bench.stats import Row, Spec
 from bench.verdict import complaints
@@ -105,6 +118,7 @@ def run(given: argparse.Namespace, wanted: Callable[[Spec], bool]) -> list[Row]:
             host_local,
             traffic,
             between,
+            overlay,
             addresses,
             cluster,
             *([engine] if given.only else []),
@@ -128,6 +142,7 @@ def _specs(plan: Plan) -> list[Spec]:
         *host_local.specs(plan),
         *traffic.specs(),
         *between.specs(),
+        *overlay.specs(),
     ]
     return found + addresses.Catalogue(plan.taken).specs + cluster.specs(plan) + engine.specs()
 
