@@ -141,7 +141,7 @@ class SharedNetworks:
             await self._judge_name(record, docker, state.records)
             after = replace(record, docker=docker)
             with _told():
-                done = await self._etcd.txn([unchanged(pair.key, pair.mod_revision), state.order], _puts(after))
+                done = await self._etcd.txn([unchanged(pair.key, pair.mod_revision), state.order], _puts(after, pair))
             if done.succeeded:
                 return after
         raise _late(name)
@@ -308,9 +308,10 @@ class SharedNetworks:
         await self._take(records.values(), gone)
 
 
-def _puts(record: NetworkRecord) -> list[Put]:
+def _puts(record: NetworkRecord, there: Pair | None = None) -> list[Put]:
+    value = layout.encode(record) if there is None else layout.encode_over(there.value, record)
     return [
-        Put(layout.NETWORKS + record.name, layout.encode(record)),
+        Put(layout.NETWORKS + record.name, value),
         Put(layout.LAST_NETWORK, record.name.encode()),
     ]
 

@@ -73,6 +73,11 @@ class Lab:
     def write(self, *operations: Put | Delete) -> None:
         self.ask(lambda etcd: etcd.txn([], list(operations)))
 
+    def raw(self, key: str) -> bytes:
+        pair = self.ask(lambda etcd: etcd.get(key))
+        assert pair is not None
+        return pair.value
+
     def record(self, name: str) -> NetworkRecord:
         pair = self.ask(lambda etcd: etcd.get(layout.NETWORKS + name))
         assert pair is not None
@@ -257,7 +262,10 @@ def test_a_network_is_shared_with_docker_and_kept_while_it_is(lab: Lab) -> None:
         to_a.create_network(wanted("one"))
         to_a.create_network(wanted("two"))
         wait_for("the networks on b", lambda: len(to_b.list_networks()) == 2)
+        # What a newer version wrote stays.
+        lab.write(Put(layout.NETWORKS + "one", layout.encode(lab.record("one"))[:-1] + b',"later":[7]}'))
         assert to_b.share_network("one", "blue").docker == "blue"
+        assert b'"later":[7]' in lab.raw(layout.NETWORKS + "one")
         assert to_b.share_network("one", "blue").docker == "blue"
         refused("FAILED_PRECONDITION", "shows network one as blue", lambda: to_b.share_network("one", "green"))
         # Whether a has heard of it or not.
