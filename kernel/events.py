@@ -43,7 +43,7 @@ class Change:
     """One transaction. `pid` is 0 where the kernel did not say.
 
     Attributes:
-        structure: it took a table, chain, rule or set of ours.
+        structure: it took a table, chain, rule or set of ours, and did not write the table anew.
         elements: it took elements of ours.
         forward: what iptables forwards may have changed, or which chains its table filter has.
         firewalld: firewalld made its table.
@@ -134,6 +134,9 @@ class Events:
                 seen = dataclasses.replace(seen, structure=True)
             elif kind == _DELSETELEM:
                 seen = dataclasses.replace(seen, elements=True)
+            elif kind == _NEWTABLE and seen.structure:
+                # Removed and written as a whole, as our plugins do it (kernel.nft, ensure_tables).
+                seen = dataclasses.replace(seen, structure=False, elements=True)
         elif table == FILTER and family in _IPTABLES:
             of_forward = kind in (_NEWRULE, _DELRULE) and text(body.get(_RULE_CHAIN)) == FORWARD
             if of_forward or kind in (_NEWCHAIN, _DELCHAIN, _DELTABLE):
