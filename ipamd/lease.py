@@ -221,12 +221,15 @@ class Ledger(SharedPools):
                 f"none, or one of {listed(ask.requested)} is of the other family"
             )
         name = former_name(ask.workload, ask.key.ifname) if ask.workload else ""
-        return tuple(
-            self._pick_wanted(pool, index, *wanted[pool.name, index])
-            if (pool.name, index) in wanted
-            else (name and self._pick_former(pool, index, name)) or self._pick(pool, index)
-            for pool, index in places
-        )
+        return tuple(self._choose(pool, index, wanted.get((pool.name, index)), name) for pool, index in places)
+
+    def _choose(self, pool: Pool, index: int, wanted: tuple[int, Number] | None, name: str) -> Address:
+        if wanted is None:
+            return (name and self._pick_former(pool, index, name)) or self._pick(pool, index)
+        if name and self._former(pool, index, name) == address_text(*wanted[1]):
+            # It cools down for everybody else.
+            return self._pick_former(pool, index, name) or self._pick_wanted(pool, index, *wanted)
+        return self._pick_wanted(pool, index, *wanted)
 
     def _pick(self, pool: Pool, index: int) -> Address:
         range_set = pool.sets[index]
@@ -299,9 +302,14 @@ class Ledger(SharedPools):
             self._enter_block(pool, (index, block))
         return _address(pool, index, block, number)
 
+    def _former(self, pool: Pool, index: int, name: str) -> str:
+        return (
+            self._former_of(pool, index, name) if pool.is_shared else self._store.former(pool.name, index, name)
+        ) or ""
+
     def _pick_former(self, pool: Pool, index: int, name: str) -> Address | None:
         """The address that this workload had last, also while it cools down: nobody else had it since."""
-        ip = self._former_of(pool, index, name) if pool.is_shared else self._store.former(pool.name, index, name)
+        ip = self._former(pool, index, name)
         place = pool.locate(*address_number(ip)) if ip else None
         if place is None or place[0] != index:
             return None

@@ -39,6 +39,7 @@ DEFAULT_POOLS = (*(f"172.{n}.0.0/16" for n in range(17, 32)), "192.168.0.0/16,20
 _MOST_POOLS = 65536
 _RELEASERS = 8  # threads
 _PATIENCE_S = 10.0
+_LEAVING_S, _LEAVING_POLL_S = 2.0, 0.02
 SPACE = "netloom"
 _REST = ".rest"
 _GATEWAY_HOLDER = "gateway"
@@ -253,18 +254,29 @@ class IpamDriver:
     def _make(self, pool: Pool) -> None:
         first, *rest = _names(pool)
         sub = pool.sub_pool or pool.pool
-        spec = pb.PoolSpec(cooldown_ms=0)
+        # Of this node alone, also in a cluster: another host's Docker may have a network with the same subnet.
+        spec = pb.PoolSpec(cooldown_ms=0, mode="local")
         spec.range_sets.add(ranges=[pb.Range(subnet=pool.pool, gateway="none", **_bounds(pool, sub))])
         specs = [(first, spec)]
         for name in rest:
-            spec = pb.PoolSpec(cooldown_ms=0, excludes=[sub])
+            spec = pb.PoolSpec(cooldown_ms=0, mode="local", excludes=[sub])
             spec.range_sets.add(ranges=[pb.Range(subnet=pool.pool, gateway="none")])
             specs.append((name, spec))
         for name, one in specs:
             try:
-                self._client().create_pool(name, one)
+                self._create(name, one)
             except IpamError as error:
                 raise DriverError(f"pool {pool.pool}: ipamd: {error.message}") from error
+
+    def _create(self, name: str, spec: pb.PoolSpec) -> None:
+        """Raises IpamError."""
+        try:
+            self._client().create_pool(name, spec)
+        except IpamError as error:
+            if error.code is not grpc.StatusCode.ALREADY_EXISTS:
+                raise
+            spec.mode = ""  # an earlier version made it so
+            self._client().create_pool(name, spec)
 
     # Addresses
 
@@ -319,12 +331,29 @@ class IpamDriver:
         asked: dict[str, Any] = {"pools": [key.network], "requested": wanted}
         if pool.overlay:
             asked["family"] = family(pool)  # Docker asks for each by itself
+        if pool.overlay and wanted:
+            return self._allocate_named(key, asked)
         try:
             return self._client().allocate(key, **asked)
         except IpamError as error:
             if error.code is not grpc.StatusCode.RESOURCE_EXHAUSTED or not self._take_back(pool):
                 raise
         return self._client().allocate(key, **asked)
+
+    def _allocate_named(self, key: pb.AttachmentKey, asked: dict[str, Any]) -> pb.AllocateResponse:
+        """An address of an overlay that the user named: a container that is restarted wants it back at once, on
+        whichever host. For who names it, it does not cool down; but etcd must have heard that it was given back.
+
+        Raises IpamError.
+        """
+        until = time.monotonic() + _LEAVING_S
+        while True:
+            try:
+                return self._client().allocate(key, **asked, workload=f"--ip {asked['requested'][0]}")
+            except IpamError as error:
+                if error.code is not grpc.StatusCode.UNAVAILABLE or time.monotonic() > until:
+                    raise
+            time.sleep(_LEAVING_POLL_S)
 
     def _take_back(self, pool: Pool, address: str = "") -> bool:
         """Take back what ended (this address alone), and Docker did not release. True where there was something."""

@@ -339,6 +339,25 @@ def test_addresses_of_one_family(desk: Desk) -> None:
     assert ask("d", 0) == ["10.1.0.3", "fd00::3"]
 
 
+def test_a_workload_names_its_former_address(desk: Desk) -> None:
+    """It cools down for everybody else."""
+    desk.pool("p", "10.1.0.0/24")
+
+    def ask(container: str, workload: str, ip: str = "10.1.0.9") -> list[str]:
+        return ips(desk.ledger.allocate(Ask(key(container), Netns(1), None, ("p",), None, (ip,), workload))[0])
+
+    assert ask("a", "w") == ["10.1.0.9"]
+    desk.release("a")
+    for workload in ("", "v"):
+        with pytest.raises(CoolingError, match=r"10\.1\.0\.9"):
+            ask("b", workload)
+    assert ask("b", "w") == ["10.1.0.9"]
+    with pytest.raises(AlreadyExistsError, match=r"10\.1\.0\.9"):
+        ask("c", "w")
+    desk.release("b")
+    assert ask("c", "w", "10.1.0.10") == ["10.1.0.10"]
+
+
 def test_a_refused_request_takes_no_address(desk: Desk) -> None:
     desk.pool("p", "10.1.0.0/29", "10.2.0.0/30")
     desk.allocate("a")

@@ -407,3 +407,122 @@ def test_many_at_once(ipam: Driver, daemon: Daemon, state: State) -> None:
     with ThreadPoolExecutor(8) as executor:
         given = list(executor.map(lambda _: ipam.address(pool), range(40)))
     assert len(set(given)) == 40
+
+
+class Overlay:
+    """ipamd's client, for which a pool is that of an overlay network."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self.network = pb.Network(
+            name="ov1",
+            type="overlay",
+            subnets=["10.70.0.0/24", "fd00:70::/64"],
+            gateways=["10.70.0.1/24", "fd00:70::1/64"],
+            pool="ov1",
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def list_networks(self) -> list[pb.Network]:
+        return [self.network]
+
+    def get_network(self, name: str) -> pb.Network:
+        return self.network if name == "ov1" else self._client.get_network(name)
+
+
+@pytest.fixture
+def overlay(daemon: Daemon, state: State, routes: list[Route]) -> Iterator[Driver]:
+    with daemon.client() as client:
+        spec = pb.PoolSpec(cooldown_ms=0)
+        for subnet in ("10.70.0.0/24", "fd00:70::/64"):
+            spec.range_sets.add(ranges=[pb.Range(subnet=subnet)])
+        client.create_pool("ov1", spec)
+        one = Driver(state, Overlay(client))  # type: ignore[arg-type]
+        yield one
+        one.driver.settle()
+        for held in list(client.list_allocations(pb.ListAllocationsRequest(client=CLIENT))):
+            client.release(held.key)
+        client.delete_pool("ov1")
+
+
+def test_an_overlays_pool_is_ipamds_own(overlay: Driver, state: State) -> None:
+    asked = RequestPool("netloom", "10.70.0.0/24", "", {"network": "ov1"})
+    answer = overlay.driver.request_pool(asked)
+    assert answer == {"PoolID": "overlay-ov1-4", "Pool": "10.70.0.0/24", "Data": {}}
+    assert overlay.driver.request_pool(asked) == answer  # another network of Docker's, for a moment
+    assert overlay.pool("10.70.0.0/24") == "overlay-ov1-4"  # its subnet says it, too
+    six = overlay.pool("fd00:70::/64", v6=True)
+    assert six == "overlay-ov1-6"
+    assert list(state.all(Pool)) == []
+    for gateway in ("", "10.70.0.1"):
+        assert overlay.address("overlay-ov1-4", gateway, gateway=True) == "10.70.0.1/24"
+    assert overlay.address(six, gateway=True) == "fd00:70::1/64"
+    assert overlay.held() == []
+    # Docker asks for each family by itself.
+    assert overlay.address("overlay-ov1-4") == "10.70.0.2/24"
+    assert overlay.address(six) == "fd00:70::2/64"
+    assert overlay.address("overlay-ov1-4", "10.70.0.99") == "10.70.0.99/24"
+    with pytest.raises(DriverError, match=r"10\.70\.0\.99"):
+        overlay.address("overlay-ov1-4", "10.70.0.99")
+    with pytest.raises(DriverError, match=r"10\.71\.0\.9 does not lie in"):
+        overlay.address("overlay-ov1-4", "10.71.0.9")
+    for address in ("10.70.0.1", "10.70.0.2", "10.70.0.99"):
+        overlay.release("overlay-ov1-4", address)
+    overlay.drop("overlay-ov1-4")
+    assert overlay.held() == ["fd00:70::2/64"]
+    assert [pool.name for pool in overlay.client.list_pools()] == ["ov1"]
+
+
+def test_a_new_dockerd_asks_for_an_overlays_addresses_again(overlay: Driver) -> None:
+    pool = overlay.pool("10.70.0.0/24")
+    first = overlay.address(pool)
+    overlay.driver.activate()
+    assert overlay.pool("10.70.0.0/24") == pool
+    assert overlay.address(pool, "10.70.0.1", gateway=True) == "10.70.0.1/24"
+    assert overlay.address(pool, first.partition("/")[0]) == first
+    with pytest.raises(DriverError, match=r"10\.70\.0\.2"):
+        overlay.address(pool, first.partition("/")[0])
+    assert overlay.held() == [first]
+
+
+def test_an_overlays_address_that_docker_could_not_give_back(overlay: Driver, state: State) -> None:
+    pool = overlay.pool("10.70.0.0/24")
+    overlay.address(pool, "10.70.0.9")
+    state.put(Ended("overlay-ov1-4.10.70.0.9", pool, "10.70.0.9"))
+    assert overlay.address(pool, "10.70.0.9") == "10.70.0.9/24"
+    assert list(state.all(Ended)) == []
+    state.put(Ended("overlay-ov1-4.10.70.0.9", pool, "10.70.0.9"))
+    overlay.driver.discard_address("ov1", "10.70.0.9")
+    assert (overlay.held(), list(state.all(Ended))) == ([], [])
+
+
+def test_what_is_no_overlays_pool(overlay: Driver) -> None:
+    def refused(text: str, pool: str = "", sub: str = "", network: str = "ov1", v6: bool = False) -> None:
+        options = {"network": network} if network else {}
+        with pytest.raises(DriverError, match=text):
+            overlay.driver.request_pool(RequestPool("netloom", pool, sub, options, v6))
+
+    refused("ov9: netloom has none of this name; make it first: netloom network create ov9", network="ov9")
+    refused("--subnet 10.9.0.0/24: overlay network ov1 has 10.70.0.0/24 and fd00:70::/64", "10.9.0.0/24")
+    refused("--ip-range 10.70.0.0/28: .* leave it out", "10.70.0.0/24", "10.70.0.0/28")
+    refused("overlaps with 10.70.0.0/24, which overlay network ov1 has", "10.70.0.0/16", network="")
+    with pytest.raises(DriverError, match=r"--gateway 10\.70\.0\.7: overlay network ov1 has 10\.70\.0\.1 on every"):
+        overlay.address(overlay.pool("10.70.0.0/24"), "10.70.0.7", gateway=True)
+    # Docker asks for ever where it does not take what it is offered.
+    offer = {"options": {"network": "ov1"}}
+    for _ in range(2):
+        assert overlay.subnet(**offer) == "10.70.0.0/24"
+        refused("Docker does not take 10.70.0.0/24 of overlay network ov1 by itself.* add --subnet 10.70.0.0/24")
+    assert overlay.subnet(**offer) == "10.70.0.0/24"
+    overlay.address("overlay-ov1-4", gateway=True)  # it took it
+    assert overlay.subnet(**offer) == "10.70.0.0/24"
+    overlay.drop("overlay-ov1-4")
+
+
+def test_no_default_pool_is_an_overlays(overlay: Driver) -> None:
+    overlay.client.network.subnets[0] = "172.17.0.0/16"  # type: ignore[attr-defined]
+    pool = overlay.pool()
+    assert pool == "docker-172.18.0.0_16"
+    overlay.drop(pool)
