@@ -3,6 +3,7 @@
 Does it answer, which networks, endpoints and ports it keeps; and what it took back when asked to compare with Docker.
 """
 
+import contextlib
 import http.client
 import json
 import os
@@ -11,7 +12,7 @@ from typing import Any, TypedDict
 
 from cli import output
 from libnetwork import conflist, published, state
-from libnetwork.state import Endpoint, Network
+from libnetwork.state import Endpoint, Network, Problem
 
 SOCKET = "/run/docker/plugins/netloom.sock"
 _TIMEOUT_S = 5.0
@@ -50,6 +51,7 @@ class DockerDocument(TypedDict):
     error: str
     networks: list[NetworkDocument]
     endpoints: list[EndpointDocument]
+    problems: list[str]  # what keeps overlay networks from being in this Docker as they should
 
 
 def look(state_dir: str, plugin_socket: str = SOCKET) -> DockerDocument | None:
@@ -59,6 +61,9 @@ def look(state_dir: str, plugin_socket: str = SOCKET) -> DockerDocument | None:
         networks, endpoints = state.peek(directory, Network), state.peek(directory, Endpoint)
     except OSError:
         return None
+    problems: list[Problem] = []
+    with contextlib.suppress(OSError):  # an older shim writes none
+        problems = state.peek(directory, Problem)
     error = _ask(plugin_socket)
     return DockerDocument(
         socket=plugin_socket,
@@ -66,16 +71,21 @@ def look(state_dir: str, plugin_socket: str = SOCKET) -> DockerDocument | None:
         error=error,
         networks=[_network(network, endpoints) for network in networks],
         endpoints=[_endpoint(endpoint) for endpoint in endpoints],
+        problems=[one.text for one in problems],
     )
 
 
 def problems(found: DockerDocument | None) -> list[str]:
     """What keeps Docker from the networks that it has of us."""
-    if found is None or found["answers"] or not found["networks"]:
+    if found is None:
         return []
+    texts = [f"Docker: {text}" for text in found["problems"]]
+    if found["answers"] or not found["networks"]:
+        return texts
     return [
+        *texts,
         f"Docker's driver does not answer at {found['socket']}: {found['error']}: "
-        "systemctl start netloom-docker.socket netloom-docker.service"
+        "systemctl start netloom-docker.socket netloom-docker.service",
     ]
 
 

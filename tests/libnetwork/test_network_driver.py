@@ -6,11 +6,14 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
+from kernel import macs
 from kernel.errors import Busy
 from libnetwork.errors import DriverError
 from libnetwork.messages import (
@@ -26,7 +29,7 @@ from libnetwork.messages import (
 )
 from libnetwork.network_driver import NetworkDriver
 from libnetwork.sharing import Sharing
-from libnetwork.state import Endpoint, Network, State
+from libnetwork.state import Ended, Endpoint, Network, Problem, State
 from tests.libnetwork.conftest import Plugins, endpoint
 
 N, E = "n1" * 32, "e1" * 32
@@ -429,3 +432,48 @@ def test_macvlan_publishes_nothing(stage: Stage) -> None:
     stage.attached(type="macvlan", parent="eth0")
     stage.program({"HostPort": 8080})
     assert stage.plugins.calls() == ["ADD macvlan"]
+
+
+def test_an_overlay_is_attached_by_its_name_alone(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    removed: list[str] = []
+    monkeypatch.setattr(Sharing, "admit", lambda _, network, __: network)
+    monkeypatch.setattr(Sharing, "removed", lambda _, network: removed.append(network.id))
+    stage.plugins.make("netloom")
+    stage.network(type="overlay", network="ov1")
+    stage.create()
+    assert stage.join()["Gateway"] == "10.1.0.1"
+    conf = stage.plugins.conf(0)
+    assert (conf["type"], conf["network"], conf["runtimeConfig"]) == ("netloom", "ov1", {"mac": "02:42:0a:01:00:02"})
+    assert conf["ipam"] == {
+        "type": "static",
+        "addresses": [{"address": "10.1.0.2/24", "gateway": "10.1.0.1"}],
+        "routes": [{"dst": "0.0.0.0/0"}],
+    }
+    stage.delete()
+    assert stage.plugins.calls() == ["ADD netloom", "DEL netloom"]
+    # Docker gives the address back next, to the pool of that network.
+    assert [(one.pool_id, one.address) for one in stage.state.all(Ended)] == [("overlay-ov1-4", "10.1.0.2")]
+    stage.driver.delete_network(NetworkRef(N))
+    assert removed == [N]
+    # What Docker forgot was not removed by anybody.
+    stage.network(type="overlay", network="ov1")
+    stage.driver.discard_network(N)
+    assert removed == [N]
+
+
+def test_an_overlay_that_is_being_replaced_takes_no_container(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sharing, "admit", lambda _, network, __: replace(network, interim=True))
+    stage.network(type="overlay", network="ov1")
+    with pytest.raises(DriverError, match="overlay network ov1: it is being replaced, try again"):
+        stage.create()
+    stage.state.put(Problem("ov1", "Docker is full"))
+    with pytest.raises(DriverError, match="overlay network ov1: Docker is full"):
+        stage.create()
+    stage.driver.delete_network(NetworkRef(N))
+    assert stage.plugins.calls() == []
+
+
+def test_macs_follow_from_addresses(stage: Stage) -> None:
+    stage.network()
+    answer = stage.driver.create_endpoint(CreateEndpoint(N, E, EndpointInterface("", "fd00::2/64", "")))
+    assert answer == {"Interface": {"MacAddress": macs.of_address(ip_address("fd00::2"))}}

@@ -94,3 +94,15 @@ def test_what_cannot_be_is_refused_by_name_and_value(given: dict[str, str], word
 def test_what_is_no_object_of_options() -> None:
     with pytest.raises(DriverError, match="wanted an object of options"):
         options.parse({GENERIC: ["type=bridge"]})
+
+
+def test_an_overlay_is_what_its_definition_says() -> None:
+    found = parse(type="overlay", network="ov1", com__docker__network__container_iface_prefix="lan")
+    assert found == NetworkOptions("overlay", "ov1", prefix="lan")
+    with pytest.raises(DriverError, match=r"needs -o network=NAME.*netloom network create NAME --type overlay"):
+        parse(type="overlay")
+    with pytest.raises(DriverError, match="option network=ov1: only with -o type=overlay, not with bridge"):
+        parse(network="ov1")
+    for name in ("com.docker.network.driver.mtu", "conflist"):
+        with pytest.raises(DriverError, match=f"option {name}=1400: with -o type=overlay the network's definition"):
+            options.parse({GENERIC: {"type": "overlay", "network": "ov1", name: "1400"}})
