@@ -337,7 +337,8 @@ def is_for_many(frame: bytes) -> bool:
 _BRIDGE, _DEVICE = f"nl-{NETWORK}", device_name(VNI)
 _PER_TRANSACTION = 100  # operations; etcd takes 128
 _PATIENCE_S = 120.0
-_GROUP_NEIGH = 1 << 2  # linux/rtnetlink.h, RTMGRP_NEIGH
+_GROUP_LINK, _GROUP_NEIGH = 1 << 0, 1 << 2  # linux/rtnetlink.h, RTMGRP_…
+_IFF_UP = 1
 
 
 def _many(plan: Plan, stack: ExitStack, mine: list[Spec]) -> Iterator[Row]:
@@ -357,14 +358,22 @@ def _many(plan: Plan, stack: ExitStack, mine: list[Spec]) -> Iterator[Row]:
         fills.append(_fill_s(host))
     yield row(FILLED, [fills])
     if MOVED in mine:
+        wait_until(lambda: _rests(netd.pid), "netd at rest", netd.log)
         yield row(MOVED, [asyncio.run(_moves(etcd, host, plan.samples(_CHANGES)))])
     yield row(MEMORY, [[_resident_mb(netd.pid)]])
     if IDLE in mine:
-        time.sleep(2)  # until all that was begun is over
+        wait_until(lambda: _rests(netd.pid), "netd at rest", netd.log)
         before, at = _processor_s(netd.pid), time.perf_counter()
         time.sleep(max(4.0, _IDLE_S * plan.scale))
         yield row(IDLE, [[100 * (_processor_s(netd.pid) - before) / (time.perf_counter() - at)]])
     netd.stop()
+
+
+def _rests(pid: int) -> bool:
+    """Whether a process is done with what it was told; netd hears of each entry that it made."""
+    before = _processor_s(pid)
+    time.sleep(0.5)
+    return _processor_s(pid) - before < 0.05
 
 
 def _underlay(number: int) -> str:
@@ -420,12 +429,11 @@ def _fill_s(host: Host) -> float:
     script = "ip link add c0 up type veth peer name c1; "
     script += f"ip link add {_BRIDGE} mtu 1450 address {gateway} up type bridge; "
     script += f"ip link set {_BRIDGE} alias '{BRIDGE_MARK}'; ip link set c0 master {_BRIDGE}"
-    began = time.perf_counter()
-    host.run(["sh", "-ec", script])
-    while "UP" not in (host.links().get(_DEVICE) or {"flags": ()})["flags"]:
-        if time.perf_counter() - began > _PATIENCE_S:
-            raise BenchError(f"{_DEVICE} did not come up within {_PATIENCE_S:g} s")
-    took = time.perf_counter() - began
+    with _told_by_kernel(host, _GROUP_LINK) as kernel:
+        began = time.perf_counter()
+        host.run(["sh", "-ec", script])
+        _until_told(kernel, lambda told: _is_up(told, _DEVICE))
+        took = time.perf_counter() - began
     entries = host.run(["bridge", "fdb", "show", "dev", _DEVICE]).stdout.splitlines()
     found = (
         sum(" dst " in line for line in entries),
@@ -446,10 +454,7 @@ def _clear(host: Host) -> None:
 async def _moves(etcd: EtcdCluster, host: Host, count: int) -> list[float]:
     """Milliseconds from a put to the kernel's word that a container is now on another host."""
     took = []
-    with pair.inside(host.netns_path):
-        kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-    with kernel:
-        kernel.bind((0, _GROUP_NEIGH))
+    with _told_by_kernel(host, _GROUP_NEIGH) as kernel:
         async with _client(etcd) as client:
             await client.count(layout.NETWORKS)  # the connection is there
             for number in range(0, count * 7, 7):
@@ -458,19 +463,31 @@ async def _moves(etcd: EtcdCluster, host: Host, count: int) -> list[float]:
                 put = _record(number, there, 2)
                 began = time.perf_counter()
                 await client.put(put.key, put.value)
-                _until_told(kernel, mac, outer)
+                _until_told(kernel, lambda told, mac=mac, outer=outer: mac in told and outer in told)  # type: ignore[misc]
                 took.append((time.perf_counter() - began) * 1e3)
                 await asyncio.sleep(0.1)
     return took
 
 
-def _until_told(kernel: socket.socket, *parts: bytes) -> None:
-    """Until the kernel tells of an entry with all these parts."""
+def _told_by_kernel(host: Host, group: int) -> socket.socket:
+    """A socket that hears of the host's links or neighbours. Asking again and again would keep netd from its work."""
+    with pair.inside(host.netns_path):
+        kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+    kernel.setsockopt(socket.SOL_SOCKET, _RCVBUFFORCE, 64 << 20)
     kernel.settimeout(_PATIENCE_S)
+    kernel.bind((0, group))
+    return kernel
+
+
+def _until_told(kernel: socket.socket, wanted: Callable[[bytes], bool]) -> None:
+    """Until the kernel tells what is wanted. Raises BenchError."""
     try:
-        while True:
-            told = kernel.recv(65536)
-            if all(part in told for part in parts):
-                return
+        while not wanted(kernel.recv(65536)):
+            pass
     except TimeoutError:
-        raise BenchError(f"no entry with {[part.hex() for part in parts]} within {_PATIENCE_S:g} s") from None
+        raise BenchError(f"the kernel did not tell what was waited for within {_PATIENCE_S:g} s") from None
+
+
+def _is_up(told: bytes, device: str) -> bool:
+    (flags,) = struct.unpack_from("=I", told, 24)  # struct nlmsghdr, then struct ifinfomsg
+    return bool(flags & _IFF_UP) and f"{device}\0".encode() in told
