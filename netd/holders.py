@@ -185,6 +185,7 @@ class _Network:
 
 def _do(reconciler: Reconciler, keys: set[tuple[int, str, bytes]]) -> None:
     reconciler.sync(keys)
+    reconciler.announce()
 
 
 def _holder(address: AnyAddress, record: _Record, own: MacRecord | None) -> Holder:

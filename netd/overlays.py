@@ -17,6 +17,7 @@ from netd.fabric.vxlan import device_name, largest, outer_link
 from netd.found import Found
 from netd.values import (
     DEVICE,
+    NEIGHBOUR,
     NOBODY_KNOWN,
     AnyAddress,
     Bridged,
@@ -33,6 +34,7 @@ from netd.values import (
 )
 
 _OWNER = "overlay/"  # no host's name has a slash
+_FORGOTTEN_LATE = 1000  # addresses that nobody has any more, of a network
 
 
 def is_owner(name: str) -> bool:
@@ -54,6 +56,8 @@ class Overlays:
         self._holders: dict[str, dict[AnyAddress, Holder]] = {}
         self._by_node: dict[str, dict[str, set[AnyAddress]]] = {}  # host → network → addresses
         self._known: set[str] = set()  # networks all of whose holders were told
+        self._macs: dict[str, dict[AnyAddress, str]] = {}  # network → the last MAC, also of who is gone
+        self._news: list[Neighbour] = []
         self._active: dict[str, int] = {}
         self._activations = 0
         self._underlay: Underlay | None = None
@@ -139,6 +143,12 @@ class Overlays:
             " address of the other family on all hosts"
         )
 
+    def take_news(self) -> list[Neighbour]:
+        """Whose MAC is another since the last call: containers here keep what they learned of an address, also after
+        it was given back. Not who is on this host: such a container tells of itself."""
+        news, self._news = self._news, []
+        return news
+
     # What happens
 
     def define(self, overlays: Iterable[Overlay]) -> set[Key]:
@@ -197,6 +207,7 @@ class Overlays:
                 keys |= self._drop(_owner(network, str(address)))
                 continue
             known[address] = holder
+            self._note_mac(network, holder)
             self._by_node.setdefault(holder.node, {}).setdefault(network, set()).add(address)
             nodes.add(holder.node)
             keys |= self._want_holder(network, holder)
@@ -239,6 +250,7 @@ class Overlays:
 
     def _forget(self, network: str) -> set[Key]:
         keys = self._drop(_owner(network, ""))
+        self._macs.pop(network, None)
         for address in self._holders.pop(network, {}):
             keys |= self._drop(_owner(network, str(address)))
         for node, networks in self._by_node.items():
@@ -247,6 +259,17 @@ class Overlays:
         self._by_node = {node: networks for node, networks in self._by_node.items() if networks}
         self._known.discard(network)
         return keys
+
+    def _note_mac(self, network: str, holder: Holder) -> None:
+        known, bridge = self._macs.setdefault(network, {}), self._defined[network].bridge
+        there = self._found.get((NEIGHBOUR, bridge, holder.address.packed))  # after a start of this daemon
+        before = known.get(holder.address) or (there.mac if isinstance(there, Neighbour) else holder.mac)
+        known[holder.address] = holder.mac
+        if before != holder.mac and holder.node != self._own:
+            self._news.append(Neighbour(bridge, holder.address, holder.mac))
+        held = self._holders[network]
+        if len(known) > 2 * len(held) + _FORGOTTEN_LATE:
+            self._macs[network] = {address: one.mac for address, one in held.items()}
 
     def _want(self, network: str) -> set[Key]:
         """What the network needs whoever is on it."""

@@ -9,11 +9,13 @@ Rules of this file
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from kernel import link, route, sysctl
+from kernel.announce import Announcer
 from kernel.errors import KernelError, NotFound
 from kernel.rtevents import AddressChange, Change, LinkChange
 from kernel.session import Session
@@ -39,8 +41,11 @@ from netd.values import (
     Route,
     Underlay,
 )
+from telemetry import log
 
 LINGER_S = 30.0
+
+_logger = logging.getLogger("netd")
 
 
 @dataclass(slots=True)
@@ -87,6 +92,7 @@ class Reconciler:
         self._lingering = _Lingering()
         self._holders: dict[AnyAddress, dict[str, None]] = {}  # in the order in which they came
         self._new: set[Key] = set()
+        self._announcer: Announcer | None = None
         self._tell_active: Callable[[Mapping[str, int]], None] = lambda _: None
         self._told_active: Mapping[str, int] = {}
 
@@ -224,6 +230,15 @@ class Reconciler:
         """Keys of what is wanted since an overlay's bridge came or went, to be synced now."""
         new, self._new = self._new, set()
         return new
+
+    def announce(self) -> None:
+        """Tell this host's containers whose MAC is another: what they keep of it leads nowhere, for up to a minute."""
+        for one in self.overlays.take_news():
+            try:
+                self._announcer = self._announcer or Announcer()
+                self._announcer.send(one.device, one.address, one.mac)
+            except KernelError as error:  # they ask again, later
+                log.event(_logger, "warning", "containers are not told of another's new MAC", error=str(error))
 
     def refused(self) -> set[Key]:
         """What the kernel did not take, to be tried again."""

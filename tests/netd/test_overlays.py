@@ -14,6 +14,7 @@ from kernel.session import Session
 from netd.reconcile import Reconciler
 from netd.underlay import Choice
 from netd.values import Holder, Network, Node, Overlay, vtep_mac
+from tests.hosts import wait_until
 from tests.kernel import spaces
 
 pytestmark = pytest.mark.kernel
@@ -194,3 +195,34 @@ def test_two_addresses_of_one_interface(reconciler: Reconciler) -> None:
     reconciler.sync(reconciler.overlays.put("ov1", {six.address: None}))
     assert fdb() == set()
     assert reconciler.problems() == []
+
+
+def test_containers_here_are_told_of_another_mac(reconciler: Reconciler) -> None:
+    """Also where the address was nobody's in between, and not where nothing they know is wrong."""
+    bridge()
+    spaces.run("ip", "link", "add", "port", "master", "nl-ov1", "up", "type", "veth", "peer", "name", "inside")
+    spaces.run("ip", "link", "set", "inside", "up")
+    reconciler.full()
+    two, six = holder("10.9.0.2", "b"), holder("fd09::2", "b")
+    reconciler.sync(reconciler.overlays.replace("ov1", [two, six]))
+    for one in (two, six):
+        spaces.run("ip", "neigh", "add", str(one.address), "lladdr", one.mac, "dev", "inside", "nud", "stale")
+    assert reconciler.overlays.take_news() == []
+    for mac, node, gap in (("02:00:00:00:00:02", "b", False), ("02:00:00:00:00:03", "c", True)):
+        if gap:
+            reconciler.sync(reconciler.overlays.put("ov1", {two.address: None, six.address: None}))
+        changed = [replace(one, mac=mac, node=node) for one in (two, six)]
+        reconciler.sync(reconciler.overlays.put("ov1", {one.address: one for one in changed}))
+        reconciler.announce()
+        for one in changed:
+            wait_until(lambda one=one: one.mac in told(one), f"{one.address} with {one.mac}", lambda: told(two))  # type: ignore[misc]
+    # Who is here tells of itself; but what it was is known when it goes.
+    own = replace(two, mac="02:00:00:00:00:04", node="a")
+    reconciler.sync(reconciler.overlays.put("ov1", {two.address: own}))
+    assert reconciler.overlays.take_news() == []
+    reconciler.sync(reconciler.overlays.put("ov1", {two.address: two}))
+    assert [(one.address, one.mac) for one in reconciler.overlays.take_news()] == [(two.address, two.mac)]
+
+
+def told(one: Holder) -> str:
+    return spaces.run("ip", "neigh", "show", str(one.address), "dev", "inside")
