@@ -22,12 +22,15 @@ from tests.hosts import Host, HostError, Netns, wait_until
 from tests.many_hosts.fleet import LEASE_S, Container, Fleet
 
 
-def conf_of(network: str, ports: Sequence[tuple[int, int]] = ()) -> dict[str, Any]:
-    """All that stands in the configuration of a host. `ports`: (of the host, of the container), TCP."""
+def conf_of(network: str, ports: Sequence[tuple[int, int]] = (), **wishes: object) -> dict[str, Any]:
+    """All that stands in the configuration of a host. `ports`: (of the host, of the container), TCP. `wishes`: what
+    else the runtime gives, by capability: ips=["10.0.0.7/24"], mac="02:00:00:00:00:01", bandwidth={...}."""
     conf: dict[str, Any] = {"cniVersion": "1.1.0", "name": network, "type": "netloom"}
     if ports:
         mappings = [{"hostPort": host, "containerPort": inside, "protocol": "tcp"} for host, inside in ports]
-        conf["runtimeConfig"] = {"portMappings": mappings}
+        wishes["portMappings"] = mappings
+    if wishes:
+        conf["runtimeConfig"] = wishes
     return conf
 
 
@@ -39,7 +42,8 @@ class Pods(Fleet):
     ) -> None:
         super().__init__("vxlan", families[0], segments=segments, etcd=True, own=own)
         self._families = families
-        self._confs: dict[str, tuple[int, Container, dict[str, Any]]] = {}
+        # By container and interface; the container is the one with the addresses of this interface.
+        self._attached: dict[tuple[str, str], tuple[int, Container, dict[str, Any]]] = {}
 
     def configure(self, host: Host, **netd_keys: object) -> None:
         """With ipamd running, as it writes the one file of both."""
@@ -79,41 +83,64 @@ class Pods(Fleet):
         found: dict[str, Any] = json.loads(self.host(number).path("/run/netloom/fabric.json").read_text())["networks"]
         return found
 
-    def pod(self, number: int, network: str, *ports: tuple[int, int]) -> Container:
-        """A container on a host, attached to a network."""
+    def pod(self, number: int, network: str, *ports: tuple[int, int], **wishes: object) -> Container:
+        """A container on a host, attached to a network; see `conf_of`."""
         self._containers += 1
         host, name = self.host(number), f"{network}-{self._containers}"
         netns = host.netns(name)
         netns.run(["ip", "link", "set", "lo", "up"])
-        conf = conf_of(network, ports)
-        result = host.cni("ADD", "netloom", conf, container_id=name, netns=netns).result()
+        return self._add(number, netns, name, "eth0", conf_of(network, ports, **wishes))
+
+    def attach(self, pod: Container, network: str, ifname: str) -> Container:
+        """Attaches a container to one more network; the same one, with its addresses there."""
+        return self._add(self.where(pod), pod.netns, pod.id, ifname, conf_of(network))
+
+    def _add(self, number: int, netns: Netns, name: str, ifname: str, conf: dict[str, Any]) -> Container:
+        """ADD. Where it fails, teardown removes the namespace."""
+        result = self.host(number).cni("ADD", "netloom", conf, container_id=name, netns=netns, ifname=ifname).result()
         addresses = [str(ip["address"]).partition("/")[0] for ip in result["ips"]]
         four, six = ([a for a in addresses if (":" in a) is wanted] for wanted in (False, True))
         made = Container(netns, name, "".join(four), "".join(six))
-        self._confs[name] = number, made, {**conf, "prevResult": result}
+        self._attached[name, ifname] = number, made, {**conf, "prevResult": result}
         return made
 
+    def where(self, pod: Container) -> int:
+        """The number of the container's host."""
+        return next(number for (name, _), (number, _, _) in self._attached.items() if name == pod.id)
+
     def check(self, pod: Container) -> None:
-        """CHECK of its attachment."""
-        number, _, conf = self._confs[pod.id]
-        self.host(number).cni("CHECK", "netloom", conf, container_id=pod.id, netns=pod.netns).ok()
+        """CHECK of its attachments."""
+        for (name, ifname), (number, _, conf) in self._attached.items():
+            if name == pod.id:
+                call = self.host(number).cni(
+                    "CHECK", "netloom", conf, container_id=name, netns=pod.netns, ifname=ifname
+                )
+                call.ok()
 
     def release(self, *pods: Container) -> None:
-        """DEL, and its namespace."""
+        """DEL of all attachments, and its namespace."""
         for pod in pods:
-            number, _, conf = self._confs.pop(pod.id)
-            self.host(number).cni("DEL", "netloom", conf, container_id=pod.id, netns=pod.netns).ok()
+            for key in [key for key in self._attached if key[0] == pod.id]:
+                number, _, conf = self._attached.pop(key)
+                self.host(number).cni("DEL", "netloom", conf, container_id=pod.id, netns=pod.netns, ifname=key[1]).ok()
             pod.netns.delete()
 
     def release_all(self) -> None:
-        self.release(*[pod for _, pod, _ in self._confs.values()])
+        self.release(*{pod.id: pod for _, pod, _ in self._attached.values()}.values())
+
+    def overlay(self, name: str, *words: str) -> str:
+        """Defines an overlay, which every host has heard of then; its VXLAN device's name."""
+        self.netloom(1, "network", "create", name, "--type", "overlay", *words)
+        self.until_known(name)
+        shown = json.loads(self.netloom(1, "network", "show", name, "--json").stdout)
+        return f"nl-vx{shown['vni']}"
 
     def until_ways(self, *pods: Container) -> None:
         """Until every host has a way to each of these: a host may have got its block just now."""
         for pod in pods:
             for address in filter(None, (pod.ipv4, pod.ipv6)):
                 for number, netd in enumerate(self.netds, 1):
-                    if number != self._confs[pod.id][0]:
+                    if number != self.where(pod):
                         wait_until(partial(self.knows_way, number, address), f"a way to {address}", netd.log)
 
     def knows_way(self, number: int, address: str) -> bool:
