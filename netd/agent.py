@@ -138,7 +138,8 @@ class Agent:
         poll.register(events, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
         # Rounded up: a wait that ends a moment early would go round once more for nothing.
-        poll.poll(max(0.0, due - now) * 1000 + 1 if due > now else 0)
+        wait_ms = max(0.0, due - now) * 1000 + 1 if due > now else 0
+        poll.poll(wait_ms if wait_ms < float("inf") else None)
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
 
