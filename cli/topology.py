@@ -104,7 +104,8 @@ def _way(found: NetdDocument, peer: PeerDocument) -> str:
     if peer["problems"]:
         return " no way "
     plain = [" route "] if found["underlay"] in peer["links"] else []
-    return "+".join([*(f" tunnel {link} " for link in tunnels), *plain]) or " nothing made "
+    nothing = " nothing made " if peer["subnets"] else " nothing to route "
+    return "+".join([*(f" tunnel {link} " for link in tunnels), *plain]) or nothing
 
 
 def _about(one: OverlayDocument) -> str:

@@ -33,7 +33,7 @@ def explain_held(reconciler: Reconciler, way: Way, address: AnyAddress, holder: 
     if overlay is None:
         return replace(way, problems=(f"network {way.network} was deleted meanwhile",))
     if holder is None:
-        return replace(way, kind="nobody", problems=(f"nobody holds {address}: no container has it",))
+        return replace(way, kind="nobody", note="", problems=(f"nobody holds {address}: no container has it",))
     way = replace(way, node=holder.node, mac=holder.mac)
     if holder.node == reconciler.node.name:
         return _own(reconciler, overlay, way)

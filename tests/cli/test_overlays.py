@@ -178,6 +178,7 @@ def test_topology(netloom: Netloom) -> None:
     shown = netloom("topology")
     assert shown.status == 0
     lines = shown.out.splitlines()
+    assert " +-- nothing to route --> [b]  10.0.0.2" in lines
     assert lines[lines.index("(ov1)  overlay, VNI 256, 10.9.0.0/24 fd09::/64: 4 containers") :] == [
         "(ov1)  overlay, VNI 256, 10.9.0.0/24 fd09::/64: 4 containers",
         " +-- [a]  1 container, this host",

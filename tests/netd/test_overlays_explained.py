@@ -175,7 +175,7 @@ def test_a_host_that_is_not_on_it(reconciler: Reconciler) -> None:
     assert own.kind == "own"
     assert "has no bridge nl-ov1" in own.problems[0]
     nobody = explain_held(reconciler, found, ip_address("10.9.0.2"), None)
-    assert (nobody.kind, len(nobody.problems)) == ("nobody", 1)
+    assert (nobody.kind, nobody.note, len(nobody.problems)) == ("nobody", "", 1)
     gateway = way(reconciler, "10.9.0.1")
     assert (gateway.kind, gateway.node, gateway.problems) == ("gateway", "", ())
     reconciler.define_overlays([])
