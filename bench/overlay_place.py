@@ -1,6 +1,6 @@
 """Where an overlay's bridge is better: in the host's namespace, or in one of its own. `python -m bench.overlay_place`.
 
-Not of `make bench`: its figures decided something, and stand in docs/adr/0019-overlay.md. Everything is made by hand,
+Not of `make bench`: its figures decided something, and stand in docs/adr/0020-overlay.md. Everything is made by hand,
 and alike on two pairs of hosts, but for the place. In a namespace of its own, bridge and VXLAN device see none of the
 host's netfilter; what goes out takes a veth more, whose end on the host has the gateway's address. "ours" is the host's
 namespace, "peer" one of its own, so a ratio over 1 of a rate, or below 1 of a time, speaks for the host's.
