@@ -94,7 +94,10 @@ class Methods:
         """
         # Our client's calls of one method differ in the last header only.
         head, _, ending = block.partition(_REQUEST_ID)
-        request_id, at = http2.read_string(ending, 0) if ending else (b"", 0)
+        try:
+            request_id, at = http2.read_string(ending, 0) if ending else (b"", 0)
+        except IndexError:
+            raise http2.UnexpectedError("headers that end in the middle") from None
         if at != len(ending):
             raise http2.UnexpectedError("headers behind the last one")
         known = self._known.get(head)

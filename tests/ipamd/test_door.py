@@ -277,6 +277,8 @@ def test_more_calls_than_are_taken(tmp_path: Path) -> None:
         http2.frame(HEADERS, 4, 1, b"\x83") + http2.frame(DATA, 1, 1, b"\1\0\0\0\0"),
         http2.frame(HEADERS, 4, 1, b"\x83") + http2.frame(DATA, 1, 1, b"\0\0\0\0\1"),
         http2.frame(HEADERS, 4, 1, http2.literal(b"grpc-timeout", b"1 hour")) + http2.frame(DATA, 1, 1, b"\0" * 5),
+        http2.frame(HEADERS, 4, 1, http2.literal(b"x-request-id", b"")[:-1] + b"\x7f")
+        + http2.frame(DATA, 1, 1, b"\0" * 5),
         http2.frame(HEADERS, 4, 1, http2.literal(b"x-request-id", b"1") + b"\x83") + http2.frame(DATA, 1, 1, b"\0" * 5),
     ],
 )
