@@ -129,9 +129,9 @@ def test_a_round_has_an_end_and_who_gave_up_is_no_part_of_it() -> None:
         await asks.let_go("first")
         assert len(asks.inside) == MOST_ASKS
         await asks.let_go(*tuple(asks.inside))
-        # Of 33 who were at work 32 count, and 24 of these are enough; one waits already.
-        await asks.ask(*(f"again {number}" for number in range(23)))
-        assert len(asks.inside) == 24
+        # Of 33 who were at work 32 count, and 28 of these are enough; one waits already.
+        await asks.ask(*(f"again {number}" for number in range(27)))
+        assert len(asks.inside) == 28
 
     run(test)
 
