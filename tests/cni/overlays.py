@@ -22,7 +22,7 @@ import grpc
 from ipamd.client import Client
 from protos.ipam.v1 import ipam_pb2 as pb
 from tests.cni.lab import Lab
-from tests.hosts import IPV6, Host
+from tests.hosts import IPV6, Host, wait_until
 
 SOCKET = "/run/netloom/relay.sock"
 FABRIC = "/run/netloom/fabric.json"
@@ -164,14 +164,22 @@ class FakeNetd:
         self._monitor = self.host.popen(
             ["ip", "-o", "monitor", "link"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
+        self._listens = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
+        wait_until(self._is_heard, "who listens for links")
         return self
+
+    def _is_heard(self) -> bool:
+        self.host.run(["ip", "link", "add", "heard", "type", "bridge"])
+        self.host.run(["ip", "link", "delete", "heard"])
+        return self._listens.wait(0.2)
 
     def _watch(self) -> None:
         done: set[str] = set()
         assert self._monitor.stdout is not None
         for line in self._monitor.stdout:
+            self._listens.set()
             for one in self.overlays:
                 if f": {one.bridge}:" in line and "Deleted" not in line and one.bridge not in done:
                     done.add(one.bridge)

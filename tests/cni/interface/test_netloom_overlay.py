@@ -500,8 +500,7 @@ def test_a_container_of_another_host(lab: Lab, relay: Relay, bridge_nf: bool) ->
 # Faults
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("own_mac", [False, True])
+@pytest.mark.parametrize(("when", "own_mac"), [("before", False), ("after", True)])
 def test_a_fault_at_each_step_leaves_nothing(lab: Lab, netd: FakeNetd, relay: Relay, when: str, own_mac: bool) -> None:
     more = {"mac": OWN_MAC} if own_mac else {}
     conf = conf_of(OV1, **with_ports((8080, 80, "tcp"), bandwidth=LIMITS, **more))
