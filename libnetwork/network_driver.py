@@ -139,10 +139,14 @@ class NetworkDriver:
     def delete_network(self, asked: NetworkRef) -> Answer:
         """Forgets the network; a bridge that was made for it goes. An overlay goes from all hosts."""
         network = self._state.find(Network, asked.network_id)
-        if network is not None:
+        if network is None:
+            return {}
+        if network.options.type != OVERLAY:
             self._forget(network)
-            if network.options.type == OVERLAY:
-                self._sharing.removed(network)
+            return {}
+        with self._sharing.going(network):
+            self._forget(network)
+            self._sharing.removed(network)
         return {}
 
     def _forget(self, network: Network) -> None:

@@ -15,11 +15,11 @@ problem (`libnetwork.state.Problem`), told in the log once, and tried again, eve
 Docker calls us back while it serves our own call, so what these calls need does not take `_turn`.
 """
 
+import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from ipaddress import ip_network
 
 import msgspec
@@ -40,8 +40,10 @@ DRIVER = "netloom"
 INTERVAL_S = 1.0
 _LOOK_S = 10.0  # Docker is asked at least so often, and whenever something changed
 _ABSENT_S = 10.0  # a network that ipamd does not know any more: it may be about to hear of it
+_LOST_S = 10.0  # one that Docker does not list any more: we may be about to hear that it is being removed
 _MOST_PAUSE_S = 30.0
 _VISIBLE_S = 5.0  # until Docker lists what it just had made
+_REPLACED = "another one has the cluster's addresses"
 _POLL_S, _MOST_POLL_S = 0.002, 0.1
 
 
@@ -64,17 +66,20 @@ class Sharing:
         self._await_releases = await_releases
         self._interval_s = interval_s
         self._turn = threading.Lock()
-        self._mutex = threading.Lock()  # of the three below
+        self._mutex = threading.Lock()  # of the five below
         self._awaited: list[str] = []  # ids of what Docker is about to list
         self._making: list[str] = []  # overlays that we have Docker make, since all hosts share them
         self._removing: list[str] = []  # ids that we have Docker remove
+        self._going: list[str] = []  # overlays that somebody has Docker remove
+        self._replaced: dict[str, tuple[Network, docker.Network]] = {}  # by the overlay's name; to go for a new one
         self._woken = threading.Event()
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="netloom-share", daemon=True)
         # Of the thread, and under `_turn`:
         self._seen: object = None
         self._next_look = 0.0
-        self._absent: dict[str, float] = {}  # since when
+        self._absent: dict[str, float] = {}  # since when ipamd does not know an overlay that Docker has
+        self._lost: dict[str, float] = {}  # since when Docker does not list an overlay that it had
         self._pauses: dict[str, tuple[float, float]] = {}  # not before, and how long the pause is
         self._problems: dict[str, str] = {}
         self._complaint = ""
@@ -140,13 +145,27 @@ class Sharing:
             )
 
     def created(self, network: Network) -> None:
-        """Docker gets the answer to CreateNetwork now, and lists it then: to be shared, or replaced."""
+        """Docker gets the answer to CreateNetwork now, and lists it then: to be shared, or replaced.
+
+        Where it replaces another one, that goes now: for a moment there is none. Were it to go before, that moment
+        would be longer; and after, the name would be ambiguous for as long.
+        """
         with self._mutex:
             self._awaited.append(network.id)
+            replaced = None if network.interim else self._replaced.pop(network.options.network, None)
+        if replaced is not None:
+            with contextlib.suppress(docker.DockerAwayError, docker.RefusedError):  # there is another chance
+                self._remove(*replaced, _REPLACED)
         self._woken.set()
 
+    @contextlib.contextmanager
+    def going(self, network: Network) -> Iterator[None]:
+        """Docker is removing a network, and lists it no more: it is not made again for the duration of the block."""
+        with self._noted(self._going, network.options.network):
+            yield
+
     def removed(self, network: Network) -> None:
-        """Docker removes a network, as somebody wishes: it is to go from all hosts.
+        """Docker removes a network, as somebody wishes: it is to go from all hosts. Within `going`.
 
         Raises:
             DriverError: it is in use, and another one is there instead.
@@ -239,7 +258,10 @@ class Sharing:
                 return
             problems = self._compare(known)
             self._tell(problems)
-            self._seen, self._next_look = seen, now + (self._interval_s if problems or self._absent else _LOOK_S)
+            self._seen, self._next_look = (
+                seen,
+                now + (self._interval_s if problems or self._absent or self._lost else _LOOK_S),
+            )
 
     def _compare(self, known: dict[str, pb.Network]) -> dict[str, str]:
         """What could not be done, by the overlay's name."""
@@ -249,8 +271,10 @@ class Sharing:
             network = self._state.find(Network, one.id)
             if network is not None and network.options.type == OVERLAY:
                 here.setdefault(network.options.network, []).append((self._learned(network, one), one))
+        wanted = {one.name for one in known.values() if one.docker}
+        self._lost = {name: since for name, since in self._lost.items() if name in wanted and name not in here}
         problems = {}
-        for name in sorted(here.keys() | {one.name for one in known.values() if one.docker}):
+        for name in sorted(here.keys() | wanted):
             not_before, pause_s = self._pauses.get(name, (0.0, 0.0))
             if time.monotonic() < not_before:
                 problems[name] = self._problems.get(name, "")
@@ -287,7 +311,7 @@ class Sharing:
                 self._take_over(interim, one, definition, bool(final))
         if final:
             self._settle(*self._one_of(final), definition)
-        elif definition is not None and definition.docker and not here:
+        elif definition is not None and definition.docker and not here and self._may_be_made(name):
             for one in listed:
                 if one.name == definition.docker:
                     raise DriverError(
@@ -295,6 +319,17 @@ class Sharing:
                         f"network of this name (driver {one.driver}); remove that (docker network rm {one.id[:12]})"
                     )
             self._make(definition, Shown(definition.docker))
+            self._lost.pop(name, None)
+
+    def _may_be_made(self, name: str) -> bool:
+        """Not while it is being removed: Docker lists it no more before it tells us."""
+        with self._mutex:
+            if name in self._going:
+                self._lost.setdefault(name, time.monotonic())
+                return False
+        if not self._of(name):
+            return True
+        return time.monotonic() - self._lost.setdefault(name, time.monotonic()) >= _LOST_S
 
     def _one_of(self, final: list[tuple[Network, docker.Network]]) -> tuple[Network, docker.Network]:
         """Two came to be at once: the one that is used stays, else the first one."""
@@ -313,10 +348,15 @@ class Sharing:
             raise DriverError(f"overlay network {name} is gone; remove {one.name} (docker network rm)")
         began = time.monotonic()
         if not replaced:
-            # Two for a moment, for which the name is ambiguous; the other way round there would be none, and none if we
-            # were killed now.
-            self._make(definition, interim.shown or Shown(one.name))
-        self._remove(interim, one, "another one has the cluster's addresses")
+            with self._mutex:
+                self._replaced[definition.name] = interim, one
+            try:
+                self._make_again(definition, interim.shown or Shown(one.name))
+            finally:
+                with self._mutex:
+                    self._replaced.pop(definition.name, None)
+        if docker.network(self._docker, one.id) is not None:
+            self._remove(interim, one, _REPLACED)
         log.event(
             _logger,
             "info",
@@ -327,6 +367,17 @@ class Sharing:
             took_ms=round((time.monotonic() - began) * 1000, 1),
         )
         self._woken.set()
+
+    def _make_again(self, definition: pb.Network, shown: Shown) -> None:
+        """What Docker refuses after all is tried once more, as the one that it replaces is gone by then."""
+        try:
+            self._make(definition, shown)
+        except docker.RefusedError as error:
+            with self._mutex:
+                if definition.name in self._replaced:
+                    raise  # that one is still there
+            log.event(_logger, "warning", "once more", network=definition.name, error=str(error))
+            self._make(definition, shown)
 
     def _settle(self, network: Network, one: docker.Network, definition: pb.Network | None) -> None:
         """A network that is as it should be: shared, or no longer."""
@@ -391,7 +442,7 @@ class Sharing:
         name = network.options.network
         log.event(_logger, "info", "removed in Docker", network=name, docker=one.name, id=one.id, reason=why)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _noted(self, where: list[str], what: str) -> Iterator[None]:
         with self._mutex:
             where.append(what)

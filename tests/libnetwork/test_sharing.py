@@ -175,9 +175,10 @@ class Host:
         del self.there[id]
         network = self.state.find(Network, id)
         assert network is not None
-        self.state.remove(Network, id)
         try:
-            self.sharing.removed(network)
+            with self.sharing.going(network):
+                self.state.remove(Network, id)
+                self.sharing.removed(network)
         except DriverError as error:
             return str(error)
         return ""
@@ -276,9 +277,27 @@ def test_what_docker_lost_comes_back(host: Host, ipamd: Ipamd) -> None:
     host.create()
     host.once()
     host.there.clear()
-    assert host.once() == ["make ov1"]
+    # Docker may be about to tell that it is being removed.
+    assert [host.once(), host.once(9)] == [[], []]
+    assert host.once(2) == ["make ov1"]
     assert host.once() == []
     assert ipamd.shares == [("ov1", "ov1")]
+
+
+def test_what_is_being_removed_is_not_made_meanwhile(host: Host, ipamd: Ipamd) -> None:
+    """Docker does not list it from the beginning of its removal on; the follower may look at any moment of that."""
+    id = host.create()  # noqa: A001
+    host.once()
+    network = host.state.find(Network, id)
+    assert network is not None
+    del host.there[id]
+    assert host.once() == []
+    with host.sharing.going(network):
+        host.state.remove(Network, id)
+        assert host.once(20) == []
+        host.sharing.removed(network)
+    assert host.once() == []
+    assert ipamd.shares == [("ov1", "ov1"), ("ov1", "")]
 
 
 def test_removed_by_hand_it_goes_for_all(host: Host, ipamd: Ipamd) -> None:
