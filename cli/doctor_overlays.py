@@ -24,7 +24,8 @@ def examine(status: NetdDocument) -> Iterator[Finding]:
     with Session() as host:
         for one in here:
             other = _other(host, one)
-            found = [*_device(host, one, other), *_mtu(host, one), *_told(one, other), *_hosts(one), *_tunnels(one)]
+            found = list(_vni(status, one))
+            found += [*_device(host, one, other), *_mtu(host, one), *_told(one, other), *_hosts(one), *_tunnels(one)]
             if not any(finding.level == "problem" for finding in found):
                 held = f"{counted(one['containers'])} on {len(one['hosts'])} hosts"
                 text = f"{one['name']}: {held}, all {one['wanted']} entries are in the kernel"
@@ -71,6 +72,16 @@ def _device(host: Session, one: OverlayDocument, other: str) -> Iterator[Finding
             )
 
 
+def _vni(status: NetdDocument, one: OverlayDocument) -> Iterator[Finding]:
+    """Has netd itself a use for the number?"""
+    for network in status["networks"]:
+        if network["device"] == one["device"]:
+            yield _problem(
+                f"{one['name']}: VNI {one['vni']} is that of the tunnels of network {network['name']}, too",
+                "make one of them anew with another --vni, or set another vni under [netd] on all hosts",
+            )
+
+
 def _other(host: Session, one: OverlayDocument) -> str:
     """A link that is in the way of netd's device."""
     device = link.find(host, one["device"])
@@ -106,10 +117,10 @@ def _told(one: OverlayDocument, other: str) -> Iterator[Finding]:
             f"{one['name']}: it is not known yet who is where, so nothing passes {one['device']}",
             "netd asks etcd for it: netloom status says whether it is reached",
         )
-    of_hosts = f"network {one['name']}: "
+    of_network, told = f"network {one['name']}: ", "underlay address"  # those are found by their hosts
     for text, _, remedy in (problem.partition("; ") for problem in dict.fromkeys(one["problems"])):
-        if not other and not text.startswith(of_hosts):
-            yield _problem(f"{one['name']}: {text}", remedy)
+        if not other and not (text.startswith(of_network) and told in text):
+            yield _problem(f"{one['name']}: {text.removeprefix(of_network)}", remedy)
     if one["known"] and one["present"] < one["wanted"]:
         missing = one["wanted"] - one["present"]
         yield _problem(

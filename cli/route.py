@@ -12,8 +12,8 @@ from protos.ipam.v1 import ipam_pb2
 from protos.node.v1 import node_pb2 as pb
 
 _EPILOG = (
-    "Exit status: 0 the way is complete, 1 something of it is missing or nobody knows the container, 2 wrong usage, "
-    "3 netd cannot be reached."
+    "Exit status: 0 the way is complete, 1 something of it is missing, nobody has the address or knows the container, "
+    "2 wrong usage, 3 netd cannot be reached."
 )
 _KINDS = {
     "own": "a container of this host",

@@ -101,7 +101,7 @@ def _remote(reconciler: Reconciler, overlay: Overlay, way: Way, holder: Holder) 
         way,
         link=device_name(overlay.vni),
         entries=states(reconciler.session, [one for one in wanted if one is not None]),
-        problems=(*problems, *reconciler.refusals(keys)),
+        problems=(*problems, *reconciler.refusals(keys), *overlays.disputes(keys)),
     )
 
 

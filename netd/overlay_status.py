@@ -49,7 +49,7 @@ def _message(reconciler: Reconciler, overlay: Overlay, peer_state: Callable[[str
         hosts=hosts,
         wanted=len(keys),
         present=sum(reconciler.found.get(key) == reconciler.desired.get(key) for key in keys),
-        problems=[*reconciler.refusals(keys), *overlays.problems(overlay.name)],
+        problems=[*reconciler.refusals(keys), *overlays.problems(overlay.name), *overlays.disputes(keys)],
     )
 
 

@@ -10,13 +10,15 @@ container can be reached and can reach.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from ipaddress import ip_address
 
 from netd.desired import Desired
 from netd.fabric.vxlan import device_name, largest, outer_link
 from netd.found import Found
 from netd.values import (
     DEVICE,
+    FORWARD,
     NEIGHBOUR,
     NOBODY_KNOWN,
     AnyAddress,
@@ -148,6 +150,21 @@ class Overlays:
         it was given back. Not who is on this host: such a container tells of itself."""
         news, self._news = self._news, []
         return news
+
+    def disputes(self, keys: Set[Key] | None = None) -> list[str]:
+        """Holders of one MAC on several hosts, as far as these keys say so, or all."""
+        found = []
+        for key, owners in self._desired.disputes():
+            if key[0] == FORWARD and is_owner(owners[0]) and (keys is None or key in keys):
+                network = owners[0].removeprefix(_OWNER).partition("/")[0]
+                addresses = [ip_address(one.rpartition("/")[2]) for one in owners]
+                holders = [one for address in addresses if (one := self.holders(network).get(address)) is not None]
+                where = " and ".join(f"{one.address} on {one.node}" for one in holders)
+                found.append(
+                    f"network {network}: {where} have one MAC, {key[2].decode()}, so only the first of them can be"
+                    " reached: attach the others with another MAC"
+                )
+        return found
 
     # What happens
 

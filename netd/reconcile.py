@@ -29,6 +29,7 @@ from netd.plan import Plan, plan
 from netd.underlay import Choice, UnderlayError, choose
 from netd.values import (
     DEVICE,
+    FORWARD,
     PORT,
     AnyAddress,
     AnyNetwork,
@@ -136,10 +137,12 @@ class Reconciler:
     def problems(self) -> list[str]:
         """What is not as it should be, in words."""
         found = list(self._problems.values())
-        for _key, owners in self.desired.disputes():
-            found.append(f"{' and '.join(owners)} claim the same subnet or tunnel end: {_shown(self.desired, _key)}")
+        for key, owners in self.desired.disputes():
+            if key[0] == FORWARD and is_owner(owners[0]):
+                continue  # see below
+            found.append(f"{' and '.join(owners)} claim the same subnet or tunnel end: {_shown(self.desired, key)}")
         found += [one.reason for one in self._refused.values()]
-        return found + self.overlays.problems()
+        return found + self.overlays.problems() + self.overlays.disputes()
 
     def problems_of(self, name: str) -> list[str]:
         """Those of one peer."""

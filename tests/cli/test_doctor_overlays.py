@@ -24,6 +24,7 @@ pytestmark = pytest.mark.kernel
 DEFAULT = Network("default", (), "vxlan", 1, 4789, 0, True, False)
 OV1 = Overlay("ov1", (ip_network("10.9.0.0/24"),), 256, "nl-ov1", 4789, 0, False, True, False)
 NODES = {name: Node(name, (ip_address(f"10.0.0.{n}"),), (), vtep_mac(name)) for n, name in enumerate("ab", 1)}
+EXTRA = ip_address("10.0.0.3")
 HOLDERS = [
     Holder(ip_address("10.9.0.2"), "02:42:0a:09:00:02", "a"),
     Holder(ip_address("10.9.0.3"), "02:42:0a:09:00:03", "b"),
@@ -151,6 +152,24 @@ def test_entries_that_are_missing(joined: HostOfOne) -> None:
     assert joined.problems() == [
         ("ov1: 1 of 5 entries are missing", "netloom route ADDRESS says which, and netd's log why")
     ]
+
+
+def test_a_vni_of_netds_own(joined: HostOfOne) -> None:
+    with spaces.inside(joined.space):
+        messages = overlay_messages(joined.reconciler, lambda _: "up")
+        network = pb.Network(name="default", device="nl-vx256", vni=256)
+        status = netd.document(pb.StatusResponse(overlays=messages, networks=[network]), "socket")
+        (first, *_) = doctor_overlays.examine(status)
+    assert first.text == "ov1: VNI 256 is that of the tunnels of network default, too"
+
+
+def test_one_mac_on_two_hosts(joined: HostOfOne) -> None:
+    joined.tell([*HOLDERS, Holder(ip_address("10.9.0.4"), HOLDERS[1].mac, "e")])
+    assert not any("one MAC" in text for text, _ in joined.problems())  # nothing leads to e
+    with spaces.inside(joined.space):
+        joined.reconciler.sync(joined.reconciler.put_peer(replace(NODES["b"], name="e", addresses=(EXTRA,))))
+    texts = [text for text, _ in joined.problems()]
+    assert any(text.startswith("ov1: 10.9.0.3 on b and 10.9.0.4 on e have one MAC") for text in texts), texts
 
 
 def test_before_the_holders_are_known(hosts: tuple[HostOfOne, HostOfOne]) -> None:

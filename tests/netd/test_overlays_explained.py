@@ -164,6 +164,20 @@ def test_hosts_that_nothing_can_lead_to(joined: Reconciler) -> None:
     assert any("3 addresses, such as 10.9.0.2" in one and "no IPv4" in one for one in joined.problems())
 
 
+def test_two_hosts_with_one_mac(joined: Reconciler) -> None:
+    twin = replace(holder("10.9.0.5", "c"), mac=holder("10.9.0.3", "b").mac)
+    joined.sync(joined.overlays.put("ov1", {twin.address: twin}))
+    said = "network ov1: 10.9.0.3 on b and 10.9.0.5 on c have one MAC, 02:42:0a:09:00:03, so only the first of them"
+    for text in ("10.9.0.3", "10.9.0.5"):
+        assert [one.startswith(said) for one in way(joined, text).problems] == [True]
+    assert way(joined, "10.9.0.2").problems == ()
+    assert sum(one.startswith(said) for one in status(joined).problems) == 1
+    assert sum("one MAC" in one or "claim" in one for one in joined.problems()) == 1
+    joined.sync(joined.overlays.put("ov1", {ip_address("10.9.0.3"): None}))
+    assert way(joined, "10.9.0.5").problems == ()
+    assert missing(way(joined, "10.9.0.5")) == {}
+
+
 def test_a_host_that_is_not_on_it(reconciler: Reconciler) -> None:
     found = way(reconciler, "10.9.0.2")
     assert (found.kind, found.network, found.bridge) == ("unknown", "ov1", "nl-ov1")
