@@ -4,8 +4,7 @@
   people write them: learning, unknown and broadcast frames to the other host, and a rule that masquerades on the way
   out. Both have the same MTU, the same kind of underlay and the same settings for bridges. Where br_netfilter is
   loaded, what is bridged goes through the host's netfilter, too: that has rows of its own.
-- An ADD is launcher and warm worker. The container that waits asks all the time, and its kernel repeats an ARP request
-  after 10 ms: by default that takes a second, which would be nearly all that is measured.
+- An ADD is launcher and warm worker. The container that waits asks all the time.
 - Frames are those that both hosts send on the underlay while a container asks for others, as ARP does, by broadcast.
 - Many: a real netd and a real etcd, in which hosts and their containers are but records.
 """
@@ -224,7 +223,6 @@ class Waits:
         self._client = runner(self._host)
         self._waiting = waiting
         self._count = 0
-        waiting.run(["sysctl", "-qw", "net.ipv4.neigh.eth0.retrans_time_ms=10"])
         self.once()  # the worker's first
 
     def once(self) -> float:

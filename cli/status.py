@@ -216,7 +216,7 @@ def other_firewalls() -> list[str]:
 
 def _kernel(run_dir: str) -> KernelDocument:
     try:
-        attachments: int | None = sum(1 for _ in Records(run_dir).all())
+        attachments: int | None = sum(one.key.plugin != "netd" for one in Records(run_dir).all())
     except PermissionError:
         attachments = None
     try:

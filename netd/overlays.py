@@ -146,8 +146,9 @@ class Overlays:
         )
 
     def take_news(self) -> list[Neighbour]:
-        """Whose MAC is another since the last call: containers here keep what they learned of an address, also after
-        it was given back. Not who is on this host: such a container tells of itself."""
+        """Who is new, or has another MAC, since the last call: containers here keep what they learned of an address,
+        also after it was given back, and one that asked in vain asks again only after a second. Not who is on this
+        host: such a container tells of itself."""
         news, self._news = self._news, []
         return news
 
@@ -197,8 +198,8 @@ class Overlays:
             return set()
         new = {one.address: one for one in holders}
         first = network not in self._known
-        self._known.add(network)
         keys = self.put(network, {**dict.fromkeys(self._holders.get(network, {}).keys() - new.keys()), **new})
+        self._known.add(network)
         if first:
             # What is there and nobody wants may go now, and the tunnel's end comes up.
             keys |= self._want(network)
@@ -224,7 +225,7 @@ class Overlays:
                 keys |= self._drop(_owner(network, str(address)))
                 continue
             known[address] = holder
-            self._note_mac(network, holder)
+            self._note_mac(network, holder, is_new=before is None and network in self._known)
             self._by_node.setdefault(holder.node, {}).setdefault(network, set()).add(address)
             nodes.add(holder.node)
             keys |= self._want_holder(network, holder)
@@ -277,12 +278,12 @@ class Overlays:
         self._known.discard(network)
         return keys
 
-    def _note_mac(self, network: str, holder: Holder) -> None:
+    def _note_mac(self, network: str, holder: Holder, *, is_new: bool) -> None:
         known, bridge = self._macs.setdefault(network, {}), self._defined[network].bridge
         there = self._found.get((NEIGHBOUR, bridge, holder.address.packed))  # after a start of this daemon
         before = known.get(holder.address) or (there.mac if isinstance(there, Neighbour) else holder.mac)
         known[holder.address] = holder.mac
-        if before != holder.mac and holder.node != self._own:
+        if (is_new or before != holder.mac) and holder.node != self._own:
             self._news.append(Neighbour(bridge, holder.address, holder.mac))
         held = self._holders[network]
         if len(known) > 2 * len(held) + _FORGOTTEN_LATE:

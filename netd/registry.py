@@ -73,6 +73,7 @@ class Registry(Source):
         self._member = Member(self._etcd, config.node.name, f"{self._id} {_boot_id()}", lease_s, self._own_record)
         self._followers = {prefix: self._follower(prefix) for prefix in PREFIXES}
         self.changed: Callable[[Mapping[str, NetworkRecord]], None] = lambda _: None  # hears of all networks
+        self.bridges_changed: Callable[[], None] = lambda: None  # an overlay's bridge came or went
         self._confirmed = False
         self._overlay_holders = Holders(self._etcd, self._ask)
         self._changed = asyncio.Event()
@@ -125,6 +126,7 @@ class Registry(Source):
 
         def tell(active: Mapping[str, int]) -> None:
             loop.call_soon_threadsafe(holders.want, active)
+            loop.call_soon_threadsafe(self.bridges_changed)
 
         await self._ask(lambda reconciler: reconciler.on_active(tell))
         work: list[Coroutine[Any, Any, None]] = [

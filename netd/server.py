@@ -22,11 +22,11 @@ from kernel.errors import KernelError
 from kernel.settings import ConfigError
 from netd.agent import Agent
 from netd.attached import Attached
+from netd.bridges import Bridges
 from netd.config import Config
 from netd.disk import Directory, DirectoryError
 from netd.firewall import Firewall
 from netd.flannel import Flannel
-from netd.idle import IdleBridges
 from netd.local import LocalNetworks
 from netd.metrics import NetdMetrics, Sample
 from netd.overlay_status import holders_by_place
@@ -93,13 +93,15 @@ class _Daemon:
         self._failed = False
         self._news = asyncio.Event()  # the snapshot is old
         self._attached = Attached(config.run_dir, config.resync_s)
-        self._idle = IdleBridges(agent, config.run_dir)
+        self._bridges = Bridges(agent, config.run_dir)
         self._local = LocalNetworks(config, agent, self._hear) if registry is None else None
         if registry is not None:
             registry.changed = self._hear
+            registry.bridges_changed = self._bridges.nudge
 
     def _hear(self, networks: Mapping[str, NetworkRecord]) -> None:
         self._attached.want(networks)
+        self._bridges.want(networks)
         self._flannel.nudge()
         self._news.set()
 
@@ -137,7 +139,7 @@ class _Daemon:
         """Peers and networks; without that following, nothing is up to date, and the daemon had better start again."""
         source = self._registry or self._local
         try:
-            work = [self._attached.run(), self._flannel.run(), self._idle.run()]
+            work = [self._attached.run(), self._flannel.run(), self._bridges.run()]
             work += [source.run()] if source is not None else []
             await asyncio.gather(*work)
         except Exception as error:  # noqa: BLE001 - whatever it was

@@ -216,6 +216,12 @@ def test_containers_here_are_told_of_another_mac(reconciler: Reconciler) -> None
         reconciler.announce()
         for one in changed:
             wait_until(lambda one=one: one.mac in told(one), f"{one.address} with {one.mac}", lambda: told(two))  # type: ignore[misc]
+    # One that asked in vain would ask again only after a second.
+    late = holder("10.9.0.7", "b")
+    spaces.run("ip", "neigh", "add", "10.9.0.7", "dev", "inside", "nud", "incomplete")
+    reconciler.sync(reconciler.overlays.put("ov1", {late.address: late}))
+    reconciler.announce()
+    wait_until(lambda: late.mac in told(late), "10.9.0.7", lambda: told(late))
     # Who is here tells of itself; but what it was is known when it goes.
     own = replace(two, mac="02:00:00:00:00:04", node="a")
     reconciler.sync(reconciler.overlays.put("ov1", {two.address: own}))

@@ -1,0 +1,114 @@
+"""The bridges of overlays on this host: apart from other networks as long as they are there, and gone when idle.
+
+What keeps a network apart is in the records of its containers. Between the last one's DEL and the bridge's end the host
+still knows the way to the others of the network, so a record of netd's own has it meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Iterable, Mapping
+
+from cluster.layout import NetworkRecord
+from kernel import link, shared
+from kernel.errors import KernelError
+from kernel.leftovers import NETD_MARK, delete_idle_bridge
+from kernel.record import Key, Record, Records
+from kernel.session import Session
+from netd.agent import Agent
+from netd.reconcile import Reconciler
+from telemetry import log
+
+_logger = logging.getLogger("netd")
+
+PLUGIN = "netd"  # whose records these are
+_EVERY_S = 2.0
+
+
+class Bridges:
+    """`run` does it all. A bridge goes when it is idle twice in a row: a container that restarts finds it still."""
+
+    def __init__(self, agent: Agent, run_dir: str) -> None:
+        self._agent = agent
+        self._records = Records(run_dir)
+        self._idle: set[str] = set()
+        self._networks: dict[str, NetworkRecord] = {}
+        self._kept: dict[str, Record] | None = None  # None: what an earlier netd left is not read yet
+        self._nudged = asyncio.Event()
+
+    def want(self, networks: Mapping[str, NetworkRecord]) -> None:
+        """All networks as they are from now on."""
+        self._networks = dict(networks)
+        self._nudged.set()
+
+    def nudge(self) -> None:
+        """A bridge came or went."""
+        self._nudged.set()
+
+    async def run(self) -> None:
+        """Never returns."""
+        looked = 0.0
+        loop = asyncio.get_running_loop()
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._nudged.wait(), _EVERY_S)
+            self._nudged.clear()
+            try:
+                active = await asyncio.wrap_future(self._agent.call(lambda one: set(one.overlays.active())))
+                # Threads of their own: the one for the kernel must not wait for the lock of the records.
+                await asyncio.to_thread(self._keep_apart, active)
+                if loop.time() - looked >= _EVERY_S:
+                    looked = loop.time()
+                    await self._take_away()
+            except (KernelError, OSError) as error:
+                log.event(_logger, "error", "the bridges of overlays cannot be looked after", error=str(error))
+
+    async def _take_away(self) -> None:
+        idle = await asyncio.wrap_future(self._agent.call(_idle))
+        for name in idle & self._idle:
+            if await asyncio.to_thread(self._delete, name):
+                log.event(_logger, "info", "no container is on an overlay any more", bridge=name)
+        self._idle = idle
+
+    def _delete(self, name: str) -> bool:
+        with Session() as session:
+            return delete_idle_bridge(session, self._records, name)
+
+    def _keep_apart(self, active: Iterable[str]) -> None:
+        """Have a record for each of these that is defined, and for no other."""
+        if self._kept is None:
+            self._kept = {one.key.container_id: one for one in self._records.of_network(PLUGIN, PLUGIN)}
+        wanted = {name: _record(self._networks[name]) for name in active if name in self._networks}
+        # Where nobody has told yet what there is, what an earlier netd knew holds.
+        gone = self._kept.keys() - wanted.keys() if self._networks else set()
+        changed = {name: one for name, one in wanted.items() if self._kept.get(name) != one}
+        if not gone and not changed:
+            return
+        with Session() as session:
+            for name in gone:
+                self._records.remove(session, self._kept[name])
+                del self._kept[name]
+            for name, one in changed.items():
+                self._records.write(one)
+                self._records.apply(session, one)
+                self._kept[name] = one
+
+
+def _record(network: NetworkRecord) -> Record:
+    elements = shared.elements(network.subnets, (), is_open=network.open)
+    return Record(Key(PLUGIN, network.name, "bridge", PLUGIN), shared=tuple(elements))
+
+
+def _idle(reconciler: Reconciler) -> set[str]:
+    """The bridges of overlays that have no port but the tunnel's end. In the thread for the kernel."""
+    active = reconciler.overlays.active()
+    found = set()
+    for one in reconciler.overlays.defined():
+        index = reconciler.found.indexes.get(one.bridge)
+        if one.name in active and index is not None:
+            ports = link.all_links(reconciler.session, index)
+            if all(port.alias == NETD_MARK for port in ports):
+                found.add(one.bridge)
+    return found
