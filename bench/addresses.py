@@ -145,10 +145,9 @@ class Daemon:
             raise BenchError(f"ipamd ended with status {status} on SIGTERM, wanted 0")
 
     def cpu_s(self) -> float:
-        """Processor time since its start: user and system (proc(5), stat, fields 14 and 15)."""
+        """Processor time since its start."""
         assert self._process is not None
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) * _TICK_S
+        return cpu_s(self._process.pid)
 
     def resident_mb(self) -> float:
         """Resident memory in 10^6 bytes (proc(5), status, VmRSS), shared libraries included."""
@@ -158,6 +157,12 @@ class Daemon:
         if found is None:
             raise BenchError("no VmRSS in /proc: ipamd is gone")
         return int(found[1]) * 1024 / 1e6
+
+
+def cpu_s(pid: int) -> float:
+    """A process's processor time since its start: user and system (proc(5), stat, fields 14 and 15)."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) * _TICK_S
 
 
 def counters(page: str) -> dict[str, float]:

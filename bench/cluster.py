@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from bench.addresses import Daemon
+from bench.addresses import Daemon, cpu_s
 from bench.disk import require_disk
 from bench.host import BenchError, Helper, Plan, finished
 from bench.stats import Row, Spec, absent, row
@@ -33,6 +33,8 @@ _PER_BLOCK, _USABLE = 50, 61  # a /26 without its ends and its gateway
 _POOL = "bench"
 _WINDOW_S = 0.8
 _LEAD_S = 0.3
+# etcd is calm when its members together use less than so much of one processor, looked at so often and for so long.
+_CALM, _LOOK_S, _SETTLE_S = 0.2, 0.2, 5.0
 _FIRST = 11  # number on the underlay
 
 BLOCK_RATE = Spec(
@@ -210,12 +212,30 @@ def _addresses(plan: Plan, place: Path, stack: ExitStack) -> Iterator[Row]:
         if number and plan.budget.over:
             break
         for work in (ours, theirs, least) if number % 2 else (least, theirs, ours):
+            _settle(etcd)
             samples[work].append([work()])
         etcd.compact()
     for member in members:
         member.stop()
     yield finished(plan, ADDRESS_RATE, samples[ours], samples[theirs])
     yield finished(plan, ADDRESS_LEAST, samples[ours], samples[least])
+
+
+def _settle(etcd: EtcdCluster) -> None:
+    """Waits until etcd has done what the last measurement left to it, which is no part of the next: its keys are taken
+    away, and the history is compacted. Who came after whom made half of a rate's difference.
+    """
+    until_s = time.monotonic() + _SETTLE_S
+    used_s = _cpu_s(etcd)
+    while time.monotonic() < until_s:
+        time.sleep(_LOOK_S)
+        before_s, used_s = used_s, _cpu_s(etcd)
+        if used_s - before_s < _CALM * _LOOK_S:
+            return
+
+
+def _cpu_s(etcd: EtcdCluster) -> float:
+    return sum(cpu_s(member.process.pid) for member in etcd.members.values() if member.process is not None)
 
 
 def _knows(load: Helper, sockets: Sequence[str]) -> bool:
