@@ -158,8 +158,10 @@ class RouteEvents:
                     yield ForwardChange(forward, gone)
         elif kind in (_NEWLINK, _DELLINK):
             _family, _hardware, index, link_flags, _change = _IFINFO.unpack_from(body)
-            # Bridges tell of their ports with RTM_DELLINK, too, of their own family.
-            if body[0] == socket.AF_UNSPEC:
+            # Bridges tell of their ports in their own family: what a port learns and floods there only, and with
+            # RTM_DELLINK that it is one no longer.
+            of_port = body[0] == socket.AF_BRIDGE and kind == _NEWLINK and index in self.watched
+            if body[0] == socket.AF_UNSPEC or of_port:
                 name = text(attributes(body, _IFINFO.size).get(_IFLA_IFNAME))
                 yield LinkChange(index, name, kind == _DELLINK, bool(link_flags & _IFF_UP))
         elif kind in (_NEWADDR, _DELADDR):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
@@ -10,10 +11,11 @@ import pytest
 
 from kernel import macs
 from kernel.leftovers import BRIDGE_MARK
+from kernel.rtevents import RouteEvents
 from kernel.session import Session
 from netd.reconcile import Reconciler
 from netd.underlay import Choice
-from netd.values import Holder, Network, Node, Overlay, vtep_mac
+from netd.values import PORT, Holder, Network, Node, Overlay, vtep_mac
 from tests.hosts import wait_until
 from tests.kernel import spaces
 
@@ -164,6 +166,23 @@ def test_what_others_change_comes_back(reconciler: Reconciler) -> None:
         after = neighbours(), fdb(), spaces.run("ip", "-d", "link", "show", "nl-vx256").splitlines()[4:]
         assert after == before, words
         assert reconciler.full() == 0, words
+
+
+def test_an_event_tells_of_another_port(reconciler: Reconciler) -> None:
+    """Nobody has to wait until everything is compared."""
+    bridge()
+    reconciler.full()
+    with contextlib.closing(RouteEvents()) as events:
+        events.watched = reconciler.watched()
+        reconciler.sync(reconciler.overlays.replace("ov1", []))
+        assert reconciler.note(events.read()) == set()
+        for option in ("neigh_suppress", "flood", "learning"):
+            spaces.run("bridge", "link", "set", "dev", "nl-vx256", option, "off" if "_" in option else "on")
+            keys = reconciler.note(events.read())
+            assert keys == {(PORT, "nl-vx256", b"")}, option
+            assert reconciler.sync(keys) == 1
+            assert reconciler.note(events.read()) == set()
+            assert reconciler.full() == 0
 
 
 def test_another_start_takes_nothing_away_before_all_holders_are_known(reconciler: Reconciler) -> None:
