@@ -184,7 +184,7 @@ class Registry(Source):
             self._failed.pop(name, None)
         peers = {name: self._peer(name) for name in names if name not in static}
         config, defined = self._config, self._networks()
-        overlays = self._view.overlays(config.networks[-1])
+        overlays = self._view.overlays(defined)
         own = tuple(dict.fromkeys((*config.node.subnets, *self._view.subnets(config.node.name))))
 
         def take(reconciler: Reconciler) -> None:

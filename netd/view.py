@@ -22,7 +22,7 @@ from cluster import layout
 from cluster.etcd import Event, Pair
 from cluster.layout import BlockRecord, LayoutError, NetworkRecord
 from kernel import link
-from netd.fabric.registry import BACKENDS
+from netd.fabric.registry import BACKENDS, TUNNELS
 from netd.values import AnyNetwork, Network, Node, Overlay
 
 NETD = "netd/"
@@ -107,8 +107,20 @@ class View:
         """The defined networks; see `usable`."""
         return usable(self._networks, default, taken)
 
-    def overlays(self, default: Network) -> list[Overlay]:
-        """The defined layer-2 networks."""
+    def overlays(self, routed: Sequence[Network]) -> list[Overlay]:
+        """The defined layer-2 networks; what the configuration leaves open is as in the last of `routed`. One with the
+        VNI of a routed network's tunnels is left out, and told as broken: a device cannot be both."""
+        default = routed[-1]
+        taken = {one.vni: one.name for one in routed if one.backend in TUNNELS}
+        for name, one in self._networks.items():
+            key = layout.NETWORKS + name
+            if one.type == OVERLAY and one.vni in taken:
+                self.broken[key] = (
+                    f"its VNI {one.vni} is that of the tunnels of network {taken[one.vni]} here; make it anew with another"
+                    " --vni, or set another vni under [netd] on all hosts"
+                )
+            elif one.type == OVERLAY:
+                self.broken.pop(key, None)
         return [
             Overlay(
                 name=name,
@@ -123,7 +135,7 @@ class View:
                 internal=one.internal,
             )
             for name, one in sorted(self._networks.items())
-            if one.type == OVERLAY
+            if one.type == OVERLAY and one.vni not in taken
         ]
 
     def definitions(self) -> dict[str, NetworkRecord]:

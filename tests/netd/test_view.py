@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from ipaddress import ip_network
 
 import pytest
@@ -105,6 +106,17 @@ def test_networks() -> None:
     assert (found["web"].backend, found["web"].vni) == ("vxlan", 1), "the rest is netd's default"
     file = Network("other", (ip_network("10.3.0.0/17"),), "none", 1, 4789, 0, True, False)
     assert [one.name for one in view.networks(DEFAULT, [file])] == ["pods"], "the file wins"
+
+
+def test_an_overlay_with_the_vni_of_tunnels_is_told_and_left_out() -> None:
+    view = View()
+    one = {"name": "ov", "type": "overlay", "subnets": ["10.9.0.0/24"], "vni": 7, "bridge": "nl-ov"}
+    view.changed([put("networks/ov", one)])
+    assert [overlay.vni for overlay in view.overlays([DEFAULT])] == [7]
+    assert view.overlays([replace(DEFAULT, vni=7)]) == []
+    assert "another --vni" in view.broken["networks/ov"]
+    assert len(view.overlays([replace(DEFAULT, vni=7, backend="host-gw")])) == 1
+    assert view.broken == {}
 
 
 @pytest.mark.parametrize(
