@@ -135,6 +135,12 @@ class Pinger:
         if self._process.stdout.readline() != "answered\n":
             raise HostError(f"{target} never answered")
 
+    def forget(self) -> None:
+        """Only what is sent from now on counts."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("forget\n")
+        self._process.stdin.flush()
+
     def stop(self) -> tuple[int, int]:
         """(sent, lost)."""
         out, _ = self._process.communicate("\n", timeout=PATIENCE_S)

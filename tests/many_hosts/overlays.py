@@ -173,7 +173,9 @@ def state(host: Host, network: str, device: str) -> list[str]:
         return []
     shown, lines = links[device], []
     lines.append(f"link mtu {shown['mtu']} {shown['address']} {shown.get('master', '-')} {'UP' in shown['flags']}")
-    lines.append(f"port {json.dumps(shown['linkinfo'].get('info_slave_data'), sort_keys=True)}")
+    port = shown["linkinfo"].get("info_slave_data", {})
+    lines.append(f"port {[port.get(f'{key}flood') for key in ('', 'mcast_', 'bcast_')]} {port.get('learning')}"
+                 f" {port.get('neigh_suppress')}")  # fmt: skip
     for family in ("-4", "-6"):
         neighbours = host.run(["ip", family, "neigh", "show", "dev", bridge, "nud", "permanent"], check=False).stdout
         lines += [f"neigh {line}" for line in neighbours.splitlines() if not line.startswith("ff")]

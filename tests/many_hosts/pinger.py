@@ -1,4 +1,5 @@
-"""Echo requests at a steady pace: `python -I pinger.py TARGET SECONDS`, until standard input says anything or ends.
+"""Echo requests at a steady pace: `python -I pinger.py TARGET SECONDS`, until standard input says anything or ends; the
+line "forget" there only begins the count anew.
 
 Prints "answered" after the first answer, and in the end how many were sent since, and how many of these had no answer
 LAST_S after the last. The first answer begins the count: what came before says nothing about losses.
@@ -52,7 +53,11 @@ def main(target: str, interval_s: float) -> None:
             wait_s = max(0.0, min(due, deadline) - time.monotonic()) if not stopping else 0.1
             readable = select.select([raw, *([] if stopping else [sys.stdin])], [], [], wait_s)[0]
             if sys.stdin in readable:
-                stopping, deadline = True, time.monotonic() + LAST_S
+                if sys.stdin.readline() == "forget\n":
+                    first = sequence
+                    sent.clear()
+                else:
+                    stopping, deadline = True, time.monotonic() + LAST_S
             while raw in readable:
                 try:
                     packet, source = raw.recvfrom(2048)

@@ -18,14 +18,17 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from tests.hosts import Host, HostError, Netns, wait_until
+from tests.hosts import Host, HostError, Ipamd, Netns, wait_until
 from tests.many_hosts.fleet import LEASE_S, Container, Fleet
 
 
 def conf_of(network: str, ports: Sequence[tuple[int, int]] = (), **wishes: object) -> dict[str, Any]:
     """All that stands in the configuration of a host. `ports`: (of the host, of the container), TCP. `wishes`: what
-    else the runtime gives, by capability: ips=["10.0.0.7/24"], mac="02:00:00:00:00:01", bandwidth={...}."""
+    else the runtime gives, by capability: ips=["10.0.0.7/24"], mac="02:00:00:00:00:01", bandwidth={...}; but `sticky`
+    is the network's own key."""
     conf: dict[str, Any] = {"cniVersion": "1.1.0", "name": network, "type": "netloom"}
+    if "sticky" in wishes:
+        conf["sticky"] = wishes.pop("sticky")
     if ports:
         mappings = [{"hostPort": host, "containerPort": inside, "protocol": "tcp"} for host, inside in ports]
         wishes["portMappings"] = mappings
@@ -42,13 +45,14 @@ class Pods(Fleet):
     ) -> None:
         super().__init__("vxlan", families[0], segments=segments, etcd=True, own=own)
         self._families = families
+        self.ipamds: dict[int, Ipamd] = {}  # by the host's number
         # By container and interface; the container is the one with the addresses of this interface.
         self._attached: dict[tuple[str, str], tuple[int, Container, dict[str, Any]]] = {}
 
     def configure(self, host: Host, **netd_keys: object) -> None:
         """With ipamd running, as it writes the one file of both."""
         number = self.hosts.index(host) + 1
-        host.start_ipamd(
+        self.ipamds[number] = host.start_ipamd(
             store={"kind": "etcd"},
             etcd={"endpoints": list(self.etcd.endpoints)},
             cluster={"lease_s": LEASE_S},
