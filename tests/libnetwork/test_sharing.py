@@ -238,6 +238,35 @@ def test_one_with_dockers_own_is_replaced_and_then_shared(host: Host, ipamd: Ipa
     assert host.once() == []
 
 
+def test_what_docker_refuses_after_all_is_made_once_more(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network that it replaces is gone by then."""
+    made = host._create
+
+    def fails_at_the_end(path: str, body: dict[str, Any]) -> str:
+        monkeypatch.setattr("libnetwork.sharing.docker.create_network", made)
+        id = made(path, body)  # noqa: A001
+        del host.there[id]
+        host.state.remove(Network, id)
+        raise docker.RefusedError("disk full")
+
+    monkeypatch.setattr("libnetwork.sharing.docker.create_network", fails_at_the_end)
+    host.create(ours=False)
+    assert host.once() == ["make ov1", "remove ov1", "make ov1"]
+    assert host.shown() == FINAL
+
+
+def test_one_that_cannot_be_replaced_says_so(host: Host) -> None:
+    host.create(ours=False)
+    host.refusing = "no room"
+    assert host.once() == ["make ov1"]
+    assert [ipam for _, ipam in host.shown()] == ["default"]
+    (interim,) = host.state.all(Network)
+    assert host.sharing.why_interim(interim) == "no room"
+    host.refusing = ""
+    assert host.once(2) == ["make ov1", "remove ov1"]
+    assert host.shown() == FINAL
+
+
 def test_a_shim_that_died_between_the_two(host: Host) -> None:
     host.create(ours=False)
     first = next(iter(host.there))
