@@ -289,6 +289,25 @@ def test_what_others_share_is_made_and_what_they_end_is_removed(host: Host, ipam
     assert host.once(100) == []
 
 
+def test_what_was_made_for_others_is_not_shared_anew_when_they_end_it(host: Host, ipamd: Ipamd) -> None:
+    """However soon: two hosts that did so would never agree."""
+    ipamd.networks["ov1"].docker = "ov1"
+    assert host.once() == ["make ov1"]
+    ipamd.networks["ov1"].docker = ""
+    assert host.once() == ["remove ov1"]
+    assert ipamd.shares == []
+
+
+def test_one_of_two_that_is_removed_by_hand_ends_nothing(host: Host, ipamd: Ipamd) -> None:
+    id = host.create()  # noqa: A001
+    host.once()
+    host.there["id9"] = _like(host.there[id], "id9")
+    host.state.put(Network("id9", NetworkOptions("overlay", "ov1"), shared=True))
+    assert host.remove("id9") == ""
+    assert ipamd.networks["ov1"].docker == "ov1"
+    assert list(host.there) == [id]
+
+
 def test_without_a_change_docker_is_asked_now_and_then(host: Host, ipamd: Ipamd) -> None:
     ipamd.networks["ov1"].docker = "ov1"
     host.once()
