@@ -133,16 +133,20 @@ class Sharing:
         for other in self._of(network.options.network):
             if other.id == network.id or other.interim:
                 continue
-            try:
-                if docker.network(self._docker, other.id) is None:
-                    continue  # Docker forgot it
-            except docker.DockerAwayError as error:
-                raise DriverError(f"network {other.id[:12]}: {error}") from error
+            if not self._is_there(other):
+                continue  # Docker forgot it
             shown = other.shown.name if other.shown is not None else other.id[:12]
             raise DriverError(
                 f"option network={network.options.network}: Docker has this overlay network already, as {shown}; use "
                 "that, or remove it first (docker network rm)"
             )
+
+    def _is_there(self, network: Network) -> bool:
+        """Whether Docker lists it. Raises DriverError where it does not answer."""
+        try:
+            return docker.network(self._docker, network.id) is not None
+        except docker.DockerAwayError as error:
+            raise DriverError(f"network {network.id[:12]}: {error}") from error
 
     def created(self, network: Network) -> None:
         """Docker gets the answer to CreateNetwork now, and lists it then: to be shared, or replaced.
@@ -180,7 +184,7 @@ class Sharing:
             self._woken.set()
             if network.shown is not None and network.shown.name != definition.docker:
                 return  # another name of this host's own
-            if any(docker.network(self._docker, one.id) for one in self._of(definition.name)):
+            if any(self._is_there(one) for one in self._of(definition.name)):
                 return  # one of two
             self._await_releases()
             try:
@@ -194,11 +198,12 @@ class Sharing:
                     docker=definition.docker,
                     error=error.message,
                 )
+                refusal = DriverError(f"network {definition.docker} comes back: {error.message}")
                 try:
                     self._make(definition, network.shown or Shown(definition.docker))
                 except (docker.DockerAwayError, docker.RefusedError) as again:
-                    error.add_note(str(again))
-                raise DriverError(f"network {definition.docker} comes back: {error.message}") from error
+                    refusal.add_note(f"not yet: {again}")
+                raise refusal from error
             log.event(_logger, "info", "removed for all hosts", network=definition.name, docker=definition.docker)
 
     def why_interim(self, network: Network) -> str:
