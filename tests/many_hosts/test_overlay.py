@@ -11,9 +11,12 @@ import pytest
 
 from tests.cni.chained.test_firewall import bridge_netfilter, dropping
 from tests.cni.chained.traffic import ask, no_answer, serving
-from tests.hosts import IPV6, Netns
+from tests.hosts import IPV6, Netns, wait_until
 from tests.many_hosts.overlays import addresses, assert_apart, assert_reach, at_port_80, counted, resolve, state, web
 from tests.many_hosts.pods import Pods, outside_of
+from tests.many_hosts.test_podman import podman, prepare, start
+from tests.many_hosts.test_podman import web as web_of_podman
+from tests.runtimes import cgroups, images
 from tests.runtimes.runtime_host import OWN
 
 pytestmark = pytest.mark.kernel
@@ -80,6 +83,9 @@ def test_who_reaches_whom(fleet: Pods, surroundings: str, outside: Netns) -> Non
         assert_apart(ones, twos)
         for pod, source in zip((*ones, *twos), (*here, *here), strict=False):
             assert ask(pod.netns, ("tcp", there, 80)) == [f"outside {source}"]
+        if IPV6:
+            out = ("tcp", fleet.underlays[0].address(99, 6), 80)
+            assert ask(ones[1].netns, out) == [f"outside {fleet.underlay_address(2, 6)}"]
         # A host has its own containers; those of others see its address as that of their own gateway.
         for host, own in zip(fleet.hosts, ((ones[0], twos[0]), (ones[1], twos[1]), (ones[2], both)), strict=True):
             found = [answer.partition(" ")[0] for answer in ask(host, *at_port_80(*own))]
@@ -200,6 +206,34 @@ def test_one_that_floods_carries_what_nobody_knows(fleet: Pods) -> None:
         host.run(["ip", "link", "delete", "hand0"])
     fleet.release_all()
     fleet.netloom(2, "network", "delete", "wild")
+
+
+@pytest.fixture
+def engines(fleet: Pods) -> Iterator[None]:
+    """podman on the first two hosts, with one conflist of one plugin."""
+    plugin = {"type": "netloom", "network": "ov1", "capabilities": {"portMappings": True, "ips": True, "mac": True}}
+    conflist = {"cniVersion": "1.0.0", "name": "blue", "plugins": [plugin]}
+    try:
+        for number, host in enumerate(fleet.hosts[:2], 1):
+            prepare(host, conflist)
+            podman(fleet, number, "import", "-", images.NAME, input=images.root_tar())
+        yield
+    finally:
+        for number in (1, 2):
+            podman(fleet, number, "rm", "-f", "-t", "0", "-a", check=False)
+        cgroups.remove()
+
+
+def test_podman_with_the_networks_name(fleet: Pods, engines: None, outside: Netns, released: None) -> None:
+    pod = fleet.pod(3, "ov1")
+    one, there = start(fleet, 1, "one", "--ip", "10.20.0.88", network="blue")
+    two, here = start(fleet, 2, "two", "-p", "8081:80", network="blue")
+    assert one == "10.20.0.88"
+    with serving(here, "two", "tcp:81"), serving(there, "one", "tcp:81"), serving(pod.netns, "pod", "tcp:81"):
+        assert ask(there, ("tcp", two, 81), ("tcp", pod.ipv4, 81)) == [f"two {one}", f"pod {one}"]
+        assert ask(pod.netns, ("tcp", one, 81), ("tcp", two, 81)) == [f"one {pod.ipv4}", f"two {pod.ipv4}"]
+    for where in (outside, pod.netns, there):
+        wait_until(lambda where=where: web_of_podman(where, fleet.underlay_address(2, 4), 8081), "the published port")  # type: ignore[misc]
 
 
 @pytest.mark.skipif(not IPV6, reason="no IPv6 on this machine")

@@ -115,6 +115,10 @@ def test_what_is_undone_by_hand_comes_back(fleet: Pods, device: str, pods: list[
     ):
         host.run(words.split())
         wait_until(lambda: state(host, "ov1", device) == before, f"all to be as before {words}")
+    host.run(["nft", "delete", "table", "inet", "netloom"])
+    for name in ("apart4", "masq4"):
+        elements = ["nft", "list", "set", "inet", "netloom", name]
+        wait_until(lambda elements=elements: "10.20.0." in host.run(elements, check=False).stdout, name)  # type: ignore[misc]
     for address in addresses(other):
         pods[0].ping(address)
 

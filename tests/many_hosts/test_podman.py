@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 
 from tests.cni.chained.traffic import ask, serving
-from tests.hosts import CNI_BIN, PROGRAM_PATH, Netns, wait_until
+from tests.hosts import CNI_BIN, PROGRAM_PATH, Host, Netns, wait_until
 from tests.many_hosts.pods import Pods
 from tests.runtimes import cgroups, images
 from tests.runtimes.podman import CONTAINERS_CONF
@@ -30,14 +30,25 @@ def podman(fleet: Pods, number: int, *words: str, **options: object) -> subproce
     return fleet.host(number).run(["podman", *words], env=environment, cwd="/", **options)  # type: ignore[arg-type]
 
 
-def start(fleet: Pods, number: int, name: str, *options: str) -> tuple[str, Netns]:
+def prepare(host: Host, conflist: Mapping[str, object]) -> None:
+    """What podman on a host reads; the host has directories of its own for that (OWN)."""
+    for path in ("/var/tmp", "/dev/shm"):
+        host.path(path).chmod(0o1777)
+    host.path(f"{NET_D}/10-{conflist['name']}.conflist").write_text(json.dumps(conflist))
+    conf = CONTAINERS_CONF.format(plugins=json.dumps([CNI_BIN]), net_d=NET_D, environment="")
+    host.path("/etc/containers/containers.conf").write_text(conf)
+    policy = '{"default": [{"type": "insecureAcceptAnything"}]}'
+    host.path("/etc/containers/policy.json").write_text(policy)
+
+
+def start(fleet: Pods, number: int, name: str, *options: str, network: str = "pods") -> tuple[str, Netns]:
     """The container's address, and its namespace."""
-    where = ["--cgroup-parent", cgroups.parent(), "--network", "pods", "--hostname", name, "--name", name]
+    where = ["--cgroup-parent", cgroups.parent(), "--network", network, "--hostname", name, "--name", name]
     podman(fleet, number, "run", "-d", *where, *options, images.NAME, *images.SERVE)
     settings = json.loads(podman(fleet, number, "inspect", name).stdout)[0]["NetworkSettings"]
     netns = Netns(fleet.host(number), name)
     netns.path = settings["SandboxKey"]
-    return settings["Networks"]["pods"]["IPAddress"], netns
+    return settings["Networks"][network]["IPAddress"], netns
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +60,7 @@ def fleet() -> Iterator[Pods]:
             made.netloom(1, "network", "create", "pods", "--subnet", "10.2.0.0/16", "--backend", "vxlan")
             made.until_known("pods")
             for number, host in enumerate(made.hosts, 1):
-                for path in ("/var/tmp", "/dev/shm"):
-                    host.path(path).chmod(0o1777)
-                host.path(f"{NET_D}/10-pods.conflist").write_text(json.dumps(CONFLIST))
-                conf = CONTAINERS_CONF.format(plugins=json.dumps([CNI_BIN]), net_d=NET_D, environment="")
-                host.path("/etc/containers/containers.conf").write_text(conf)
-                policy = '{"default": [{"type": "insecureAcceptAnything"}]}'
-                host.path("/etc/containers/policy.json").write_text(policy)
+                prepare(host, CONFLIST)
                 podman(made, number, "import", "-", images.NAME, input=images.root_tar())
             yield made
     finally:

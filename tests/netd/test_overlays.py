@@ -221,6 +221,7 @@ def test_containers_here_are_told_of_another_mac(reconciler: Reconciler) -> None
     bridge()
     spaces.run("ip", "link", "add", "port", "master", "nl-ov1", "up", "type", "veth", "peer", "name", "inside")
     spaces.run("ip", "link", "set", "inside", "up")
+    wait_until(lambda: "state forwarding" in spaces.run("bridge", "link", "show", "dev", "port"), "the port's carrier")
     reconciler.full()
     two, six = holder("10.9.0.2", "b"), holder("fd09::2", "b")
     reconciler.sync(reconciler.overlays.replace("ov1", [two, six]))
