@@ -116,8 +116,8 @@ class View:
             key = layout.NETWORKS + name
             if one.type == OVERLAY and one.vni in taken:
                 self.broken[key] = (
-                    f"its VNI {one.vni} is that of the tunnels of network {taken[one.vni]} here; make it anew with another"
-                    " --vni, or set another vni under [netd] on all hosts"
+                    f"its VNI {one.vni} is that of the tunnels of network {taken[one.vni]} here; make it anew with"
+                    " another --vni, or set another vni under [netd] on all hosts"
                 )
             elif one.type == OVERLAY:
                 self.broken.pop(key, None)
