@@ -190,7 +190,7 @@ def decode(kind: type[T], key: str, value: bytes) -> T:
     """Raises LayoutError that names the key."""
     try:
         return msgspec.json.decode(value, type=kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise LayoutError(f"etcd: {key}: this is no {kind.__name__}: {error}") from None
 
 

@@ -12,14 +12,17 @@ Everything is read from etcd anew, in pages, so that a mistake in what this node
 """
 
 import ipaddress
+import logging
 from collections.abc import AsyncIterator
 from functools import partial
 from itertools import pairwise
 
+from msgspec import Struct
+
 from cluster import layout
 from cluster.errors import EtcdError
 from cluster.etcd import Delete, Etcd, Get, Pair, absent, unchanged
-from cluster.layout import BlockRecord, LayoutError, MacRecord, NodeRecord, PublishedRecord
+from cluster.layout import AddressHolder, BlockRecord, LayoutError, MacRecord, NodeRecord, PublishedRecord
 from ipamd.check import Difference, Further
 from ipamd.engine import Engine
 from ipamd.errors import PreconditionError, UnavailableError
@@ -29,8 +32,20 @@ from ipamd.member.book import address_key, holder_of, mac_key
 from ipamd.member.holdings import Holdings
 from ipamd.member.shared import SharedAddresses
 from ipamd.store.base import Allocation, Store
+from telemetry import log
+
+_logger = logging.getLogger("ipamd.member")
 
 _PAGE = 200
+_BLOCKS_AT_ONCE = 32  # a block of 1,024 addresses has some 200 KiB
+_SHOWN = 12  # what goes into one answer; the log has them all
+# What a comparison reads, but for what it can mend unread.
+_COMPARED: dict[str, type[Struct]] = {
+    layout.NODES: NodeRecord,
+    layout.BLOCKS: BlockRecord,
+    layout.PUBLISHED: PublishedRecord,
+    layout.ADDRESSES: AddressHolder,
+}
 
 Place = tuple[str, str]  # pool, and block or address
 
@@ -62,8 +77,12 @@ class ClusterCheck:
         self._stale: dict[Place, tuple[int, int]] = {}  # of a MAC and (0: there is none) of its address
 
     async def __call__(self) -> Further:
-        """Raises UnavailableError where etcd does not answer: half a comparison would say that all is well."""
+        """Raises UnavailableError where etcd does not answer: half a comparison would say that all is well.
+
+        PreconditionError, with every key, where records cannot be read; of blocks alone they are differences.
+        """
         try:
+            await self._refuse_damaged()
             found = [difference async for difference in self._compare()]
         except EtcdError as error:
             raise UnavailableError(f"etcd cannot be read, so nothing was compared with it: {error}") from None
@@ -91,6 +110,28 @@ class ClusterCheck:
             yield difference
         async for difference in self._compare_macs():
             yield difference
+
+    async def _refuse_damaged(self) -> None:
+        """Of all nodes at once, as each of them would be in the way of the comparison. Raises PreconditionError."""
+        damaged: dict[str, str] = {}
+        for prefix, kind in _COMPARED.items():
+            page = _BLOCKS_AT_ONCE if kind is PublishedRecord else _PAGE
+            async for pair in self._walk(prefix, page=page):
+                try:
+                    layout.decode(kind, pair.key, pair.value)
+                except LayoutError as error:
+                    damaged[pair.key] = str(error)
+        if all(key.startswith(layout.BLOCKS) for key in damaged):
+            return
+        for key, text in damaged.items():
+            log.event(_logger, "error", "a record of the cluster cannot be read", key=key, error=text)
+        shown = list(damaged.values())[:_SHOWN]
+        if len(damaged) > _SHOWN:
+            shown.append(f"{len(damaged) - _SHOWN} more, which the log names")
+        raise PreconditionError(
+            f"nothing was compared, as etcd has records that cannot be read; delete or correct these keys: "
+            f"{'; '.join(shown)}"
+        )
 
     # --- blocks
 
@@ -255,9 +296,9 @@ class ClusterCheck:
             raise UnavailableError(str(error)) from None
         return done.succeeded
 
-    async def _walk(self, prefix: str, *, keys_only: bool = False) -> AsyncIterator[Pair]:
-        async for page in self._etcd.walk(prefix, page=_PAGE, keys_only=keys_only):
-            for pair in page.pairs:
+    async def _walk(self, prefix: str, *, keys_only: bool = False, page: int = _PAGE) -> AsyncIterator[Pair]:
+        async for found in self._etcd.walk(prefix, page=page, keys_only=keys_only):
+            for pair in found.pairs:
                 yield pair
 
 

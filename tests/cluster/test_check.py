@@ -219,6 +219,45 @@ def test_a_record_that_cannot_be_read_is_named(pair: tuple[Node, Node], damage: 
         check(client)
 
 
+def test_every_record_that_cannot_be_read_is_named_at_once(
+    pair: tuple[Node, Node], damage: Callable[..., None]
+) -> None:
+    """Whose ever it is, on either node; also one that is no text."""
+    a, b = pair
+    make_idle(a)
+    with a.client() as to_a, b.client() as to_b:
+        block = layout.place("blue", block_of(cidrs(to_b.allocate(key("b-blue"), pools=["blue"]))[0]))
+        owned = layout.OWNED + "a/" + layout.place("green", "10.2.0.77")
+        damaged = {
+            layout.NODES + "ghost": b"{",
+            layout.BLOCKS + layout.place("idle", "10.9.200.64/26"): b"7",
+            layout.PUBLISHED + layout.place("idle", "10.9.200.0/26"): b"",
+            layout.PUBLISHED + block: b"[]",
+            layout.ADDRESSES + layout.place("green", "10.2.0.77"): b'{"node":"\xff"}',
+            layout.ADDRESSES + layout.place("green", "10.2.0.78"): b'{"node":1}',
+        }
+        damage(Put(owned, b""), *(Put(*entry) for entry in damaged.items()))
+        for client in (to_a, to_b):
+            with pytest.raises(IpamError, match="nothing was compared") as caught:
+                check(client, repair=True)
+            assert [name for name in damaged if f"{name}: " not in caught.value.message] == []
+        damage(Delete(owned), *map(Delete, damaged))
+        # What is left is what the check is for.
+        assert ("unpublished", block_of(block.partition("#")[2])) in kinds(check(to_b))
+        check(to_b, repair=True)
+        settled(to_a)
+        settled(to_b)
+
+
+def test_more_damage_than_an_answer_holds_is_in_the_log(pair: tuple[Node, Node], damage: Callable[..., None]) -> None:
+    names = [layout.NODES + f"ghost{number}" for number in range(40)]
+    damage(*(Put(name, b"\xff") for name in names))
+    with pair[0].client() as client, pytest.raises(IpamError, match="28 more, which the log names"):
+        check(client)
+    told = pair[0].log.read_text()
+    assert [name for name in names if f'"{name}"' not in told] == []
+
+
 def test_a_network_that_etcd_lost_is_put_there_again_while_it_is_used(
     pair: tuple[Node, Node], damage: Callable[..., None]
 ) -> None:
