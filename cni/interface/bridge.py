@@ -305,8 +305,10 @@ def _ensure_gateways(
             veth.try_sysctl("0", "ipv6", "conf", bridge.name, "disable_ipv6")
         with contextlib.suppress(Exists):  # another ADD was faster
             addr.add(host, bridge.index, gateway)
-        # Pins the MAC of a bridge that was made without one; ours has its own from birth.
-        link.set_mac(host, bridge.index, bridge.mac)
+        if bridge.alias != leftovers.BRIDGE_MARK:
+            # Pins the MAC of a bridge that was made without one; ours has its own from birth, and netd's neighbours on
+            # it would go (net/core/neighbour.c, neigh_changeaddr).
+            link.set_mac(host, bridge.index, bridge.mac)
 
 
 def _addresses(host: Session, bridge: Link) -> set[AnyInterface]:
