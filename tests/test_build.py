@@ -167,7 +167,9 @@ def test_the_ci_runs_everything_also_when_something_failed(
     done = run([".ci/run"], clone, {"PATH": f"{tmp_path / 'fake'}:{os.environ['PATH']}"})
     assert done.returncode == status
     targets = ["lint", "test", "test-peers", "test-vm", "demo", "bench-check ARGS=--quick --rounds 1 --run"]
-    assert (clone / "made").read_text().splitlines() == [f"make {target}" for target in targets]
+    made = (clone / "made").read_text().splitlines()
+    made.insert(0, made.pop(made.index("make lint")))  # it goes beside the tests
+    assert made == [f"make {target}" for target in targets]
     assert ("FAILED: " + failing in done.stdout) == bool(status)
 
 
@@ -214,12 +216,34 @@ def test_the_ci_tries_failed_tests_once_more(
     assert "1 failed in" not in end
 
 
+def test_the_ci_runs_the_two_longest_groups_side_by_side(clone: Path, tmp_path: Path) -> None:
+    for directory in ("tests/cluster", "tests/docker"):
+        (clone / directory).mkdir(parents=True)
+    fake_make(tmp_path / "fake", "")
+    # Each waits until the other has begun.
+    waits = """#!/bin/sh
+echo "make $*" >>made
+case $* in test-cluster) other=test-docker ;; test-docker) other=test-cluster ;; *) exit 0 ;; esac
+until grep -qx "make $other" made; do sleep 0.1; done
+echo "$1 printed this"
+[ "$1" != test-docker ]
+"""
+    (tmp_path / "fake/make").write_text(waits)
+    done = run([".ci/run"], clone, {"PATH": f"{tmp_path / 'fake'}:{os.environ['PATH']}"})
+    assert done.returncode == 1
+    assert "FAILED: test-docker (exit 1)" in done.stdout
+    assert done.stdout.count("test-cluster printed this") == 1
+    assert done.stdout.count("test-docker printed this") == 2  # when it had ended, and among the reasons
+    made = (clone / "made").read_text().splitlines()
+    assert sorted(made) == sorted(f"make {one}" for one in ("lint", "test", "test-cluster", "test-docker", "demo"))
+
+
 def test_the_ci_has_no_second_try_for_a_run_that_broke_off(clone: Path, tmp_path: Path) -> None:
     fake_make(tmp_path / "fake", "")
     (tmp_path / "fake/make").write_text(FAILING_MAKE.format(pattern="test", status=2))
     done = run([".ci/run"], clone, {"PATH": f"{tmp_path / 'fake'}:{os.environ['PATH']}"})
     assert done.returncode == 1
-    assert (clone / "made").read_text().splitlines() == ["make lint", "make test", "make demo"]
+    assert set((clone / "made").read_text().splitlines()) == {"make lint", "make test", "make demo"}
     assert "FAILED: test (exit 2)" in done.stdout
 
 
