@@ -97,7 +97,7 @@ class Member:
             blocks=self.blocks,
             shared=self.claims,
         )
-        self.nodes = Nodes(self.etcd, identity.node)
+        self.nodes = Nodes(self.etcd, identity.node, ledger.cooldown_s)
         self._node = Follower(self.etcd, layout.NODES + identity.node, self._listed, self._changed)
         # What follows etcd from the moment when the node has joined: in this order, each after the one before.
         self.followers: list[Follower] = [*self.mirror.followers, self.blocks.follower, self._node]

@@ -3,22 +3,26 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 from msgspec import Struct
 
 from cluster import layout
 from cluster.errors import EtcdError
-from cluster.etcd import Compare, Delete, Etcd, Pair, Put, absent, equals, unchanged
-from cluster.layout import AliveRecord, BlockRecord, LayoutError, NodeRecord
+from cluster.etcd import Compare, Delete, Etcd, Get, Pair, Put, absent, equals, unchanged
+from cluster.layout import AddressRecord, AliveRecord, BlockRecord, FreedRecord, LayoutError, NodeRecord
 from ipamd.clock import Clock
 from ipamd.errors import IpamdError, NotFoundError, PreconditionError, UnavailableError
+from ipamd.member.book import address_key, freed_key, mac_key, workload_of
+from ipamd.member.unclaims import Leases
+from ipamd.store.base import Allocation
 from telemetry import log
 
 _logger = logging.getLogger("ipamd.member")
 
-_BATCH = 33  # keys of a transaction, which has three changes for each and at most 100
+# Of one transaction, which has at most 100 changes: two for each block, up to four for each address.
+_BLOCKS, _ADDRESSES = 50, 25
 _TRIES = 5
 _NETD = "netd/"
 
@@ -46,11 +50,13 @@ class _Counted(Struct):
 
 
 class Nodes:
-    """See the top of this file."""
+    """See the top of this file. `cooldown_s`: a pool's cool-down, in seconds."""
 
-    def __init__(self, etcd: Etcd, own: str) -> None:
+    def __init__(self, etcd: Etcd, own: str, cooldown_s: Callable[[str], float]) -> None:
         self._etcd = etcd
         self._own = own
+        self._cooldown_s = cooldown_s
+        self._leases = Leases(etcd)
 
     async def all(self, name: str = "") -> list[NodeView]:
         """All nodes by name, or one; raises NotFoundError where there is no such node."""
@@ -111,7 +117,10 @@ class Nodes:
         return view
 
     async def remove(self, name: str, *, force: bool = False) -> Removed:
-        """Forgets a node, its blocks and its addresses; they can be claimed by others then."""
+        """Forgets a node, its blocks and its addresses; they can be claimed by others then.
+
+        Addresses of cluster-address pools once they have cooled down, as after a release.
+        """
         if name == self._own:
             raise PreconditionError(f"this is node {name} itself; stop its ipamd, and remove it from another node")
         try:
@@ -137,24 +146,50 @@ class Nodes:
             for pair in await self._walk(layout.BLOCKS)
             if layout.decode(BlockRecord, pair.key, pair.value).node_id == record.id
         ]
-        for some in _batches(blocks):
+        for some in _batches(blocks, _BLOCKS):
             published = [layout.PUBLISHED + pair.key.removeprefix(layout.BLOCKS) for pair in some]
             await self._delete(
                 name, [equals(p.key, p.value) for p in some], [*[p.key for p in some], *published], guard
             )
         prefix = f"{layout.OWNED}{name}/"
         owned = await self._walk(prefix)
-        for some in _batches(owned):
-            endings = [p.key.removeprefix(prefix) for p in some]
-            keys = [p.key for p in some] + [of + end for end in endings for of in (layout.ADDRESSES, layout.MACS)]
-            await self._delete(name, [unchanged(p.key, p.mod_revision) for p in some], keys, guard)
+        for some in _batches(owned, _ADDRESSES):
+            await self._free(name, record, some, guard)
         gone = [node.key, layout.ALIVE + name, _NETD + name]
         await self._delete(name, [unchanged(node.key, node.mod_revision)], gone, guard)
         log.event(_logger, "warning", "node removed", removed=name, blocks=len(blocks), addresses=addresses[name])
         return Removed(len(blocks), addresses[name])
 
+    async def _free(self, name: str, record: NodeRecord, owned: Sequence[Pair], guard: list[Compare]) -> None:
+        """Deletes addresses and has them cool down: a container of the node may still use them."""
+        places = [layout.split(p.key.removeprefix(f"{layout.OWNED}{name}/")) for p in owned]
+        held = (await self._etcd.txn([], [Get(address_key(place)) for place in places])).pairs
+        compares = [unchanged(p.key, p.mod_revision) for p in owned]
+        then: list[Put | Delete] = [Delete(p.key) for p in owned]
+        for place, pair in zip(places, held, strict=True):
+            key = address_key(place)
+            compares.append(unchanged(key, pair.mod_revision) if pair is not None else absent(key))
+            then += [Delete(key), Delete(mac_key(place))]
+            lease = await self._lease(place[0])
+            if lease:
+                freed = FreedRecord(name, record.id, _workload(pair))
+                then.append(Put(freed_key(place), layout.encode(freed), lease))
+        await self._change(name, compares, then, guard)
+
+    async def _lease(self, pool: str) -> int:
+        try:
+            return await self._leases.get(self._cooldown_s(pool))
+        except EtcdError:
+            self._leases.forget()
+            raise
+
     async def _delete(self, name: str, compares: list[Compare], keys: list[str], guard: list[Compare]) -> None:
-        done = await self._etcd.txn([*guard, *compares], [Delete(key) for key in keys])
+        await self._change(name, compares, [Delete(key) for key in keys], guard)
+
+    async def _change(
+        self, name: str, compares: list[Compare], then: Sequence[Put | Delete], guard: list[Compare]
+    ) -> None:
+        done = await self._etcd.txn([*guard, *compares], then)
         if not done.succeeded:
             raise PreconditionError(f"node {name} came back meanwhile, or another node removes it too; look again")
 
@@ -201,8 +236,19 @@ class LeftForDead:
         return [pair async for page in self._etcd.walk(prefix, keys_only=True) for pair in page.pairs]
 
 
-def _batches(pairs: Sequence[Pair]) -> list[Sequence[Pair]]:
-    return [pairs[start : start + _BATCH] for start in range(0, len(pairs), _BATCH)]
+def _batches(pairs: Sequence[Pair], size: int) -> list[Sequence[Pair]]:
+    return [pairs[start : start + size] for start in range(0, len(pairs), size)]
+
+
+def _workload(pair: Pair | None) -> str:
+    """Which workload may have an address back before it has cooled down, "" for none."""
+    if pair is None:
+        return ""
+    try:
+        record = layout.decode(AddressRecord, pair.key, pair.value)
+        return workload_of(msgspec.json.decode(record.allocation, type=Allocation))
+    except (ValueError, msgspec.MsgspecError):  # it goes nevertheless
+        return ""
 
 
 def _away(error: EtcdError) -> UnavailableError:

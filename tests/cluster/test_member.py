@@ -12,9 +12,10 @@ import pytest
 
 from cluster import layout
 from cluster.etcd import Etcd
-from cluster.layout import AliveRecord, BlockRecord, NodeRecord
+from cluster.layout import AliveRecord, BlockRecord, FreedRecord, NodeRecord
 from ipamd.client import Client, IpamError
 from ipamd.member.nodes import LeftForDead, Nodes
+from protos.ipam.v1 import ipam_pb2 as pb
 from tests.cluster.daemons import Node
 from tests.cluster.loop import connected
 from tests.etcd import EtcdCluster
@@ -122,6 +123,67 @@ def test_nodes_are_listed_drained_and_removed(lab: Lab) -> None:
         assert len(set(fill(to_a, "blue", 4 * 61))) == 4 * 61
         b.start()
         wait_for("b is back", lambda: names(to_a) == [("a", True, False), ("b", True, False)])
+
+
+def test_addresses_of_a_removed_node_cool_down(lab: Lab) -> None:
+    """More than one transaction takes; of a pool without a cool-down they can be had at once."""
+    a, b = lab.start("a"), lab.start("b")
+    with a.client() as to_a, b.client() as to_b:
+        to_a.create_pool("slow", spec("10.2.0.0/24", mode="cluster-address", cooldown_ms=600_000))
+        to_a.create_pool("fast", spec("10.3.0.0/24", mode="cluster-address", cooldown_ms=0))
+        wait_for("both pools on b", lambda: len(to_b.list_pools()) == 2)
+        taken = [cidrs(to_b.allocate(key(f"b{n}"), pools=["slow"]))[0].partition("/")[0] for n in range(59)]
+        sticky = to_b.allocate(key("sticky"), pools=["slow"], workload="default/web-0")
+        taken.append(cidrs(sticky)[0].partition("/")[0])
+        other = cidrs(to_b.allocate(key("other"), pools=["fast"]))[0].partition("/")[0]
+        b.kill()
+        assert to_a.remove_node("b", force=True).addresses == 61
+
+        async def freed(etcd: Etcd) -> dict[str, tuple[str, int]]:
+            pairs = (await etcd.range(layout.FREED)).pairs
+            return {
+                pair.key.removeprefix(layout.FREED): (
+                    layout.decode(FreedRecord, pair.key, pair.value).node,
+                    await etcd.time_to_live(pair.lease),
+                )
+                for pair in pairs
+            }
+
+        rests = lab.ask(freed)
+        assert set(rests) == {f"slow#{ip}" for ip in taken}
+        assert {node for node, _ in rests.values()} == {"b"}
+        assert min(seconds for _, seconds in rests.values()) > 300
+        with pytest.raises(IpamError, match="cool") as error:
+            to_a.allocate(key("mine"), pools=["slow"], requested=[taken[0]])
+        assert error.value.code.name == "UNAVAILABLE"
+        assert cidrs(to_a.allocate(key("other"), pools=["fast"], requested=[other])) == [f"{other}/24"]
+        # As after a release: the workload itself may go on with its address elsewhere.
+        assert cidrs(to_a.allocate(key("sticky"), pools=["slow"], workload="default/web-0")) == cidrs(sticky)
+        rest = [cidrs(to_a.allocate(key(f"a{n}"), pools=["slow"]))[0].partition("/")[0] for n in range(253 - 60)]
+        assert set(rest).isdisjoint(taken)
+
+
+def test_a_removed_node_that_comes_back_has_its_addresses_again(lab: Lab) -> None:
+    """When they have cooled down, and nobody else had them meanwhile."""
+    a, b = lab.start("a"), lab.start("b")
+    with a.client() as to_a, b.client() as to_b:
+        to_a.create_pool("pool", spec("10.2.0.0/29", mode="cluster-address", cooldown_ms=4000))
+        wait_for("the pool on b", to_b.list_pools)
+        theirs = cidrs(to_b.allocate(key("b"), pools=["pool"]))
+        to_a.remove_node("b", force=True)
+        wait_for("b's claim", lambda: [node.addresses for node in to_a.list_nodes()] == [0, 1])
+        assert cidrs(to_b.allocate(key("b"), pools=["pool"])) == theirs
+        wait_for("no difference", lambda: not to_b.check_store(pb.CheckStoreRequest()).differences)
+        assert lab.ask(lambda etcd: etcd.count(layout.FREED)) == 0
+        ours = {cidrs(to_a.allocate(key(f"a{n}"), pools=["pool"]))[0] for n in range(4)}
+        assert ours.isdisjoint(theirs)
+        for client, allocated in ((to_a, 4), (to_b, 1)):
+            wait_for("the counts", lambda client=client, count=allocated: counts(client) == (count, 5 - count, 0, "0"))  # type: ignore[misc]
+
+
+def counts(client: Client) -> tuple[int, int, int, str]:
+    (usage,) = client.get_pool("pool").usage
+    return usage.allocated, usage.elsewhere, usage.cooling, usage.free
 
 
 def test_two_nodes_of_one_name_are_refused(lab: Lab) -> None:
@@ -306,7 +368,7 @@ def test_what_a_crash_between_etcd_and_the_store_leaves(lab: Lab) -> None:
 def test_nodes_that_are_silent_for_the_grace_are_removed(lab: Lab) -> None:
     async def play(etcd: Etcd) -> None:
         clock = FakeClock()
-        left = LeftForDead(etcd, Nodes(etcd, "own"), clock, "own", 100.0)
+        left = LeftForDead(etcd, Nodes(etcd, "own", lambda _pool: 0.0), clock, "own", 100.0)
         for name in ("own", "dead", "alive"):
             await etcd.put(layout.NODES + name, layout.encode(NodeRecord(f"id-{name}", name, 0)))
             await etcd.put(

@@ -146,7 +146,8 @@ def test_a_node_joins_those_of_the_previous_version(etcd: EtcdCluster, prefix: s
         # What it had can be taken back as from one of this version.
         removed = client.remove_node("host-1", force=True)
         assert (removed.blocks, removed.addresses) == (1, 3)
-        assert not [name for name, value in stands(etcd, prefix).items() if "host-1" in name + value]
+        left = [name for name, value in stands(etcd, prefix).items() if "host-1" in name + value]
+        assert left == ["freed/shared#10.30.0.220", "freed/shared#fd30::6d"], "they cool down"
 
 
 class V1Version(Struct):
