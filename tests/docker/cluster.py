@@ -1,42 +1,56 @@
-"""Two Docker hosts of one cluster: an etcd, and an ipamd, netd, workers and shim on each."""
+"""Docker hosts of one cluster: an etcd, and an ipamd, netd, workers and shim on each; a host more without Docker."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.docker.engine import Docker
 from tests.etcd import EtcdCluster
+from tests.hosts import Host, Ipamd
 from tests.many_hosts.fleet import LEASE_S, Netd
 from tests.underlay import Underlay
 
-FIRST = 11  # host1's number on the underlay
+_FIRST = 11  # the first host's number on the underlay
+
+
+@dataclass
+class Cluster:
+    """`dockers` and `netds` by host."""
+
+    underlay: Underlay
+    etcd: EtcdCluster
+    dockers: dict[str, Docker] = field(default_factory=dict)
+    netds: dict[str, Netd] = field(default_factory=dict)
+
+    def join(self, host: Host, stack: contextlib.ExitStack) -> Ipamd:
+        """A host that has no ipamd yet becomes one of the cluster's; netd ends with the stack."""
+        self.underlay.join(host, _FIRST + len(self.netds))
+        ipamd = host.start_ipamd(
+            store={"kind": "etcd"},
+            etcd={"endpoints": list(self.etcd.endpoints)},
+            cluster={"lease_s": LEASE_S},
+            netd={"interface": "eth0"},
+            pools={"cooldown_s": 0},
+            reclaim={"grace_s": 1, "interval_s": 1},
+        )
+        netd = self.netds[host.name] = Netd(host)
+        netd.start()
+        stack.callback(netd.stop)
+        return ipamd
 
 
 @contextlib.contextmanager
-def clustered(
-    launcher: Path, dockerd: Mapping[str, Sequence[str]], subnet: str = ""
-) -> Iterator[tuple[dict[str, Docker], dict[str, Netd]]]:
+def clustered(launcher: Path, dockerd: Mapping[str, Sequence[str]], subnet: str = "") -> Iterator[Cluster]:
     """`dockerd`: arguments by host. `subnet`: the underlay's."""
     with contextlib.ExitStack() as stack:
         underlay = stack.enter_context(Underlay("cluster", subnet) if subnet else Underlay("cluster"))
-        etcd = stack.enter_context(EtcdCluster(1, underlay=underlay))
-        hosts, netds = {}, {}
-        for number, (name, arguments) in enumerate(dockerd.items(), FIRST):
+        made = Cluster(underlay, stack.enter_context(EtcdCluster(1, underlay=underlay)))
+        for name, arguments in dockerd.items():
             docker = stack.enter_context(Docker(name, launcher, list(arguments)))
-            underlay.join(docker.host, number)
             docker.ipamd.stop()
-            docker.ipamd = docker.host.start_ipamd(
-                store={"kind": "etcd"},
-                etcd={"endpoints": list(etcd.endpoints)},
-                cluster={"lease_s": LEASE_S},
-                netd={"interface": "eth0"},
-                pools={"cooldown_s": 0},
-                reclaim={"grace_s": 1, "interval_s": 1},
-            )
-            netds[name] = Netd(docker.host)
-            netds[name].start()
-            stack.callback(netds[name].stop)
-            hosts[name] = docker
-        yield hosts, netds
+            docker.ipamd = made.join(docker.host, stack)
+            made.dockers[name] = docker
+        yield made

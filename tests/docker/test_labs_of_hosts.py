@@ -60,7 +60,8 @@ def start_netd(docker: Docker, name: str) -> None:
 
 
 def test_overlay(launcher: Path) -> None:
-    with clustered(launcher, {"host1": (), "host2": ()}, "10.0.0.0/24") as (made, _):
+    with clustered(launcher, {"host1": (), "host2": ()}, "10.0.0.0/24") as cluster:
+        made = cluster.dockers
         for docker in made.values():
             prepare(docker)
         lab.run(lab.LABS / "docker-overlay.md", lambda host, command: shell(made[host], command))
