@@ -71,7 +71,6 @@ class Unclaims:
         self._book = book
         self._leases = Leases(etcd)
         self._more = asyncio.Event()
-        self._more.set()
         self.pending = 0
         self._waiting = False  # whether an errand waits for a claim to end
         self._claimed = True  # whether a claim was confirmed since the last look
@@ -90,6 +89,7 @@ class Unclaims:
 
     async def run(self) -> None:
         """Does errands as they come. Never returns."""
+        self._more.set()  # where this begins anew, the run before may have been woken and got no further
         pause = _FIRST_PAUSE_S
         while True:
             with contextlib.suppress(TimeoutError):
