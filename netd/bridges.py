@@ -14,11 +14,12 @@ from collections.abc import Iterable, Mapping
 from cluster.layout import NetworkRecord
 from kernel import link, shared
 from kernel.errors import KernelError
-from kernel.leftovers import NETD_MARK, delete_idle_bridge
+from kernel.leftovers import BRIDGE_MARK, NETD_MARK, delete_idle_bridge
 from kernel.record import Key, Record, Records
 from kernel.session import Session
 from netd.agent import Agent
 from netd.reconcile import Reconciler
+from netd.view import OVERLAY
 from telemetry import log
 
 _logger = logging.getLogger("netd")
@@ -34,13 +35,16 @@ class Bridges:
         self._agent = agent
         self._records = Records(run_dir)
         self._idle: set[str] = set()
-        self._networks: dict[str, NetworkRecord] = {}
+        self._networks: dict[str, NetworkRecord] | None = None  # None: nobody has told yet
+        self._former: set[str] = set()  # bridges of networks that are no more
         self._kept: dict[str, Record] | None = None  # None: what an earlier netd left is not read yet
         self._nudged = asyncio.Event()
 
     def want(self, networks: Mapping[str, NetworkRecord]) -> None:
         """All networks as they are from now on."""
+        before = {one.bridge for one in (self._networks or {}).values() if one.type == OVERLAY}
         self._networks = dict(networks)
+        self._former = (self._former | before) - {one.bridge for one in networks.values()}
         self._nudged.set()
 
     def nudge(self) -> None:
@@ -66,11 +70,13 @@ class Bridges:
                 log.event(_logger, "error", "the bridges of overlays cannot be looked after", error=str(error))
 
     async def _take_away(self) -> None:
-        idle = await asyncio.wrap_future(self._agent.call(_idle))
+        former = frozenset(self._former)
+        idle, there = await asyncio.wrap_future(self._agent.call(lambda one: _idle(one, former)))
         for name in idle & self._idle:
             if await asyncio.to_thread(self._delete, name):
                 log.event(_logger, "info", "no container is on an overlay any more", bridge=name)
         self._idle = idle
+        self._former -= former - there
 
     def _delete(self, name: str) -> bool:
         with Session() as session:
@@ -80,9 +86,10 @@ class Bridges:
         """Have a record for each of these that is defined, and for no other."""
         if self._kept is None:
             self._kept = {one.key.container_id: one for one in self._records.of_network(PLUGIN, PLUGIN)}
-        wanted = {name: _record(self._networks[name]) for name in active if name in self._networks}
+        networks = self._networks or {}
+        wanted = {name: _record(networks[name]) for name in active if name in networks}
         # Where nobody has told yet what there is, what an earlier netd knew holds.
-        gone = self._kept.keys() - wanted.keys() if self._networks else set()
+        gone = self._kept.keys() - wanted.keys() if self._networks is not None else set()
         changed = {name: one for name, one in wanted.items() if self._kept.get(name) != one}
         if not gone and not changed:
             return
@@ -101,14 +108,21 @@ def _record(network: NetworkRecord) -> Record:
     return Record(Key(PLUGIN, network.name, "bridge", PLUGIN), shared=tuple(elements))
 
 
-def _idle(reconciler: Reconciler) -> set[str]:
-    """The bridges of overlays that have no port but the tunnel's end. In the thread for the kernel."""
+def _idle(reconciler: Reconciler, former: Iterable[str]) -> tuple[set[str], set[str]]:
+    """The bridges of overlays, and of these, that have no port but tunnels' ends; which of them all are there. A
+    network may be deleted before its bridge was seen to be idle. In the thread for the kernel."""
     active = reconciler.overlays.active()
-    found = set()
+    there: dict[str, int] = {}
     for one in reconciler.overlays.defined():
         index = reconciler.found.indexes.get(one.bridge)
         if one.name in active and index is not None:
-            ports = link.all_links(reconciler.session, index)
-            if all(port.alias == NETD_MARK for port in ports):
-                found.add(one.bridge)
-    return found
+            there[one.bridge] = index
+    for name in former:
+        bridge = link.find(reconciler.session, name)
+        if bridge is not None and bridge.alias == BRIDGE_MARK:
+            there[name] = bridge.index
+    idle = set()
+    for name, index in there.items():
+        if all(port.alias == NETD_MARK for port in link.all_links(reconciler.session, index)):
+            idle.add(name)
+    return idle, set(there)
