@@ -274,7 +274,7 @@ class Reconciler:
         """Whether an entry that is not wanted is to go now."""
         overlays = self.overlays.may_drop(entry)
         if overlays is not None:
-            return overlays
+            return overlays and self.may_drop  # who the holders are may be known before where their hosts are
         return self.may_drop and (isinstance(entry, Route) or self.desired.get(_device_key(entry)) is not None)
 
     def _note_bridge(self, change: Change) -> bool:

@@ -202,6 +202,25 @@ def test_another_start_takes_nothing_away_before_all_holders_are_known(reconcile
     assert again.full() == 0
 
 
+def test_another_start_takes_nothing_away_before_all_hosts_are_known(reconciler: Reconciler) -> None:
+    """What was on the disk of them is lost, and etcd tells of the holders first."""
+    bridge()
+    reconciler.full()
+    reconciler.sync(reconciler.overlays.replace("ov1", [holder("10.9.0.2", "b"), holder("10.9.0.3", "c")]))
+    before = fdb(), neighbours()
+    again = Reconciler(reconciler.session, OWN, Choice("eth0"), (DEFAULT,))
+    again.may_drop = False
+    again.define_overlays([OV1])
+    again.full()
+    again.sync(again.overlays.replace("ov1", [holder("10.9.0.2", "b")]))
+    assert (fdb(), neighbours()) == before
+    for peer in PEERS:
+        again.sync(again.put_peer(peer))
+    again.may_drop = True
+    again.full()
+    assert fdb() == entries_of(("10.9.0.2", "10.0.0.2"))
+
+
 def test_two_addresses_of_one_interface(reconciler: Reconciler) -> None:
     bridge()
     reconciler.full()
