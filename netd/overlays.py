@@ -21,6 +21,7 @@ from netd.values import (
     FORWARD,
     NEIGHBOUR,
     NOBODY_KNOWN,
+    PORT,
     AnyAddress,
     Bridged,
     Device,
@@ -116,8 +117,10 @@ class Overlays:
         return network in self._known or network not in self._active
 
     def may_go(self, device: str) -> bool:
-        """Whether a tunnel's end that nobody wants may go at once: it was an overlay's, and its bridge is gone."""
-        return self._by_link.get(device) is not None
+        """Whether a tunnel's end that nobody wants may go at once: it was an overlay's, and its bridge is gone; or the
+        overlay has another VNI by now, and with two of them a bridge that floods would be a loop between hosts."""
+        port = self._found.get((PORT, device, b""))
+        return device in self._by_link or (isinstance(port, Port) and port.bridge in self._by_link)
 
     def problems(self, only: str = "") -> list[str]:
         """Holders that nothing can lead to, one sentence for each network, or for one, and host."""

@@ -378,8 +378,12 @@ class Reconciler:
     def _outstayed(self, devices: Sequence[Device]) -> list[Device]:
         """Those that were not wanted for long enough; the others stay for a while."""
         now = time.monotonic()
-        wanted = {key for key in self._lingering.deadlines if self.desired.get(key) is not None}
-        for key in wanted:
+        settled = [
+            key
+            for key in self._lingering.deadlines
+            if self.desired.get(key) is not None or self.found.get(key) is None  # somebody else deleted it
+        ]
+        for key in settled:
             del self._lingering.deadlines[key]
         gone = []
         for device in devices:

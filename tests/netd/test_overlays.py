@@ -221,6 +221,34 @@ def test_another_start_takes_nothing_away_before_all_hosts_are_known(reconciler:
     assert fdb() == entries_of(("10.9.0.2", "10.0.0.2"))
 
 
+def test_made_anew_with_another_vni(reconciler: Reconciler) -> None:
+    """The bridge stays; were the former tunnel's end to stay on it, frames that are flooded would go round for ever."""
+    flooding = replace(OV1, flood=True)
+    bridge()
+    reconciler.define_overlays([flooding])
+    reconciler.full()
+    reconciler.sync(reconciler.overlays.replace("ov1", [holder("10.9.0.2", "b")]))
+    reconciler.define_overlays([])
+    reconciler.full()
+    reconciler.define_overlays([replace(flooding, vni=300)])
+    reconciler.full()
+    assert "nl-vx256" not in spaces.run("ip", "-br", "link")
+    assert "master nl-ov1" in spaces.run("ip", "link", "show", "nl-vx300")
+
+
+def test_a_former_tunnels_end_that_somebody_deletes(reconciler: Reconciler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not waited for any more; the daemon would go round without a pause."""
+    monkeypatch.setattr("netd.reconcile.LINGER_S", 0.05)
+    bridge()
+    reconciler.full()
+    reconciler.define_overlays([])
+    reconciler.full()
+    assert reconciler.next_s() is not None
+    spaces.run("ip", "link", "delete", "nl-vx256")
+    reconciler.full()
+    wait_until(lambda: reconciler.sync(reconciler.outstayed()) == 0 and reconciler.next_s() is None, "the wait's end")
+
+
 def test_two_addresses_of_one_interface(reconciler: Reconciler) -> None:
     bridge()
     reconciler.full()
