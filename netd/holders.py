@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from ipaddress import ip_address
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from cluster import layout
 from cluster.etcd import Etcd, Event, Pair
@@ -175,8 +176,7 @@ class _Network:
             return None
         try:
             record = layout.decode(MacRecord, pair.key, pair.value)
-            link.packed_mac(record.mac)
-            self._macs[address] = record
+            self._macs[address] = replace(record, mac=_single_mac(record.mac))
         except (LayoutError, ValueError) as error:
             self._macs.pop(address, None)
             _skip(pair.key, error)
@@ -201,6 +201,14 @@ def _address(key: str) -> AnyAddress | None:
     except ValueError as error:
         _skip(key, error)
         return None
+
+
+def _single_mac(text: str) -> str:
+    """As the kernel writes it, which is compared with it. Raises ValueError where no interface can have it."""
+    packed = link.packed_mac(text)
+    if packed[0] & 1 or not any(packed):
+        raise ValueError(f"{text} is no MAC of a single interface")
+    return link.mac_text(packed)
 
 
 def _skip(key: str, error: Exception) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from ipaddress import ip_address
 
+from kernel import macs
 from netd.desired import Desired
 from netd.fabric.vxlan import device_name, largest, outer_link
 from netd.found import Found
@@ -321,6 +322,9 @@ class Overlays:
         if holder.node == self._own or outer is None:
             return
         one = self._defined[network]
+        # ipamd gives nobody these; what else stands in etcd must not take the gateway away from every host.
+        if holder.address in one.gateways or holder.mac in map(macs.of_address, one.gateways):
+            return
         name = device_name(one.vni)
         yield Neighbour(one.bridge, holder.address, holder.mac)
         yield Forward(name, holder.mac, outer)

@@ -249,6 +249,18 @@ def test_a_former_tunnels_end_that_somebody_deletes(reconciler: Reconciler, monk
     wait_until(lambda: reconciler.sync(reconciler.outstayed()) == 0 and reconciler.next_s() is None, "the wait's end")
 
 
+def test_nobody_takes_the_gateway_away(reconciler: Reconciler) -> None:
+    """As etcd could say after somebody wrote there by hand."""
+    bridge()
+    reconciler.full()
+    gateway = ip_address("10.9.0.1")
+    stranger = replace(holder("10.9.0.5", "b"), mac=macs.of_address(gateway))
+    reconciler.sync(reconciler.overlays.replace("ov1", [holder("10.9.0.1", "b"), stranger, holder("10.9.0.2", "b")]))
+    assert neighbours() == {f"10.9.0.2 {macs.of_address(ip_address('10.9.0.2'))}"}
+    assert fdb() == entries_of(("10.9.0.2", "10.0.0.2"))
+    assert reconciler.problems() == []
+
+
 def test_two_addresses_of_one_interface(reconciler: Reconciler) -> None:
     bridge()
     reconciler.full()

@@ -1,0 +1,34 @@
+"""What is taken of the MACs in etcd, whoever wrote them there."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import pytest
+
+from cluster import layout
+from cluster.etcd import Etcd, Pair
+from cluster.layout import MacRecord
+from netd.holders import _Network
+
+KEY = layout.MACS + layout.place("ov1", "10.9.0.2")
+
+
+def taken(mac: str) -> list[str]:
+    async def ask(_what: object) -> None:
+        raise AssertionError("nothing is to be done yet")
+
+    network = _Network("ov1", cast("Etcd", None), ask)
+    network._take_mac(Pair(KEY, layout.encode(MacRecord("id", 1, mac)), 1, 1, 1, 0))
+    return [one.mac for one in network._macs.values()]
+
+
+@pytest.mark.parametrize("mac", ["00:00:00:00:00:00", "01:00:5e:00:00:01", "ff:ff:ff:ff:ff:ff", "nonsense", ""])
+def test_what_no_interface_has_is_left_out(mac: str) -> None:
+    """All zeroes would have frames for nobody known sent to one host."""
+    assert taken(mac) == []
+
+
+def test_another_spelling_is_one_mac() -> None:
+    """Else what the kernel has would never be what is wanted."""
+    assert taken("2:42:A:9:0:C") == ["02:42:0a:09:00:0c"]
