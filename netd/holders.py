@@ -101,6 +101,7 @@ class _Network:
         self._ask = ask
         self._records: dict[AnyAddress, _Record] = {}
         self._macs: dict[AnyAddress, MacRecord] = {}
+        self._told = False  # whether all holders were handed on; what comes after that is handed on by itself
         start = layout.place(name, "")
         self._mac_follower = Follower(etcd, layout.MACS + start, self._macs_listed, self._macs_changed)
         self._follower = Follower(etcd, layout.ADDRESSES + start, self._listed, self._took)
@@ -116,6 +117,7 @@ class _Network:
             self._take(pair)
         holders = [self._holder(address) for address in self._records]
         network = self._name
+        self._told = True  # at once: a MAC may come while they are handed on
         await self._ask(lambda one: _do(one, one.overlays.replace(network, [two for two in holders if two])))
 
     async def _took(self, events: Sequence[Event]) -> None:
@@ -147,7 +149,7 @@ class _Network:
     async def _put(self, addresses: Iterable[AnyAddress]) -> None:
         changes = {address: self._holder(address) for address in addresses}
         network = self._name
-        if changes and self._follower.synced.is_set():
+        if changes and self._told:
             await self._ask(lambda one: _do(one, one.overlays.put(network, changes)))
 
     def _holder(self, address: AnyAddress) -> Holder | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import cast
 
 import pytest
 
 from cluster import layout
-from cluster.etcd import Etcd, Pair
+from cluster.etcd import Etcd, Event, Pair
 from cluster.layout import MacRecord
 from netd.holders import _Network
 
@@ -32,3 +33,23 @@ def test_what_no_interface_has_is_left_out(mac: str) -> None:
 def test_another_spelling_is_one_mac() -> None:
     """Else what the kernel has would never be what is wanted."""
     assert taken("2:42:A:9:0:C") == ["02:42:0a:09:00:0c"]
+
+
+def test_a_mac_that_comes_while_the_holders_are_handed_on() -> None:
+    """It is handed on, too: nobody would tell it again."""
+    asked = 0
+
+    async def ask(_what: object) -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            mac = layout.encode(MacRecord("id", 1, "02:00:00:00:00:01"))
+            await network._macs_changed([Event("put", Pair(KEY, mac, 1, 2, 1, 0), None)])
+
+    async def run() -> None:
+        network._mac_follower.synced.set()
+        await network._listed([], 1)
+
+    network = _Network("ov1", cast("Etcd", None), ask)
+    asyncio.run(run())
+    assert asked == 2
