@@ -95,9 +95,13 @@ class Bridges:
             return
         with Session() as session:
             for name in gone:
+                if name not in networks:  # it may have ended while no netd ran
+                    self._former.add(self._kept[name].key.ifname)
                 self._records.remove(session, self._kept[name])
                 del self._kept[name]
             for name, one in changed.items():
+                if (before := self._kept.get(name)) is not None and before.key != one.key:
+                    self._records.remove(session, before)
                 self._records.write(one)
                 self._records.apply(session, one)
                 self._kept[name] = one
@@ -105,7 +109,8 @@ class Bridges:
 
 def _record(network: NetworkRecord) -> Record:
     elements = shared.elements(network.subnets, (), is_open=network.open)
-    return Record(Key(PLUGIN, network.name, "bridge", PLUGIN), shared=tuple(elements))
+    # Not in the record's field for the bridge: an attachment would keep that.
+    return Record(Key(PLUGIN, network.name, network.bridge, PLUGIN), shared=tuple(elements))
 
 
 def _idle(reconciler: Reconciler, former: Iterable[str]) -> tuple[set[str], set[str]]:

@@ -112,3 +112,19 @@ def test_a_start_without_etcd_keeps_the_record(agent: Agent, tmp_path: Path) -> 
             assert records(tmp_path) == ["ov1"]
 
     asyncio.run(run())
+
+
+def test_a_network_that_ends_while_no_netd_runs(agent: Agent, tmp_path: Path) -> None:
+    async def run() -> None:
+        async with running(agent, tmp_path) as made:
+            bridge()
+            hold_port()
+            await define(agent, made, DEFINED)
+            await until(lambda: records(tmp_path) == ["ov1"])
+        spaces.run("ip", "link", "delete", "port")
+        async with running(agent, tmp_path) as again:
+            await define(agent, again, {})
+            await until(lambda: not records(tmp_path))
+            await until(lambda: not is_there("nl-ov1"))
+
+    asyncio.run(run())
