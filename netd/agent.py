@@ -170,6 +170,8 @@ class Agent:
             reconciler.sync(reconciler.refused())
             self._retry_s = min(2 * self._retry_s, _RETRY_LAST_S)
             self._plan_retry(reconciler)
+        elif self._retry_at == float("inf") and reconciler.refused():  # of what somebody asked for
+            self._plan_retry(reconciler)
         if outstayed := reconciler.outstayed():
             reconciler.sync(outstayed)
 

@@ -38,6 +38,8 @@ def apply_devices(session: Session, found: Found, plan: Plan, late: Set[str]) ->
         try:
             if have is not None and not needs_new_device(want, have):
                 vxlan.change(session, _spec(want), up=want.up and want.name not in late)
+                if have.up and not want.up:
+                    link.set_down(session, found.indexes[want.name])
             else:
                 if have is not None:
                     link.delete(session, want.name)

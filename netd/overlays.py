@@ -299,7 +299,9 @@ class Overlays:
         if self._underlay is None:
             return set()
         name = device_name(one.vni)
-        there = self._found.get((DEVICE, name, b""))
+        there, port = self._found.get((DEVICE, name, b"")), self._found.get((PORT, name, b""))
+        # One of an earlier bridge of that name waits until all holders are known, as a new one does.
+        works = isinstance(there, Device) and there.up and isinstance(port, Port) and port.bridge == one.bridge
         device = Device(
             name=name,
             vni=one.vni,
@@ -310,7 +312,7 @@ class Overlays:
             mtu=largest(self._underlay),
             tx_checksum=one.tx_checksum,
             udp_checksum=one.udp_checksum,
-            up=network in self._known or (isinstance(there, Device) and there.up),
+            up=network in self._known or works,
         )
         return self._desired.replace(_owner(network, ""), [device, Port(name, one.bridge, one.flood)])
 

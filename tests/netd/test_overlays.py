@@ -309,5 +309,25 @@ def test_containers_here_are_told_of_another_mac(reconciler: Reconciler) -> None
     assert [(one.address, one.mac) for one in reconciler.overlays.take_news()] == [(two.address, two.mac)]
 
 
+def test_the_device_of_an_earlier_bridge_waits_as_a_new_one(reconciler: Reconciler) -> None:
+    """Whoever sees it up on the bridge goes by that."""
+    bridge()
+    reconciler.full()
+    reconciler.sync(reconciler.overlays.replace("ov1", [holder("10.9.0.2", "b")]))
+    assert "LOWER_UP" in spaces.run("ip", "link", "show", "nl-vx256")
+    with contextlib.closing(RouteEvents()) as events:
+        events.watched = reconciler.watched()
+        spaces.run("ip", "link", "delete", "nl-ov1")
+        bridge()
+        keys = reconciler.note(events.read())  # all in one look, so the device was never unwanted
+    reconciler.sync({*reconciler.take_new(), *(keys or ())})
+    assert "master nl-ov1" in spaces.run("ip", "link", "show", "nl-vx256")
+    assert "LOWER_UP" not in spaces.run("ip", "link", "show", "nl-vx256")
+    reconciler.sync(reconciler.overlays.replace("ov1", [holder("10.9.0.2", "b")]))
+    assert "LOWER_UP" in spaces.run("ip", "link", "show", "nl-vx256")
+    assert fdb() == entries_of(("10.9.0.2", "10.0.0.2"))
+    assert reconciler.full() == 0
+
+
 def told(one: Holder) -> str:
     return spaces.run("ip", "neigh", "show", str(one.address), "dev", "inside")
