@@ -33,7 +33,6 @@ class Cluster:
             etcd={"endpoints": list(self.etcd.endpoints)},
             cluster={"lease_s": LEASE_S},
             netd={"interface": "eth0"},
-            pools={"cooldown_s": 0},
             reclaim={"grace_s": 1, "interval_s": 1},
         )
         netd = self.netds[host.name] = Netd(host)
@@ -43,13 +42,17 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def clustered(launcher: Path, dockerd: Mapping[str, Sequence[str]], subnet: str = "") -> Iterator[Cluster]:
-    """`dockerd`: arguments by host. `subnet`: the underlay's."""
+def clustered(
+    launcher: Path, dockerd: Mapping[str, Sequence[str]], subnet: str = "", grace: str = ""
+) -> Iterator[Cluster]:
+    """`dockerd`: arguments by host. `subnet`: the underlay's. `grace`: the shims', in seconds."""
     with contextlib.ExitStack() as stack:
         underlay = stack.enter_context(Underlay("cluster", subnet) if subnet else Underlay("cluster"))
         made = Cluster(underlay, stack.enter_context(EtcdCluster(1, underlay=underlay)))
         for name, arguments in dockerd.items():
-            docker = stack.enter_context(Docker(name, launcher, list(arguments)))
+            docker = Docker(name, launcher, list(arguments))
+            docker.grace = grace or docker.grace
+            stack.enter_context(docker)
             docker.ipamd.stop()
             docker.ipamd = made.join(docker.host, stack)
             made.dockers[name] = docker

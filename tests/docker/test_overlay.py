@@ -15,13 +15,11 @@ from typing import Any
 import pytest
 
 from kernel import macs
+from tests.docker.cluster import clustered
 from tests.docker.engine import Docker
-from tests.etcd import EtcdCluster
 from tests.hosts import IPV6, HostError, wait_until
-from tests.many_hosts.fleet import LEASE_S, Netd
 from tests.runtimes import images
 from tests.runtimes.runtime_host import HOST_OUTSIDE, OUTSIDE
-from tests.underlay import Underlay
 
 pytestmark = pytest.mark.kernel
 NETDS_OWN = "nl-vx1"  # between hosts, for networks that are routed
@@ -125,28 +123,8 @@ def refusal(docker: Docker, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def shared(launcher: Path) -> Iterator[Pair]:
-    with contextlib.ExitStack() as stack:
-        underlay = stack.enter_context(Underlay("overlay"))
-        etcd = stack.enter_context(EtcdCluster(1, underlay=underlay))
-        hosts = []
-        for number, arguments in enumerate(([], ["--live-restore"]), 1):
-            docker = Docker(f"host{number}", launcher, arguments)
-            docker.grace = "3"
-            stack.enter_context(docker)
-            underlay.join(docker.host, 10 + number)
-            docker.ipamd.stop()
-            docker.ipamd = docker.host.start_ipamd(
-                store={"kind": "etcd"},
-                etcd={"endpoints": list(etcd.endpoints)},
-                cluster={"lease_s": LEASE_S},
-                netd={"interface": "eth0"},
-                reclaim={"grace_s": 1, "interval_s": 1},
-            )
-            netd = Netd(docker.host)
-            netd.start()
-            stack.callback(netd.stop)
-            hosts.append(docker)
-        yield Pair(*hosts)
+    with clustered(launcher, {"host1": [], "host2": ["--live-restore"]}, grace="3") as cluster:
+        yield Pair(*cluster.dockers.values())
 
 
 @pytest.fixture
