@@ -368,13 +368,15 @@ class Blocks:
         for pool in list(self._ledger.pools.values()):
             known = self._mirror.pools.get(pool.name)
             leaving = self.draining or (known is not None and known.record.deleting)
+            hot = known is not None and known.record.deleting
             for index in range(len(pool.cidrs)):
-                for cidr in self._spare(pool, index, leaving):
-                    place = pool.name, cidr
-                    if not leaving and place not in self._resting:
-                        resting.add(place)
-                        continue
-                    hot = known is not None and known.record.deleting
+                spare = [(pool.name, cidr) for cidr in self._spare(pool, index, leaving)]
+                if not leaving:
+                    resting.update(set(spare) - self._resting)
+                    spare = [place for place in spare if place in self._resting]
+                if spare and not hot:  # all in one question: a busy node has many that cool down
+                    spare = await self._engine.run(lambda spare=spare: self._holdings.at_rest(spare))  # type: ignore[misc]
+                for place in spare:
                     if await self._retire(place, hot):
                         await self._give_back(*place)
         self._resting = resting

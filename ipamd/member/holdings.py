@@ -95,9 +95,9 @@ class Holdings:
         block = pool.sets[index].blocks[number]
         if block.held:
             return False
-        freed, reserved = self._rows_in(pool, index, block)
-        if not hot and any(self._ledger.is_cooling(pool, row) for row in freed):
+        if not hot and self._is_cooling(pool, index, block):
             return False
+        freed, reserved = self._rows_in(pool, index, block)
         mark = self._transaction.mark()
         try:
             pool.remove_block(cidr)
@@ -110,6 +110,27 @@ class Holdings:
             self._transaction.unwind(mark)
             raise
         return True
+
+    def at_rest(self, places: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Those of these blocks, (pool, CIDR), of which no address cools down."""
+        found = []
+        for name, cidr in places:
+            pool = self._ledger.pool(name)
+            where = pool.find_block(cidr)
+            if where is not None and not self._is_cooling(pool, where[0], pool.sets[where[0]].blocks[where[1]]):
+                found.append((name, cidr))
+        return found
+
+    def _is_cooling(self, pool: Pool, index: int, block: Block) -> bool:
+        """Whether one of its addresses is. Mostly the first that was freed is, and then the others are not read: this
+        is asked of every empty block, again and again."""
+        version = 4 if pool.family(index) == "ipv4" else 6
+        for number in block.addresses():
+            if block.is_touched(number):
+                row = self._store.find_freed(pool.name, address_text(version, number))
+                if row is not None and self._ledger.is_cooling(pool, row):
+                    return True
+        return False
 
     def _rows_in(self, pool: Pool, index: int, block: Block) -> tuple[list[Freed], int]:
         """Freed addresses of a block, and how many of it are reserved."""
