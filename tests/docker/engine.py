@@ -120,7 +120,13 @@ class Docker(RuntimeHost):
         argv = ["dockerd", "--storage-driver", "vfs", "--cgroup-parent", cgroups.parent(), *self._dockerd_arguments]
         with (self.host.directory / "dockerd.log").open("a", encoding="utf-8") as log:
             self.dockerd = self.host.popen(
-                argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment, cwd="/"
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                # Its containerd writes there what it did when it is slow.
+                env={**self.environment, "TMPDIR": str(self.host.directory)},
+                cwd="/",
             )
         wait_until(lambda: self.docker("version", check=False).returncode == 0, "dockerd", self._dockerd_log)
 
