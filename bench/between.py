@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import json
 import os
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -19,12 +18,12 @@ from pathlib import Path
 
 from bench import paths
 from bench.host import BenchError, Plan
-from bench.stats import Row, Spec, absent, row
+from bench.parts import Part, in_parts
+from bench.stats import Row, Spec, row
 from cluster.config import EtcdConfig
 from cluster.etcd import Etcd
 from netd.values import vtep_mac
-from tests.etcd import EtcdMissingError, programs
-from tests.hosts import Host, HostError, wait_until
+from tests.hosts import Host, wait_until
 from tests.many_hosts.fleet import CONFIG, Fleet, Netd
 from tests.underlay import Underlay
 
@@ -52,27 +51,13 @@ def specs() -> list[Spec]:
 
 def measure(plan: Plan, _place: Path, wanted: Callable[[Spec], bool], say: Callable[[str], None]) -> Iterable[Row]:
     """Rows of all that is wanted; what cannot be measured becomes a row that says so."""
-    parts: list[tuple[list[Spec], Callable[[ExitStack, list[Spec]], Iterator[Row]]]] = [
+    parts: list[Part] = [
         (specs()[: 2 * len(KINDS)], lambda _stack, mine: _traffic(plan, mine)),
         ([JOIN], _joins),
         ([CHANGE], _changes),
         ([FIRST, BACK, IDLE, MEMORY], _alone),
     ]
-    for part, work in parts:
-        mine = [spec for spec in part if wanted(spec)]
-        if not mine:
-            continue
-        say(mine[0].name)
-        try:
-            programs("3.4")
-            with ExitStack() as stack:
-                found = {one.name: one for one in work(stack, mine)}
-        except EtcdMissingError as error:
-            yield from (absent(spec, str(error), excused=True) for spec in mine)
-        except (BenchError, HostError, OSError, subprocess.TimeoutExpired) as error:
-            yield from (absent(spec, str(error), excused=False) for spec in mine)
-        else:
-            yield from (found[spec.name] for spec in mine)
+    return in_parts(parts, wanted, say)
 
 
 # Traffic

@@ -27,6 +27,7 @@ from pathlib import Path
 from bench import pair, paths, warm
 from bench.between import _processor_s, _resident_mb
 from bench.host import BenchError, Budget, Helper, Plan, finished, runner
+from bench.parts import Part, in_parts
 from bench.stats import Row, Spec, absent, row
 from cluster import layout
 from cluster.config import EtcdConfig
@@ -41,8 +42,8 @@ from kernel.leftovers import BRIDGE_MARK
 from netd.fabric.vxlan import device_name
 from netd.values import vtep_mac
 from protos.ipam.v1 import ipam_pb2
-from tests.etcd import EtcdCluster, EtcdMissingError, programs
-from tests.hosts import CNI_BIN, PROGRAM_PATH, ROOT, Host, HostError, Netns, wait_until
+from tests.etcd import EtcdCluster
+from tests.hosts import CNI_BIN, PROGRAM_PATH, ROOT, Host, Netns, wait_until
 from tests.many_hosts.fleet import CONFIG, LEASE_S, Netd
 from tests.many_hosts.pods import Pods, conf_of
 from tests.underlay import Underlay
@@ -87,25 +88,11 @@ def specs() -> list[Spec]:
 
 def measure(plan: Plan, place: Path, wanted: Callable[[Spec], bool], say: Callable[[str], None]) -> Iterable[Row]:
     """Rows of all that is wanted; what cannot be measured becomes a row that says so."""
-    parts: list[tuple[list[Spec], Callable[[ExitStack, list[Spec]], Iterator[Row]]]] = [
+    parts: list[Part] = [
         ([*_TRAFFIC, REACHED, ASKED], lambda stack, mine: _between(plan, place, stack, mine)),
         ([FILLED, MOVED, MEMORY, IDLE], lambda stack, mine: _many(plan, stack, mine)),
     ]
-    for part, work in parts:
-        mine = [spec for spec in part if wanted(spec)]
-        if not mine:
-            continue
-        say(mine[0].name)
-        try:
-            programs("3.4")
-            with ExitStack() as stack:
-                found = {one.name: one for one in work(stack, mine)}
-        except EtcdMissingError as error:
-            yield from (absent(spec, str(error), excused=True) for spec in mine)
-        except (BenchError, HostError, OSError, subprocess.TimeoutExpired) as error:
-            yield from (absent(spec, str(error), excused=False) for spec in mine)
-        else:
-            yield from (found[spec.name] for spec in mine)
+    return in_parts(parts, wanted, say)
 
 
 # Two hosts
