@@ -365,7 +365,7 @@ async def test_a_closed_client(one: EtcdCluster, prefix: str) -> None:
 async def test_the_quota(version: Version) -> None:
     with EtcdCluster(1, version, quota_bytes=16 << 20) as cluster:
         async with connected(cluster.sockets) as etcd:
-            await asyncio.to_thread(cluster.fill, "/netloom/fill/", 40)
+            await asyncio.to_thread(cluster.fill, "/netloom/fill/")
             for attempt in (etcd.put("a", b""), etcd.txn([absent("a")], [Put("a", b"")]), etcd.grant(10)):
                 with pytest.raises(QuotaError, match=r"defragment every member.*disarm the alarm"):
                     await attempt

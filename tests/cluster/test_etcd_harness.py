@@ -73,7 +73,7 @@ def test_three_members_with_tls(version: Version) -> None:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_quota_and_history(version: Version) -> None:
     with EtcdCluster(1, version, quota_bytes=16 << 20) as etcd:
-        etcd.fill("/fill/", 40)
+        etcd.fill("/fill/")
         assert "NOSPACE" in etcd.alarms()
         with pytest.raises(HostError, match="database space exceeded"):
             etcd.etcdctl("put", "k", "v")

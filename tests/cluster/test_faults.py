@@ -142,7 +142,7 @@ def test_pools_come_and_go(field: Field) -> None:
 def test_etcd_is_full(field: Field) -> None:
     with field.fleet.load(0):
         time.sleep(1)
-        field.etcd.fill("/somebody-else/", 200)
+        field.etcd.fill("/somebody-else/")
         time.sleep(1)
         begin_ns = time.monotonic_ns()
         with field.nodes[4].client() as client, pytest.raises(IpamError) as caught:
