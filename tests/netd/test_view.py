@@ -7,7 +7,7 @@ from dataclasses import replace
 from ipaddress import ip_network
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster import layout
@@ -158,6 +158,7 @@ STEPS = st.lists(
 
 
 @given(STEPS)
+@settings(deadline=None)  # other tests may have the processors
 def test_the_view_is_what_was_last_said(steps: list[tuple[str, str | tuple[str, str], bool]]) -> None:
     view = View()
     said: dict[str, str] = {}  # key → node
