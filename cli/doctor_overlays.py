@@ -141,11 +141,22 @@ def _hosts(one: OverlayDocument) -> Iterator[Finding]:
             yield _problem(
                 f"{on}, as it is silent and does not answer", "is it up? what leads there comes back with it"
             )
+        elif rival := _rival(one, host["name"]):
+            yield _problem(f"{on}, as it claims the underlay address of {rival}", "give one of them another")
         else:
             yield _problem(
                 f"{on}, as its underlay addresses are of another family than tunnels have here",
                 "give it one of this family, or set public_ip to one of the other family on all hosts",
             )
+
+
+def _rival(one: OverlayDocument, host: str) -> str:
+    """Whose underlay address a host claims, with the address, in netd's words; "" where it does not."""
+    for problem in one["problems"]:
+        _, _, found = problem.partition(f" on {host}, which claims the underlay address of ")
+        if found:
+            return found.rpartition(": ")[0]
+    return ""
 
 
 def _tunnels(one: OverlayDocument) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ container can be reached and can reach.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from ipaddress import ip_address
 
 from kernel import macs
@@ -52,9 +52,11 @@ class Overlays:
     Each method that is told something returns the keys to be synced.
     """
 
-    def __init__(self, desired: Desired, found: Found) -> None:
+    def __init__(self, desired: Desired, found: Found, rival: Callable[[Node], str] = lambda _: "") -> None:
+        """`rival`: who had an underlay address of a host before it, in words; "" where nobody had."""
         self._desired = desired
         self._found = found
+        self._rival = rival
         self._defined: dict[str, Overlay] = {}
         self._by_link: dict[str, str] = {}  # bridge, or tunnel's end → network
         self._holders: dict[str, dict[AnyAddress, Holder]] = {}
@@ -95,9 +97,9 @@ class Overlays:
         return min(overlay.mtu or most, most)
 
     def outer(self, node: str) -> AnyAddress | None:
-        """Where the tunnel's end of a host is; None: unknown, or it is down."""
+        """Where the tunnel's end of a host is; None: unknown, or it is down, or another host has the address."""
         peer = self._peers.get(node)
-        if peer is None or peer.down or self._underlay is None:
+        if peer is None or peer.down or self._underlay is None or self._rival(peer):
             return None
         return peer.address(self._underlay.local[0].version)
 
@@ -141,6 +143,8 @@ class Overlays:
             return ""
         if peer is None:
             return "of which no underlay address is known: start netd there"
+        if rival := self._rival(peer):
+            return f"which claims the underlay address of {rival}: give one of them another"
         version = self._underlay.local[0].version
         if peer.address(version) is not None:
             return ""
@@ -184,10 +188,11 @@ class Overlays:
         self._found.bridges = frozenset(one.bridge for one in defined.values())
         return self._refresh(changed)
 
-    def place(self, underlay: Underlay | None, own: Node, peers: Mapping[str, Node]) -> set[Key]:
-        """Where this host is, who it is, and the other hosts (a mapping that is kept, and may change later)."""
+    def place(self, underlay: Underlay | None, own: Node, peers: Mapping[str, Node], *, anew: bool = False) -> set[Key]:
+        """Where this host is, who it is, and the other hosts (a mapping that is kept, and may change later). `anew`: it
+        may have changed without `peer_changed`."""
         self._peers = peers
-        if (underlay, own.name, own.mac) == (self._underlay, self._own, self._mac):
+        if (underlay, own.name, own.mac) == (self._underlay, self._own, self._mac) and not anew:
             return self._refresh(())
         self._underlay, self._own, self._mac = underlay, own.name, own.mac
         return self._refresh(self._defined)

@@ -83,7 +83,7 @@ class Reconciler:
         self.underlay: Underlay | None = None
         self.found = Found()
         self.desired = Desired()
-        self.overlays = Overlays(self.desired, self.found)
+        self.overlays = Overlays(self.desired, self.found, self._rival)
         self.counts = Counts()
         self.settled = False  # whether there was a full one
         self.may_drop = True  # False while it is not known yet who the peers are: nothing is taken away
@@ -124,7 +124,7 @@ class Reconciler:
         keys = self._want(peer).union(*(self._want(self.peers[name]) for name in others))
         if before is None or (before.addresses, before.down) != (peer.addresses, peer.down):
             keys |= self.overlays.peer_changed(peer.name)
-        return keys
+        return keys.union(*(self.overlays.peer_changed(name) for name in others))
 
     def drop_peer(self, name: str) -> set[Key]:
         """A peer is gone; the keys to be synced."""
@@ -132,7 +132,10 @@ class Reconciler:
         self._clear_problems(name)
         changed = self.desired.remove(name) if name in self.desired.owners() else set()
         changed |= self.overlays.peer_changed(name)
-        return changed.union(*(self._want(self.peers[other]) for other in others)) if self.underlay else set()
+        if self.underlay is None:
+            return set()
+        changed = changed.union(*(self._want(self.peers[other]) for other in others))
+        return changed.union(*(self.overlays.peer_changed(other) for other in others))
 
     def problems(self) -> list[str]:
         """What is not as it should be, in words."""
@@ -177,11 +180,11 @@ class Reconciler:
             self._problems[OWN, "underlay"] = str(error)
             return 0
         places = tuple(self._place(network) for network in self.networks)
-        if places != self._places:
+        if places != self._places or before is None:  # of hosts that came without an underlay nothing is wanted yet
             self._places = places
             self._want_all()
         self._forward()
-        self.overlays.place(self.underlay, self.node, self.peers)
+        self.overlays.place(self.underlay, self.node, self.peers, anew=before is None)
         self._note_active()
         changed = self.sync({*self.desired.keys(), *self.found.entries})
         self.settled = True
@@ -329,7 +332,7 @@ class Reconciler:
                 by_network.setdefault(self.network_of(subnet).name, []).append(subnet)
         if rival := self._rival(peer):
             self._problems[peer.name, "address"] = (
-                f"{peer.name} claims the underlay address of {rival}, and gets no routes: give one of them another"
+                f"{peer.name} claims the underlay address of {rival}, and nothing leads there: give one of them another"
             )
             by_network.clear()
         entries: list[Entry] = []

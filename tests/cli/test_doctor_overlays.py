@@ -194,6 +194,14 @@ def test_hosts_that_nothing_can_lead_to(joined: HostOfOne) -> None:
     assert "public_ip" in remedy
 
 
+def test_a_host_that_claims_anothers_underlay_address(joined: HostOfOne) -> None:
+    joined.tell([*HOLDERS, Holder(ip_address("10.9.0.4"), "02:42:0a:09:00:04", "e")])
+    with spaces.inside(joined.space):
+        joined.reconciler.sync(joined.reconciler.put_peer(replace(NODES["b"], name="e")))
+    text = "ov1: 1 container on e cannot be reached, as it claims the underlay address of b: 10.0.0.2"
+    assert joined.problems() == [(text, "give one of them another")]
+
+
 def test_what_is_lost_on_the_way(hosts: tuple[HostOfOne, HostOfOne], joined: HostOfOne) -> None:
     other = hosts[1]
     chain = "chain in { type filter hook input priority 0; udp dport 4789 drop; }"

@@ -144,6 +144,45 @@ def test_a_host_that_is_down_takes_its_containers_with_it(reconciler: Reconciler
     assert "10.9.0.2, are on b, of which no underlay address is known" in " ".join(reconciler.problems())
 
 
+def test_a_host_that_claims_anothers_underlay_address(reconciler: Reconciler) -> None:
+    """As with routes: who had it first keeps it, and nothing goes there in the other's name."""
+    bridge()
+    reconciler.define_overlays([replace(OV1, flood=True)])
+    reconciler.full()
+    thief = Node("x", PEERS[0].addresses, (), vtep_mac("x"))
+    reconciler.sync(reconciler.put_peer(thief))
+    reconciler.sync(reconciler.overlays.replace("ov1", [holder("10.9.0.2", "b"), holder("10.9.0.66", "x")]))
+    flooded = "00:00:00:00:00:00 dst 10.0.0.2 self permanent"
+    assert fdb() == {*entries_of(("10.9.0.2", "10.0.0.2")), flooded}
+    told = " ".join(reconciler.problems())
+    assert "10.9.0.66, are on x, which claims the underlay address of b: 10.0.0.2: give one of them another" in told
+    # It gets another one: nothing is wrong any more.
+    reconciler.sync(reconciler.put_peer(replace(thief, addresses=(ip_address("10.0.0.9"),))))
+    both = entries_of(("10.9.0.2", "10.0.0.2"), ("10.9.0.66", "10.0.0.9"))
+    assert fdb() == {*both, flooded, flooded.replace("0.0.2", "0.0.9")}
+    assert reconciler.problems() == []
+    # Back to the other's, whose host then leaves: the address is its own.
+    reconciler.sync(reconciler.put_peer(thief))
+    assert fdb() == {*entries_of(("10.9.0.2", "10.0.0.2")), flooded}
+    reconciler.sync(reconciler.drop_peer("b"))
+    assert fdb() == {*entries_of(("10.9.0.66", "10.0.0.2")), flooded}
+    # And this host's own is nobody else's.
+    reconciler.sync(reconciler.put_peer(replace(thief, addresses=(ip_address("10.0.0.1"),))))
+    assert fdb() == set()
+    assert "which claims the underlay address of this host, a: 10.0.0.1" in " ".join(reconciler.problems())
+    assert reconciler.full() == 0
+
+
+def test_hosts_that_come_with_another_choice_of_the_underlay(reconciler: Reconciler) -> None:
+    bridge()
+    reconciler.full()
+    reconciler.sync(reconciler.overlays.replace("ov1", [holder("10.9.0.2", "b"), holder("10.9.0.66", "x")]))
+    reconciler.configure(OWN, Choice("10.0.0.1"), (DEFAULT,))
+    reconciler.put_peer(Node("x", (ip_address("10.0.0.9"),), (), vtep_mac("x")))
+    reconciler.full()
+    assert fdb() == entries_of(("10.9.0.2", "10.0.0.2"), ("10.9.0.66", "10.0.0.9"))
+
+
 def test_what_others_change_comes_back(reconciler: Reconciler) -> None:
     bridge()
     reconciler.full()

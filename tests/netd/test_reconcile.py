@@ -111,6 +111,15 @@ def test_without_an_underlay_nothing_is_withdrawn(reconciler: Reconciler) -> Non
     assert routes() == before
 
 
+def test_hosts_that_come_with_another_choice_of_the_underlay(reconciler: Reconciler) -> None:
+    """As a reload has it: the choice is another, and leads to the same link."""
+    reconciler.configure(OWN, Choice("10.0.0.1"), (DEFAULT,))
+    reconciler.put_peer(Node("c", (ip_address("10.0.0.3"),), (ip_network("10.2.3.0/24"),), vtep_mac("c")))
+    reconciler.full()
+    assert "10.2.3.0/24" in routes()
+    assert "10.2.2.0/24" in routes()
+
+
 def test_another_underlay_address_makes_another_tunnels_end(reconciler: Reconciler) -> None:
     spaces.run("ip", "address", "add", "10.0.0.9/24", "dev", "eth0")
     spaces.run("ip", "address", "del", "10.0.0.1/24", "dev", "eth0")
