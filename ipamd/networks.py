@@ -58,8 +58,11 @@ class Shared(Protocol):
     async def change(self, changes: Sequence[tuple[NetworkRecord, NetworkRecord]]) -> None:
         """Keeps other definitions of what is there, (before, after); UnavailableError where one is not as before."""
 
-    async def delete(self, record: NetworkRecord) -> None:
-        """Removes it; what is not there is no error. UnavailableError where it is another by now."""
+    async def delete(self, name: str) -> Sequence[NetworkRecord]:
+        """Removes it with its pool, both or none; what is not there is no error.
+
+        Returns the networks that were connected with it, as they are then. Raises PreconditionError that names a user.
+        """
 
 
 class Overlays(Protocol):
@@ -72,9 +75,6 @@ class Overlays(Protocol):
 
         AlreadyExistsError where it cannot be beside others, ExhaustedError where nothing is left to choose.
         """
-
-    async def refresh(self, record: NetworkRecord) -> NetworkRecord:
-        """The definition as it is now; the given one where there is none any more."""
 
     async def share(self, name: str, docker: str) -> NetworkRecord:
         """As `Directory.share`."""
@@ -119,6 +119,9 @@ class Networks:
             known = ", ".join(sorted(self._known)) or "none"
             raise NotFoundError(f"there is no network {name}; create it (netloom network create). Known: {known}")
         return record
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known
 
     def is_overlay(self, name: str) -> bool:
         """Whether there is an overlay network of this name: its pool has the same."""
@@ -297,23 +300,21 @@ class Directory:
     async def delete(self, name: str) -> None:
         """Ends a network that nobody uses, with its pool. Raises PreconditionError that names a user."""
         async with self._changing:
-            known = await self._engine.run(lambda: self._networks.get(name))
-            if self._overlays is not None and known.type == OVERLAY:
-                known = await self._overlays.networks.refresh(known)
-                if known.docker:
-                    raise PreconditionError(
-                        f"network {name}: every host's Docker shows it as {known.docker}; remove it there first "
-                        f"(docker network rm {known.docker})"
-                    )
-                await self._engine.run(lambda: self._networks.refresh(known), grows=True)
-            if name in self._ledger.pools:
-                await self._delete_pool(name)  # refused while somebody holds an address of it
-            record, others = await self._engine.run(lambda: (self._networks.get(name), self._networks.all()))
-            changes = [(other, _connected(other, name, undo=True)) for other in others if name in other.connected]
+            await self._engine.run(lambda: self._networks.get(name))
+            pool = self._ledger.pools.get(name)
+            if self._shared is None or (pool is not None and pool.spec.mode == "local"):
+                await self._engine.run(lambda: self._end(name))
             if self._shared is not None:
-                await self._shared.change(changes)
-                await self._shared.delete(record)
-            await self._engine.run(lambda: self._networks.keep((after for _, after in changes), without=[name]))
+                changed = await self._shared.delete(name)
+                await self._engine.run(lambda: self._networks.keep(changed, without=[name]))
+
+    def _end(self, name: str) -> None:
+        """Inside a batch: of this node's own network both go; of a cluster's the pool that only this node has."""
+        if name in self._ledger.pools:
+            self._ledger.delete_pool(name)  # refused while somebody holds an address of it
+        if self._shared is None:
+            connected = [record for record in self._networks.all() if name in record.connected]
+            self._networks.keep((disconnected(record, name) for record in connected), without=[name])
 
     async def connect(self, one: str, other: str, undo: bool) -> list[NetworkRecord]:
         """Lets the containers of two networks reach one another, or ends that; returns both."""
@@ -327,7 +328,8 @@ class Directory:
                         f"network {record.name} is an overlay, which is kept apart from others; connect the container "
                         "to both networks"
                     )
-            changed = [_connected(first, other, undo), _connected(second, one, undo)]
+            change = disconnected if undo else connected
+            changed = [change(first, other), change(second, one)]
             if self._shared is not None:
                 await self._shared.change(list(zip((first, second), changed, strict=True)))
             await self._engine.run(lambda: self._networks.keep(changed))
@@ -412,9 +414,23 @@ def bridge_name(network: str) -> str:
     return f"{name[: _LONGEST_LINK - 5]}-{hashlib.sha256(network.encode()).hexdigest()[:4]}"
 
 
-def _connected(record: NetworkRecord, other: str, undo: bool) -> NetworkRecord:
-    names = {*record.connected} - {other} if undo else {*record.connected, other}
-    return msgspec.structs.replace(record, connected=tuple(sorted(names)))
+def connected(record: NetworkRecord, other: str) -> NetworkRecord:
+    """A network that is connected with another one."""
+    return msgspec.structs.replace(record, connected=tuple(sorted({*record.connected, other})))
+
+
+def disconnected(record: NetworkRecord, other: str) -> NetworkRecord:
+    """A network that no longer is."""
+    return msgspec.structs.replace(record, connected=tuple(name for name in record.connected if name != other))
+
+
+def refuse_shown(record: NetworkRecord) -> None:
+    """Raises PreconditionError for a network that Docker shows: it is not to be deleted."""
+    if record.docker:
+        raise PreconditionError(
+            f"network {record.name}: every host's Docker shows it as {record.docker}; remove it there first (docker "
+            f"network rm {record.docker})"
+        )
 
 
 def _overlap(one: str, two: str) -> bool:

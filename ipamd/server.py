@@ -188,8 +188,8 @@ class _Daemon:
         self._records = ReleaseRecords(
             config.release_dir, engine, ledger, node=config.node, on_release=metrics.released
         )
-        networks = Networks(transaction)
-        shared = SharedNetworks(member.etcd, engine, ledger, networks) if member else None
+        desk.networks = networks = Networks(transaction)
+        shared = SharedNetworks(member.etcd, engine, ledger, networks, member.mirror.delete_pool) if member else None
         overlays: OverlayDesk | None = None
         if member and shared:
             macs = Macs(member.etcd, engine, transaction, member.identity.node_id)

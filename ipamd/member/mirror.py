@@ -9,7 +9,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from msgspec import Struct
 
@@ -17,6 +17,7 @@ from cluster import layout
 from cluster.errors import EtcdError
 from cluster.etcd import Compare, Delete, Etcd, Event, Get, Pair, Put, TxnResult, absent, unchanged
 from cluster.layout import BlockRecord, LayoutError, PoolRecord, PublishedRecord, ReservationRecord
+from ipamd.desk import networks_pool
 from ipamd.engine import Engine
 from ipamd.errors import AlreadyExistsError, IpamdError, NotFoundError, PreconditionError, UnavailableError
 from ipamd.lease import Ledger
@@ -34,6 +35,11 @@ _GIVE_BACK_S = 3.5
 _TELL_S = 1.5
 _SHOWN = 5
 _POLL_S = 0.25
+_TRIES = 10
+
+
+# What is to happen in the change that ends a pool, and its conditions; asked for when nothing of the pool is in use.
+Along = Callable[[], Awaitable[tuple[Sequence[Compare], Sequence[Put | Delete]]]]
 
 
 class Known(Struct, frozen=True):
@@ -203,31 +209,58 @@ class Mirror:
                 self.pools[name] = Known(record, found.mod_revision)
         return await self._engine.run(lambda: self._ledger.create_pool(name, spec), grows=True)
 
-    async def delete_pool(self, name: str) -> None:
-        """As `Ledger.delete_pool`, for all nodes."""
+    async def delete_pool(self, name: str, along: Along | None = None) -> None:
+        """As `Ledger.delete_pool`, for all nodes.
+
+        With `along`, what belongs to the pool goes in the same change; where that cannot be, the pool is as it was
+        before. Without, a network's pool is refused: PreconditionError.
+        """
         key = layout.POOLS + name
         pair = await self._get(key)
         if pair is None:
             raise NotFoundError(f"the cluster has no pool {name}")
         record = layout.decode(PoolRecord, key, pair.value)
         marked = layout.encode_over(pair.value, PoolRecord(record.spec, deleting=True))
-        done = await self._txn([unchanged(key, pair.mod_revision)], [Put(key, marked)], [Get(key)])
+        network = layout.NETWORKS + name
+        guard = [absent(network)] if along is None else []
+        done = await self._txn([unchanged(key, pair.mod_revision), *guard], [Put(key, marked)], [Get(network)])
         if not done.succeeded:
-            raise UnavailableError(f"pool {name} was changed by another node at the same moment; ask again")
-        in_use = await self._wait_until_free(name)
-        if in_use:
+            if guard and done.pairs[0] is not None:
+                raise networks_pool(name)
+            raise _changed(name)
+        try:
+            await self._refuse_used(name)
+            await self._end_pool(name, unchanged(key, done.revision), along)
+        except BaseException:
             # Its first node may still be there, and gave nothing back because an address is in use.
             unmarked = layout.encode_over(pair.value, PoolRecord(record.spec))
-            await self._txn([unchanged(key, done.revision)], [Put(key, unmarked)])
-            users = await self._users(name)
-            raise PreconditionError(f"pool {name} is in use: {users or in_use}; release its addresses first")
-        gone = [Delete(prefix + layout.place(name, ""), True) for prefix in (layout.RESERVATIONS, layout.MACS)]
-        done = await self._txn([unchanged(key, done.revision)], [Delete(key), *gone])
-        if not done.succeeded:
-            raise UnavailableError(f"pool {name} was changed by another node at the same moment; ask again")
+            with contextlib.suppress(UnavailableError):
+                await self._txn([unchanged(key, done.revision)], [Put(key, unmarked)])
+            raise
         # Who follows etcd may be faster, and has taken it out of the ledger.
         with contextlib.suppress(NotFoundError):
             await self._engine.run(lambda: self._ledger.delete_pool(name))
+
+    async def _refuse_used(self, name: str) -> None:
+        in_use = await self._wait_until_free(name)
+        if in_use:
+            users = await self._users(name)
+            raise PreconditionError(f"pool {name} is in use: {users or in_use}; release its addresses first")
+
+    async def _end_pool(self, name: str, as_marked: Compare, along: Along | None) -> None:
+        key, network = layout.POOLS + name, layout.NETWORKS + name
+        ended = [Delete(key)]
+        ended += [Delete(prefix + layout.place(name, ""), True) for prefix in (layout.RESERVATIONS, layout.MACS)]
+        for _ in range(_TRIES):
+            conditions, then = await along() if along is not None else ([absent(network)], [])
+            done = await self._txn([as_marked, *conditions], [*ended, *then], [Get(key)])
+            if done.succeeded:
+                return
+            there = done.pairs[0]
+            if along is None or there is None or there.mod_revision != as_marked.number:
+                break
+            # Not the pool: what goes along was changed meanwhile.
+        raise _changed(name)
 
     async def _wait_until_free(self, name: str) -> str:
         """Returns "" when no node has anything of a pool, else what they have and will not give back."""
@@ -351,3 +384,7 @@ class Mirror:
             return await self._etcd.get(key)
         except EtcdError as error:
             raise UnavailableError(f"the cluster cannot be asked: {error}") from None
+
+
+def _changed(name: str) -> UnavailableError:
+    return UnavailableError(f"pool {name} was changed by another node at the same moment; ask again")

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -28,7 +28,8 @@ from ipamd.engine import Engine
 from ipamd.errors import AlreadyExistsError, ExhaustedError, NotFoundError, PreconditionError, UnavailableError
 from ipamd.lease import Ledger
 from ipamd.member.follow import Follower
-from ipamd.networks import Choice, Networks, judge
+from ipamd.member.mirror import Along
+from ipamd.networks import Choice, Networks, disconnected, judge, refuse_shown
 from ipamd.overlay import OVERLAY, spec_of
 from ipamd.pool import Network, PoolSpec, validate
 from ipamd.store.base import Allocation
@@ -42,6 +43,9 @@ _UNDERLAY = "underlay/"  # netd's: whose address of the underlay is whose
 _NETD = "netd/"
 _TELL_S = 1.5  # how long a node may take to tell of what it released
 _POLL_S = 0.1
+
+
+DeletePool = Callable[[str, Along], Awaitable[None]]
 
 
 class _Reached(Struct, frozen=True):
@@ -61,11 +65,18 @@ class _State(Struct, frozen=True):
     def records(self) -> list[NetworkRecord]:
         return [record for record, _ in self.networks.values()]
 
+    def is_there(self, name: str) -> Compare:
+        """The condition that a network is as it was read."""
+        _, pair = self.networks[name]
+        return unchanged(pair.key, pair.mod_revision)
+
 
 class SharedNetworks:
     """See `ipamd.networks.Shared`. `follower` keeps this node's copy."""
 
-    def __init__(self, etcd: Etcd, engine: Engine, ledger: Ledger, networks: Networks) -> None:
+    def __init__(self, etcd: Etcd, engine: Engine, ledger: Ledger, networks: Networks, delete_pool: DeletePool) -> None:
+        """`delete_pool`: `Mirror.delete_pool`."""
+        self._delete_pool = delete_pool
         self._etcd = etcd
         self._engine = engine
         self._ledger = ledger
@@ -79,8 +90,10 @@ class SharedNetworks:
                 state = await self._state()
             if judge(record, state.records) is not None:
                 return
+            pool = await self._pool_of(record.name)
+            conditions = [absent(layout.NETWORKS + record.name), state.order, unchanged(pool.key, pool.mod_revision)]
             with _told():
-                done = await self._etcd.txn([absent(layout.NETWORKS + record.name), state.order], _puts(record))
+                done = await self._etcd.txn(conditions, _puts(record))
             if done.succeeded:
                 return
         raise _late(record.name)
@@ -96,8 +109,14 @@ class SharedNetworks:
                 read = await self._etcd.txn([], [Get(layout.POOLS + record.name), Get(layout.VERSION)])
                 pool, version = read.pairs
                 there = judge(record, state.records)
-                if there is not None:
-                    return there, _spec_in(pool) if pool is not None else spec_of(there, spec)
+                if there is not None and pool is not None:
+                    return there, _spec_in(pool)
+                if there is not None:  # an older version left half of a deletion, or somebody lost the key
+                    its_pool = spec_of(there, spec)
+                    conditions, puts = _pool_change(there.name, its_pool, None)
+                    if (await self._etcd.txn([state.is_there(there.name), *conditions], puts)).succeeded:
+                        return there, its_pool
+                    continue
                 try:
                     made = choice(record, state.records, [] if record.subnets else await self._taken())
                     its_pool = spec_of(made, spec)
@@ -116,12 +135,6 @@ class SharedNetworks:
                 return made, its_pool
         raise _late(record.name)
 
-    async def refresh(self, record: NetworkRecord) -> NetworkRecord:
-        """Raises UnavailableError."""
-        with _told():
-            pair = await self._etcd.get(layout.NETWORKS + record.name)
-        return (_read(pair) if pair is not None else None) or record
-
     async def share(self, name: str, docker: str) -> NetworkRecord:
         """See `ipamd.networks.Directory.share`."""
         for _ in range(_TRIES):
@@ -139,12 +152,28 @@ class SharedNetworks:
             if record.docker == docker:
                 return record
             await self._judge_name(record, docker, state.records)
+            conditions = [state.is_there(name), state.order]
+            if docker:
+                pool = await self._pool_of(name)
+                conditions.append(unchanged(pool.key, pool.mod_revision))
             after = replace(record, docker=docker)
             with _told():
-                done = await self._etcd.txn([unchanged(pair.key, pair.mod_revision), state.order], _puts(after, pair))
+                done = await self._etcd.txn(conditions, _puts(after, pair))
             if done.succeeded:
                 return after
         raise _late(name)
+
+    async def _pool_of(self, name: str) -> Pair:
+        """A network's pool. Raises UnavailableError where it is being deleted, PreconditionError without one."""
+        with _told():
+            pool = await self._etcd.get(layout.POOLS + name)
+            if pool is not None:
+                _spec_in(pool)
+                return pool
+        raise PreconditionError(
+            f"network {name} has no pool in the cluster any more; delete it, or create it again as it is (netloom "
+            "network create)"
+        )
 
     async def _judge_name(self, record: NetworkRecord, docker: str, others: Iterable[NetworkRecord]) -> None:
         if not docker:
@@ -254,15 +283,47 @@ class SharedNetworks:
             if not done.succeeded:
                 raise _late(changes[start][0].name)
 
-    async def delete(self, record: NetworkRecord) -> None:
-        """Raises UnavailableError, also where this node does not know yet what another one changed."""
-        pair = await self._as_known(record, record)
-        if pair is None:
-            return
-        with _told():
-            done = await self._etcd.txn([unchanged(pair.key, pair.mod_revision)], [Delete(pair.key)])
-        if not done.succeeded:
-            raise _late(record.name)
+    async def delete(self, name: str) -> list[NetworkRecord]:
+        """See `ipamd.networks.Shared`. The definition, its pool and what other networks say of it end in one change."""
+        changed: list[NetworkRecord] = []
+
+        async def along() -> tuple[list[Compare], list[Put | Delete]]:
+            with _told():
+                there = await self._etcd.get(layout.NETWORKS + name)
+                state = await self._state()  # later: who connects two networks changes both
+            if there is None:
+                return [absent(layout.NETWORKS + name)], []
+            if name in state.networks:
+                refuse_shown(state.networks[name][0])
+            connected = [(record, disconnected(record, name)) for record in state.records if name in record.connected]
+            # More than one change holds: those first. Where that is all that is done, the network is there, apart.
+            await self.change(connected[_BATCH:])
+            conditions = [unchanged(there.key, there.mod_revision)]
+            then: list[Put | Delete] = [Delete(there.key)]
+            for record, after in connected[:_BATCH]:
+                conditions.append(state.is_there(record.name))
+                _, pair = state.networks[record.name]
+                then.append(Put(pair.key, layout.encode_over(pair.value, after)))
+            changed[:] = [after for _, after in connected]
+            return conditions, then
+
+        for _ in range(_TRIES):
+            with _told():
+                pool, there = (await self._etcd.txn([], [Get(layout.POOLS + name), Get(layout.NETWORKS + name)])).pairs
+            if pool is not None:
+                record = _read(there) if there is not None else None
+                if record is not None:
+                    refuse_shown(record)  # before the pool is marked
+                await self._delete_pool(name, along)
+                return changed
+            conditions, then = await along()
+            if not then:
+                return []
+            with _told():
+                done = await self._etcd.txn([*conditions, absent(layout.POOLS + name)], then)
+            if done.succeeded:
+                return changed
+        raise _late(name)
 
     async def _as_known(self, *known: NetworkRecord) -> Pair | None:
         """What stands in etcd, if it is one of these; None where there is nothing."""

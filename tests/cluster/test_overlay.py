@@ -235,7 +235,7 @@ async def test_what_comes_in_between_two_looks_is_no_refusal(etcd: EtcdCluster, 
         return lambda asked, others, taken: complete(asked, others, parts_of(parts), taken)
 
     async with connected(etcd.sockets, f"/{tmp_path.name}/") as client:
-        other = SharedNetworks(client, Mock(), Mock(), Mock())
+        other = SharedNetworks(client, Mock(), Mock(), Mock(), Mock())
 
         class Late(SharedNetworks):
             looks = 0
@@ -248,7 +248,7 @@ async def test_what_comes_in_between_two_looks_is_no_refusal(etcd: EtcdCluster, 
                 return found
 
         for parts in ("198.18.0.0/20,24", "198.18.7.0/24,24"):  # another choice; nothing is left to choose
-            late = Late(client, Mock(), Mock(), Mock())
+            late = Late(client, Mock(), Mock(), Mock(), Mock())
             made, its_pool = await late.create_overlay(record, spec_, choose(parts))
             assert (made.vni, made.subnets, its_pool.range_sets[0][0].subnet) == (
                 *(256, ("198.18.7.0/24",), "198.18.7.0/24"),

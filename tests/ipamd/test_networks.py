@@ -16,7 +16,7 @@ from ipamd.errors import (
     UnavailableError,
 )
 from ipamd.lease import Ask, Ledger
-from ipamd.networks import Directory, Networks, bridge_name, validated
+from ipamd.networks import Directory, Networks, bridge_name, disconnected, validated
 from ipamd.pool import Mode, PoolSpec, RangeSpec
 from ipamd.store.base import Key, Netns
 from ipamd.store.memory import MemoryStore
@@ -30,6 +30,7 @@ class Elsewhere:
 
     def __init__(self) -> None:
         self.records: dict[str, NetworkRecord] = {}
+        self.end_pool: Callable[[str], Awaitable[object]] | None = None
         self.fails = False
 
     async def create(self, record: NetworkRecord) -> None:
@@ -40,9 +41,14 @@ class Elsewhere:
         await self._wait()
         self.records.update({after.name: after for _, after in changes})
 
-    async def delete(self, record: NetworkRecord) -> None:
+    async def delete(self, name: str) -> Sequence[NetworkRecord]:
         await self._wait()
-        self.records.pop(record.name, None)
+        assert self.end_pool is not None
+        await self.end_pool(name)
+        self.records.pop(name, None)
+        changed = [disconnected(record, name) for record in self.records.values() if name in record.connected]
+        self.records.update({record.name: record for record in changed})
+        return changed
 
     async def _wait(self) -> None:
         for _ in range(20):
@@ -59,11 +65,16 @@ class World:
         self.ledger = Ledger(self.transaction, FakeClock(), 30)
         self.ledger.in_cluster = shared is not None
         self.engine = Engine(self.transaction)
-        desk = Desk(self.engine, self.ledger)
+        self.desk = desk = Desk(self.engine, self.ledger)
+        networks = Networks(self.transaction)
+        if shared is None:
+            desk.networks = networks
+        if shared is not None:
+            shared.end_pool = desk.delete_pool
         self.directory = Directory(
             self.engine,
             self.ledger,
-            Networks(self.transaction),
+            networks,
             create_pool=desk.create_pool,
             delete_pool=desk.delete_pool,
             shared=shared,
@@ -154,8 +165,9 @@ def test_what_failed_half_way_is_ended_by_trying_again() -> None:
         assert await world.connected() == {"pods": ("web",), "web": ("pods",)}
         with pytest.raises(UnavailableError):
             await world.directory.delete("pods")
-        assert "pods" not in world.ledger.pools, "the deletion got so far"
+        assert "pods" in world.ledger.pools, "both or none"
         shared.fails = False
+        await world.engine.run(lambda: world.ledger.delete_pool("pods"))  # as an older version left it
         await world.create("pods", "10.1.0.0/16")
         assert "pods" in world.ledger.pools, "the same again is a whole network"
         await world.directory.delete("pods")
@@ -176,6 +188,19 @@ def test_a_network_in_use_is_whole_after_an_attempt_to_delete_it() -> None:
             await world.directory.delete("pods")
         assert await world.connected() == {"pods": ()}
         assert "pods" in world.ledger.pools
+
+    run(test)
+
+
+def test_a_networks_pool_is_not_deleted_alone() -> None:
+    async def test() -> None:
+        world = World()
+        await world.create("pods", "10.1.0.0/16")
+        with pytest.raises(PreconditionError, match="netloom network delete pods"):
+            await world.desk.delete_pool("pods")
+        assert "pods" in world.ledger.pools
+        await world.directory.delete("pods")
+        assert (await world.connected(), world.ledger.pools) == ({}, {})
 
     run(test)
 
