@@ -282,10 +282,10 @@ def _mapping(host: int, container: int) -> dict[str, Any]:
 
 _RULES = """
 import sys
-from kernel import nft
+from kernel import libnftables
 one = "ip saddr 10.{}.{}.1 tcp dport {} accept\\n"
 body = "".join(one.format(n >> 8 & 255, n & 255, n % 60000 + 1) for n in range(int(sys.argv[1])))
-nft.run("table ip foreign { chain a {\\n" + body + "}\\n}", "foreign rules")
+libnftables.run("table ip foreign { chain a {\\n" + body + "}\\n}", "foreign rules")
 """
 
 

@@ -135,7 +135,7 @@ class Events:
             elif kind == _DELSETELEM:
                 seen = dataclasses.replace(seen, elements=True)
             elif kind == _NEWTABLE and seen.structure:
-                # Removed and written as a whole, as our plugins do it (kernel.nft, ensure_tables).
+                # Removed and written as a whole, as our plugins do it (kernel.nft_tables, ensure_tables).
                 seen = dataclasses.replace(seen, structure=False, elements=True)
         elif table == FILTER and family in _IPTABLES:
             of_forward = kind in (_NEWRULE, _DELRULE) and text(body.get(_RULE_CHAIN)) == FORWARD

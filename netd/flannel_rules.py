@@ -12,7 +12,7 @@ import hashlib
 import struct
 from dataclasses import dataclass
 
-from kernel import foreign, mark, nft
+from kernel import foreign, libnftables, mark, nft
 from kernel.errors import NotFound
 from kernel.netlink import Message, string
 from kernel.session import Session
@@ -46,13 +46,13 @@ def converge(wanted: Rules | None) -> None:
     with Session() as session:
         if wanted is None:
             if nft.has_table(TABLE):
-                nft.run(_GONE, f"remove the table inet {TABLE}")
+                libnftables.run(_GONE, f"remove the table inet {TABLE}")
                 foreign.settle(session)
             return
         text = _text(wanted)
         name = f"v{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         if not _there(session, name):
-            nft.run(_GONE + text.replace("@VERSION@", name), f"write the table inet {TABLE}")
+            libnftables.run(_GONE + text.replace("@VERSION@", name), f"write the table inet {TABLE}")
         foreign.ensure(session, sorted({one.version for one in wanted.own}))
 
 

@@ -26,7 +26,7 @@ from cni import delegate, skel, undo, versions
 from cni.chained import tuning_backup
 from cni.skel import Outcome
 from ipamd.client import Client, Pending
-from kernel import netlink, netns, nft, ports, record, sysctl
+from kernel import libnftables, netlink, netns, ports, record, sysctl
 from kernel.errors import KernelError
 from kernel.session import Session
 
@@ -92,7 +92,7 @@ def watch_everything() -> None:
     watch(netlink, "Socket", lambda *_args, **_more: "open a netlink socket")
     watch(sysctl, "read", lambda *parts: f"read sysctl {'.'.join(parts)}")
     watch(sysctl, "write", lambda value, *parts: f"set sysctl {'.'.join(parts)} to {value}")
-    watch(nft, "run", lambda _commands, what, **_more: what)
+    watch(libnftables, "run", lambda _commands, what, **_more: what)
     watch(netns, "cookie", lambda: "read the namespace's cookie")
     watch(record.Records, "write", lambda _self, _record: "write the record")
     watch(record.Records, "read", lambda _self, _key: "read the record")

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from cni import attachment
-from kernel import nft
+from kernel import nft, nft_codec
 
 
 def comment(network: str, container_id: str, ifname: str = "eth0") -> str:
     """As the kernel keeps it."""
     request = cast(Any, SimpleNamespace(network=network, container_id=container_id, ifname=ifname))
-    return nft._owner(nft.masquerade("10.1.0.2", attachment.owner(request)))
+    return nft_codec.owner_of(nft.masquerade("10.1.0.2", attachment.owner(request)))
 
 
 def test_no_two_attachments_have_one_comment() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kernel import conntrack, nft
+from kernel import conntrack, libnftables
 from kernel.errors import NotFound
 from kernel.netlink import Message
 from kernel.ports import Port
@@ -33,7 +33,7 @@ table inet nat {
 
 @pytest.fixture
 def tracked(home: Space, session: Session) -> Iterator[Session]:
-    nft.run(_NAT, "test rules")
+    libnftables.run(_NAT, "test rules")
     yield session
 
 

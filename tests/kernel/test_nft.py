@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernel import nft
+from kernel import libnftables, nft, nft_codec, nft_tables
 from kernel.errors import Denied, Exists, KernelError
 from kernel.nft import Element
 from kernel.session import Session
@@ -56,8 +56,8 @@ def inet_rules() -> int:
 def test_every_set_is_in_its_tables_text() -> None:
     for name in nft.element_sets():
         family = Element(name, ("",)).family
-        assert re.search(rf"\t(set|map) {name} \{{", nft._table(family))
-        assert re.search(rf"@{name}\b", nft._table(family))
+        assert re.search(rf"\t(set|map) {name} \{{", nft_tables.table(family))
+        assert re.search(rf"@{name}\b", nft_tables.table(family))
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**128 - 1), st.integers(0, 32), st.integers(0, 128))
@@ -71,9 +71,9 @@ def test_keys_come_back_as_they_were_written(four: int, six: int, bits4: int, bi
         *(nft.no_masquerade(network) for network in networks),
         *nft.spoof_check("v" * 15, f"02:00:00:00:00:{bits4:02x}", "ö" * 80),
     ):
-        (found,) = nft._parse(element.set, nft._body([element]))
+        (found,) = nft_codec.parse(element.set, nft_codec.body_of([element]))
         assert found.key == element.key
-        assert nft._same_key(element, found)
+        assert nft_codec.same_key(element, found)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**128 - 1), st.integers(0, 65535), st.sampled_from(["tcp", "sctp"]))
@@ -83,15 +83,15 @@ def test_what_a_map_leads_to_comes_back(four: int, six: int, port: int, protocol
     for address in (str(IPv4Address(four)), str(IPv6Address(six))):
         for host_ip in ("", address):
             for element in nft.publish(host_ip, protocol, port, address, 65535 - port, "o"):
-                (found,) = nft._parse(element.set, nft._body([element], data=True))
+                (found,) = nft_codec.parse(element.set, nft_codec.body_of([element], data=True))
                 assert found == element
     jump = Element("anycond4", ("udp", str(port)), "o", ("c_0123456789abcdef",))
-    assert nft._parse(jump.set, nft._body([jump], data=True)) == [jump]
+    assert nft_codec.parse(jump.set, nft_codec.body_of([jump], data=True)) == [jump]
 
 
 def test_a_key_of_the_wrong_shape() -> None:
     with pytest.raises(ValueError, match="has 1 parts"):
-        nft._body([Element("masq4", ("10.0.0.1", "10.0.0.2"))])
+        nft_codec.body_of([Element("masq4", ("10.0.0.1", "10.0.0.2"))])
     with pytest.raises(ValueError, match="host bits set"):
         nft.no_masquerade("10.1.0.1/16")
 
@@ -170,7 +170,7 @@ def test_an_element_belongs_to_the_last_who_added_it(session: Session) -> None:
 def test_add_makes_what_a_reload_took(session: Session, flush: str) -> None:
     nft.add(session, ONE_OF_EACH)
     rules = inet_rules()
-    nft.run(flush, "a foreign reload")
+    libnftables.run(flush, "a foreign reload")
     nft.add(session, ONE_OF_EACH)
     assert all(nft.present(session, element) for element in ONE_OF_EACH)
     assert inet_rules() in (0, rules)
@@ -178,7 +178,9 @@ def test_add_makes_what_a_reload_took(session: Session, flush: str) -> None:
 
 @pytest.mark.kernel
 def test_a_table_of_another_version_is_replaced(session: Session) -> None:
-    nft.run("table inet netloom { set schema0 { type mark; }; set masq4 { type ipv4_addr; }; chain old { }; }", "old")
+    libnftables.run(
+        "table inet netloom { set schema0 { type mark; }; set masq4 { type ipv4_addr; }; chain old { }; }", "old"
+    )
     nft.add(session, ONE_OF_EACH)
     assert all(nft.present(session, element) for element in ONE_OF_EACH)
     assert not any(entry.get("chain", {}).get("name") == "old" for entry in ruleset())
@@ -192,7 +194,7 @@ def test_tables_are_made_for_the_families_that_are_asked_for(session: Session) -
     assert {entry["table"]["family"] for entry in ruleset() if "table" in entry} == {"inet", "bridge"}
     nft.ensure_tables(session, {"inet", "bridge"})
     assert all(nft.present(session, element) for element in ONE_OF_EACH)
-    nft.run("table ip other {\n}", "somebody else's")
+    libnftables.run("table ip other {\n}", "somebody else's")
     nft.delete_tables()
     nft.delete_tables()
     assert [entry["table"]["name"] for entry in ruleset() if "table" in entry] == ["other"]
@@ -221,8 +223,8 @@ def test_thousands_in_one_call(session: Session) -> None:
 @pytest.mark.kernel
 def test_a_batch_is_all_or_nothing(session: Session) -> None:
     nft.add(session, ONE_OF_EACH)
-    nft.run("delete table bridge netloom", "half of it goes")
-    nft.run("table bridge netloom { set guarded { type ifname; }; }", "and comes back wrong")
+    libnftables.run("delete table bridge netloom", "half of it goes")
+    libnftables.run("table bridge netloom { set guarded { type ifname; }; }", "and comes back wrong")
     # The bridge table is not of our version, so that the first batch fails as a whole; the second finds it repaired.
     fresh = [nft.masquerade("10.1.0.3", ""), *nft.spoof_check("veth2", "02:00:00:00:00:02", "")]
     nft.add(session, fresh)
@@ -241,9 +243,9 @@ def test_long_and_odd_comments_do_no_harm(session: Session) -> None:
 @pytest.mark.kernel
 def test_refusals_carry_libnftables_words(session: Session) -> None:
     with pytest.raises(KernelError, match=r"do nonsense: .*syntax error"):
-        nft.run("table inet {", "do nonsense")
+        libnftables.run("table inet {", "do nonsense")
     with pytest.raises(KernelError):
-        nft.run("delete table inet nowhere", "delete what is not there")
+        libnftables.run("delete table inet nowhere", "delete what is not there")
 
 
 @pytest.mark.kernel

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernel import netns, nft
+from kernel import libnftables, netns, nft, nft_tables
 from kernel.errors import KernelError
 from kernel.nft import Element
 from kernel.record import Key, Record, Records
@@ -205,7 +205,7 @@ def test_rebuild_restores_exactly_what_the_records_want(records: Records, sessio
     nft.add(session, stale)
     assert records.rebuild(session) == (0, len(stale))
     before = {name: set(nft.all_elements(session, name)) for name in nft.element_sets()}
-    nft.run(damage, "somebody's reload")
+    libnftables.run(damage, "somebody's reload")
     restored, removed = records.rebuild(session)
     assert removed == 0
     assert restored >= len(wanted)
@@ -239,8 +239,8 @@ def test_an_attachment_that_finds_no_tables_brings_back_what_all_want(
         records.apply(session, one)
     nft.delete_tables()
     if lost == "another version":
-        nft.run(nft._table("inet").replace(nft.SCHEMA, "schema1"), "write the tables of another version")
-        nft.run("add element inet netloom nomasq4 { 10.1.0.0/16 . 10.1.0.0/16 }", "exempt the network")
+        libnftables.run(nft_tables.table("inet").replace(nft.SCHEMA, "schema1"), "write the tables of another version")
+        libnftables.run("add element inet netloom nomasq4 { 10.1.0.0/16 . 10.1.0.0/16 }", "exempt the network")
     records.write(new)
     records.apply(session, new)
     assert all(nft.present(session, element) for one in (old, publisher, new) for element in one.elements)
@@ -308,7 +308,7 @@ def test_networks_within_one_another(records: Records, tmp_path: Path, session: 
         assert nft.holds(session, each.elements[0])
         assert nft.holds(session, each.shared[0])
     assert not nft.holds(session, nft.no_masquerade("10.0.0.0/8"))
-    nft.run("flush ruleset", "somebody's reload")
+    libnftables.run("flush ruleset", "somebody's reload")
     records.rebuild(session)
     assert _nomasq(session) == ["10.1.0.0/16"]
     assert records.rebuild(session) == (0, 0)
@@ -403,7 +403,7 @@ def test_rebuild_beside_adds_and_removals_leaves_nothing_stale(
     try:
         for number in range(60):
             if number % 20 == 19:
-                nft.run("flush ruleset", "somebody's reload")
+                libnftables.run("flush ruleset", "somebody's reload")
             records.rebuild(session)
             # At no moment is there an element without a record; the other way round is an ADD on its way.
             with records.hold():

@@ -961,7 +961,7 @@ def test_a_request_that_is_killed_leaves_what_the_next_one_sees_to(lab: Lab) -> 
 
 _FILL = """
 import sys
-from kernel import nft
+from kernel import libnftables, nft
 from kernel.ports import Ports
 from kernel.record import Key, Record, Records
 from kernel.session import Session
@@ -978,7 +978,7 @@ with Session() as session:
     if rules:
         one = "ip saddr 10.{}.{}.1 tcp dport {} accept\\n"
         body = "".join(one.format(n >> 8 & 255, n & 255, n % 60000 + 1) for n in range(rules))
-        nft.run("table ip foreign { chain a {\\n" + body + "}\\n}", "foreign rules")
+        libnftables.run("table ip foreign { chain a {\\n" + body + "}\\n}", "foreign rules")
 """
 
 
