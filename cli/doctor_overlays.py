@@ -40,7 +40,10 @@ def _device(host: Session, one: OverlayDocument, other: str) -> Iterator[Finding
     if bridge is None:  # the last container left meanwhile
         return
     if not bridge.up:
-        yield _problem(f"{name}: bridge {bridge.name} is down", f"ip link set {bridge.name} up")
+        yield _problem(
+            f"{name}: bridge {bridge.name} is down",
+            f"netd brings it up again and again: who takes it down? ip link set {bridge.name} up",
+        )
     if other:
         yield _problem(
             f"{name}: {other} is there that is not netd's, with VNI {one['vni']} or the name {one['device']}, so"

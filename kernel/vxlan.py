@@ -111,14 +111,20 @@ def add(door: Door, spec: Vxlan, *, up: bool = True) -> None:
     door.rtnl.execute(finish)
 
 
-def change(door: Door, spec: Vxlan, *, up: bool = True) -> None:
-    """Give a device that is there its MTU, MAC and alias, and bring it up, or leave that as it is. What else differs
-    takes a new device."""
+def change(door: Door, spec: Vxlan, *, up: bool = True, learning: bool = False) -> None:
+    """Give a device that is there its MTU, MAC and alias, and bring it up, or leave that as it is; with `learning` also
+    whether it learns. What else differs takes a new device."""
     flags = _IFF_UP if up else 0
     named = _IFINFO.pack(0, 0, 0, flags, flags) + string(_IFLA_IFNAME, spec.name)
     body = named + attr(_IFLA_ADDRESS, packed_mac(spec.mac)) + u32(_IFLA_MTU, spec.mtu)
     body += string(_IFLA_IFALIAS, spec.alias)
-    door.rtnl.execute([Message(_SETLINK, 0, body, f"change {spec.name}")])
+    messages = [Message(_SETLINK, 0, body, f"change {spec.name}")]
+    if learning:  # by itself: with an MTU the kernel takes nothing (drivers/net/vxlan/vxlan_core.c, vxlan_nl2conf)
+        data = nested(_INFO_DATA, attr(_LEARNING, bytes([spec.learning])))
+        named = _IFINFO.pack(0, 0, 0, 0, 0) + string(_IFLA_IFNAME, spec.name)
+        body = named + nested(_IFLA_LINKINFO, string(_INFO_KIND, "vxlan"), data)
+        messages.append(Message(_NEWLINK, 0, body, f"set whether {spec.name} learns"))
+    door.rtnl.execute(messages)
 
 
 def find(door: Door, name: str) -> Found | None:

@@ -17,7 +17,7 @@ from kernel.netlink import Message
 from kernel.session import Session
 from netd.found import ALIAS, PROTOCOL, Found
 from netd.plan import Plan, needs_new_device
-from netd.values import DEVICE, Address, Bridged, Device, Entry, Forward, Neighbour, Port, Route, Underlay
+from netd.values import DEVICE, Address, Bridge, Bridged, Device, Entry, Forward, Neighbour, Port, Route, Underlay
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,8 @@ def apply_devices(session: Session, found: Found, plan: Plan, late: Set[str]) ->
     for want, have in plan.devices:
         try:
             if have is not None and not needs_new_device(want, have):
-                vxlan.change(session, _spec(want), up=want.up and want.name not in late)
+                up = want.up and want.name not in late
+                vxlan.change(session, _spec(want), up=up, learning=have.learns)
                 if have.up and not want.up:
                     link.set_down(session, found.indexes[want.name])
             else:
@@ -54,6 +55,29 @@ def apply_devices(session: Session, found: Found, plan: Plan, late: Set[str]) ->
     return refusals, made
 
 
+def apply_bridges(session: Session, found: Found, plan: Plan) -> tuple[list[Refusal], list[str]]:
+    """The bridges of overlays, as far as they are there; what was refused, and the names of those that were changed.
+
+    With its MAC a link loses all neighbours, also permanent ones (net/core/neighbour.c, neigh_changeaddr).
+    """
+    refusals: list[Refusal] = []
+    changed: list[str] = []
+    for want, have in plan.put:
+        index = found.indexes.get(want.device) if isinstance(want, Bridge) else None
+        if not isinstance(want, Bridge) or index is None:
+            continue
+        try:
+            if not isinstance(have, Bridge) or have.mac != want.mac:
+                link.set_mac(session, index, want.mac)
+            if want.up:
+                link.set_up(session, index)
+        except KernelError as error:
+            refusals.append(Refusal(want, str(error)))
+        found.read_bridge(session, want.device)
+        changed.append(want.device)
+    return refusals, changed
+
+
 def apply_entries(session: Session, found: Found, plan: Plan, underlay: Underlay) -> list[Refusal]:
     """All but the devices that are wanted."""
     indexes = {**found.links(), underlay.link: underlay.index}
@@ -67,6 +91,9 @@ def apply_entries(session: Session, found: Found, plan: Plan, underlay: Underlay
             steps = bridgeport.messages(indexes[want.device], indexes[want.bridge], floods=want.flood)
             todo += [(want, message, True) for message in steps]
         else:
+            if isinstance(want, Address) and want.prefix_route and want.interface.version == 6:
+                with contextlib.suppress(KernelError):  # as the plugin does; what follows says what is wrong
+                    sysctl.ensure("0", "ipv6", "conf", want.device, "disable_ipv6")
             todo.append((want, _put(want, indexes[_link_of(want)], exclusive=have is None), True))
     for have in plan.drop:
         index = indexes.get(_link_of(have), 0)
@@ -102,7 +129,9 @@ def _execute(session: Session, found: Found, todo: Sequence[tuple[Entry, Message
     for (entry, _message, wanted), error in zip(todo, errors, strict=True):
         if entry.key in refused:  # an earlier step of the same
             continue
-        if error is None or (not wanted and isinstance(error, NotFound)):
+        # A gateway's address may be a plugin's, which was faster.
+        is_there = isinstance(error, Exists) and isinstance(entry, Address) and found.has_address(session, entry)
+        if error is None or is_there or (not wanted and isinstance(error, NotFound)):
             if wanted:
                 found.put(entry)
             else:
@@ -136,7 +165,7 @@ def _put(entry: Entry, index: int, exclusive: bool) -> Message:
     if isinstance(entry, Bridged):
         return fdb.set_bridged_message(fdb.Bridged(index, entry.mac))
     if isinstance(entry, Address):
-        return addr.add_message(index, entry.interface, prefix_route=False)
+        return addr.add_message(index, entry.interface, prefix_route=entry.prefix_route)
     raise TypeError(f"{entry} is no entry of a link")
 
 

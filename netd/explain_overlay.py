@@ -62,7 +62,10 @@ def _gateway(reconciler: Reconciler, overlay: Overlay, address: AnyAddress, way:
     if not here:
         return replace(way, note=f"no container of this host is on {overlay.name}, so its gateway is not here")
     if not route.is_local(reconciler.session, address):
-        why = f"bridge {overlay.bridge} lacks the gateway {address}: the next ADD on {overlay.name} puts it there"
+        why = (
+            f"bridge {overlay.bridge} lacks the gateway {address}: it is put there for the first container of this host"
+            " that has an address of its subnet"
+        )
         return replace(way, problems=(why,))
     return way
 

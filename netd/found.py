@@ -2,20 +2,26 @@
 
 Ours are routes of the protocol PROTOCOL in the main table, VXLAN devices with the alias ALIAS, and on those devices
 every address, permanent neighbour and forwarding entry, and what they are as a port; on the bridges of overlays, every
-permanent neighbour. For one thread.
+permanent neighbour, and the gateways' addresses, whoever put them there. For one thread.
 """
 
 from __future__ import annotations
 
-from kernel import addr, bridgeport, fdb, link, neigh, route, vxlan
+from collections.abc import Mapping
+
+from kernel import addr, bridgeport, fdb, link, macs, neigh, route, vxlan
 from kernel.errors import NotFound
 from kernel.leftovers import BRIDGE_MARK, NETD_MARK
 from kernel.rtevents import AddressChange, Change, ForwardChange, LinkChange, Lost, NeighbourChange, RouteChange
 from kernel.session import Door
 from netd.values import (
+    ADDRESS,
+    BRIDGE,
     DEVICE,
     PORT,
     Address,
+    AnyInterface,
+    Bridge,
     Bridged,
     Device,
     Entry,
@@ -38,7 +44,8 @@ class Found:
     def __init__(self) -> None:
         self.entries: dict[Key, Entry] = {}
         self.indexes: dict[str, int] = {}  # of our devices, and of overlays' bridges
-        self.bridges: frozenset[str] = frozenset()  # of all overlays, also of those that are not here
+        # Of all overlays, also of those that are not here, with their gateways.
+        self.bridges: Mapping[str, tuple[AnyInterface, ...]] = {}
         self.fresh: set[str] = set()  # devices that were just made
         self._names: dict[int, str] = {}
 
@@ -76,6 +83,8 @@ class Found:
         one = link.find(door, name)
         if one is not None and one.kind == "bridge" and one.alias == BRIDGE_MARK:
             self.indexes[name], self._names[one.index] = one.index, name
+            self._put_bridge(one)
+            self._read_gateways(door, name, one.index)
             self._read_neighbours(door, name, one.index)
 
     def forget_device(self, name: str) -> None:
@@ -85,6 +94,16 @@ class Found:
         gone = [key for key, entry in self.entries.items() if name in (key[1], getattr(entry, "device", ""))]
         for key in gone:
             del self.entries[key]
+
+    def name_of(self, index: int) -> str:
+        """Of a device of ours, or an overlay's bridge; "" where it is neither."""
+        name = self._names.get(index, "")
+        return name if name in self.indexes else ""
+
+    def has_address(self, door: Door, entry: Address) -> bool:
+        """Whether it is there now, whoever put it there; asks the kernel."""
+        index = self.indexes.get(entry.device, 0)
+        return any(one.interface == entry.interface for one in addr.all_addresses(door, index)) if index else False
 
     def put(self, entry: Entry) -> None:
         """An entry is there now."""
@@ -104,12 +123,13 @@ class Found:
             return self._note_forward(change)
         if isinstance(change, Lost):
             return None
-        return self._note_link(door, change)
+        if name := self.name_of(change.index):
+            return (
+                self._note_bridge(door, name, change) if name in self.bridges else self._note_link(door, name, change)
+            )
+        return set()
 
-    def _note_link(self, door: Door, change: LinkChange | AddressChange) -> set[Key] | None:
-        name = self._names.get(change.index, "")
-        if name not in self.indexes or name in self.bridges:
-            return set()
+    def _note_link(self, door: Door, name: str, change: LinkChange | AddressChange) -> set[Key] | None:
         if isinstance(change, AddressChange):
             return None if change.gone else set()
         if name in self.fresh:  # its own making is told step by step
@@ -124,6 +144,15 @@ class Found:
             return None
         self._read_port(door, name)
         return {(PORT, name, b"")}
+
+    def _note_bridge(self, door: Door, name: str, change: LinkChange | AddressChange) -> set[Key]:
+        if isinstance(change, AddressChange):
+            return self._read_gateways(door, name, change.index)
+        one = link.find(door, name)
+        if one is None or one.index != change.index:  # that is told next
+            return set()
+        self._put_bridge(one)
+        return {(BRIDGE, name, b"")}
 
     def _note_route(self, door: Door, change: RouteChange) -> set[Key]:
         if not _counts(change.route):
@@ -181,6 +210,28 @@ class Found:
             elif not forward.dst.is_unspecified:
                 self.put(Forward(name, forward.mac, forward.dst))
 
+    def _put_bridge(self, one: link.Link) -> None:
+        """With the MAC that a bridge of these gateways has where it has that of any of them: a container's ADD sets
+        that of the gateways which the container has."""
+        gateways = [gateway.ip for gateway in self.bridges[one.name]]
+        mac = macs.of_addresses(gateways) if one.mac in map(macs.of_address, gateways) else one.mac
+        self.put(Bridge(one.name, mac, one.up))
+
+    def _read_gateways(self, door: Door, name: str, index: int) -> set[Key]:
+        """The addresses of gateways; the keys of those that came or went."""
+        there = {one.interface for one in addr.all_addresses(door, index)}
+        changed = set()
+        for interface in self.bridges[name]:
+            key = (ADDRESS, name, interface.ip.packed)
+            if (key in self.entries) == (interface in there):
+                continue
+            changed.add(key)
+            if interface in there:
+                self.put(Address(name, interface, prefix_route=True))
+            else:
+                self.drop(key)
+        return changed
+
     def _read_neighbours(self, door: Door, name: str, index: int) -> None:
         for neighbour in neigh.all_neighbours(door, index):
             if neighbour.permanent:
@@ -230,4 +281,5 @@ def _device(one: vxlan.Found) -> Device | None:
         tx_checksum,
         spec.udp_checksum,
         one.up,
+        spec.learning,
     )

@@ -23,7 +23,9 @@ from netd.values import (
     NEIGHBOUR,
     NOBODY_KNOWN,
     PORT,
+    Address,
     AnyAddress,
+    Bridge,
     Bridged,
     Device,
     Entry,
@@ -38,7 +40,13 @@ from netd.values import (
 )
 
 _OWNER = "overlay/"  # no host's name has a slash
+_BRIDGE = "bridge"  # what is wanted of the bridge itself
 _FORGOTTEN_LATE = 1000  # addresses that nobody has any more, of a network
+
+
+def is_bridges_own(entry: Entry | None) -> bool:
+    """Whether it is the plugin's that made the bridge: put back where it is missing, and never taken away."""
+    return isinstance(entry, Bridge) or (isinstance(entry, Address) and entry.prefix_route)
 
 
 def is_owner(name: str) -> bool:
@@ -109,7 +117,7 @@ class Overlays:
 
     def all_keys(self, network: str) -> set[Key]:
         """All that an active network needs on this host, and what leads to its holders."""
-        owners = ["", *map(str, self.holders(network)), *(f"@{node}" for node in self._by_node)]
+        owners = ["", _BRIDGE, *map(str, self.holders(network)), *(f"@{node}" for node in self._by_node)]
         return {key for owner in owners for key in self._desired.keys_of(_owner(network, owner))}
 
     def may_drop(self, entry: Entry) -> bool | None:
@@ -117,6 +125,8 @@ class Overlays:
         network = self._by_link.get(entry.name if isinstance(entry, Device) else entry.device)
         if network is None or isinstance(entry, Device):
             return None
+        if is_bridges_own(entry):
+            return False
         return network in self._known or network not in self._active
 
     def may_go(self, device: str) -> bool:
@@ -185,7 +195,7 @@ class Overlays:
         self._defined = defined
         self._by_link = {one.bridge: one.name for one in defined.values()}
         self._by_link |= {device_name(one.vni): one.name for one in defined.values()}
-        self._found.bridges = frozenset(one.bridge for one in defined.values())
+        self._found.bridges = {one.bridge: one.gateway_interfaces for one in defined.values()}
         return self._refresh(changed)
 
     def place(self, underlay: Underlay | None, own: Node, peers: Mapping[str, Node], *, anew: bool = False) -> set[Key]:
@@ -238,6 +248,8 @@ class Overlays:
             self._by_node.setdefault(holder.node, {}).setdefault(network, set()).add(address)
             nodes.add(holder.node)
             keys |= self._want_holder(network, holder)
+        if self._own in nodes:
+            keys |= self._want_bridge(network)
         if (one := self._defined.get(network)) is not None and one.flood:
             for node in nodes:
                 keys |= self._want_flood(network, node)
@@ -268,7 +280,7 @@ class Overlays:
             self._activations += 1
             self._active[name] = self._activations
         for name in todo & active:
-            keys |= self._want(name)
+            keys |= self._want(name) | self._want_bridge(name)
             for holder in list(self._holders.get(name, {}).values()):
                 keys |= self._want_holder(name, holder)
             for node in [node for node, networks in self._by_node.items() if networks.get(name)]:
@@ -276,7 +288,7 @@ class Overlays:
         return keys
 
     def _forget(self, network: str) -> set[Key]:
-        keys = self._drop(_owner(network, ""))
+        keys = self._drop(_owner(network, "")) | self._drop(_owner(network, _BRIDGE))
         self._macs.pop(network, None)
         for address in self._holders.pop(network, {}):
             keys |= self._drop(_owner(network, str(address)))
@@ -320,6 +332,15 @@ class Overlays:
             up=network in self._known or works,
         )
         return self._desired.replace(_owner(network, ""), [device, Port(name, one.bridge, one.flood)])
+
+    def _want_bridge(self, network: str) -> set[Key]:
+        """Up, with its MAC, and with the gateways that containers here were given."""
+        one = self._defined[network]
+        own = self._by_node.get(self._own, {}).get(network, ())
+        versions = {address.version for address in own}
+        gateways = [Address(one.bridge, each, True) for each in one.gateway_interfaces if each.version in versions]
+        entries: list[Entry] = [Bridge(one.bridge, macs.of_addresses(one.gateways)), *gateways]
+        return self._desired.replace(_owner(network, _BRIDGE), entries)
 
     def _want_holder(self, network: str, holder: Holder) -> set[Key]:
         return self._desired.replace(_owner(network, str(holder.address)), self._towards(network, holder))

@@ -58,5 +58,5 @@ def plan(keys: Iterable[Key], desired: Callable[[Key], Entry | None], found: Cal
 
 def needs_new_device(want: Device, have: Device) -> bool:
     """Whether the kernel can make the one of the other only by making it anew."""
-    same = replace(have, mac=want.mac, mtu=want.mtu, tx_checksum=want.tx_checksum, up=want.up)
+    same = replace(have, mac=want.mac, mtu=want.mtu, tx_checksum=want.tx_checksum, up=want.up, learns=want.learns)
     return same != want

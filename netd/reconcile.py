@@ -19,15 +19,16 @@ from kernel.announce import Announcer
 from kernel.errors import KernelError, NotFound
 from kernel.rtevents import AddressChange, Change, LinkChange
 from kernel.session import Session
-from netd.apply import Refusal, apply_devices, apply_entries, bring_up
+from netd.apply import Refusal, apply_bridges, apply_devices, apply_entries, bring_up
 from netd.desired import OWN, Desired
 from netd.fabric.base import Place, UnreachableError
 from netd.fabric.registry import BACKENDS
 from netd.found import Found
-from netd.overlays import Overlays, is_owner
+from netd.overlays import Overlays, is_bridges_own, is_owner
 from netd.plan import Plan, plan
 from netd.underlay import Choice, UnderlayError, choose
 from netd.values import (
+    BRIDGE,
     DEVICE,
     FORWARD,
     PORT,
@@ -202,10 +203,13 @@ class Reconciler:
         devices = plan((key for key in todo if key[0] == DEVICE), self.desired.get, self.found.get)
         late = {want.name for want, have in devices.devices if self._comes_up_late(want, have)}
         refusals, made = apply_devices(self.session, self.found, devices, late)
-        if made:
-            todo.update(key for key in tuple(self.desired.keys()) if self._is_on(key, made))
+        bridges = plan((key for key in todo if key[0] == BRIDGE), self.desired.get, self.found.get)
+        refused, changed_bridges = apply_bridges(self.session, self.found, bridges)
+        refusals += refused
+        if made or changed_bridges:
+            todo.update(key for key in tuple(self.desired.keys()) if self._is_on(key, {*made, *changed_bridges}))
         # Once more from here: what was on a device went with it.
-        rest = plan((key for key in todo if key[0] != DEVICE), self.desired.get, self.found.get)
+        rest = plan((key for key in todo if key[0] not in (DEVICE, BRIDGE)), self.desired.get, self.found.get)
         # What is on a device that is not wanted any more stays as long as that, and goes with it: without an address of
         # its own a link takes nothing whose way back is another (net/ipv4/fib_frontend.c, __fib_validate_source).
         drop = [one for one in rest.drop if self._goes(one)]
@@ -214,7 +218,14 @@ class Reconciler:
         refusals += bring_up(self.session, self.found, late)
         for one in refusals:
             self._refused[one.entry.key] = self._explained(one)
-        changed = len(devices.devices) + len(going.put) + len(going.drop) + len(going.drop_devices) - len(refusals)
+        changed = (
+            len(devices.devices)
+            + len(changed_bridges)
+            + len(going.put)
+            + len(going.drop)
+            + len(going.drop_devices)
+            - len(refusals)
+        )
         if changed > 0:
             self.counts.changes += changed
             self.counts.last_change = time.time()
@@ -230,7 +241,7 @@ class Reconciler:
             if keys is None:
                 return None
             dirty |= keys
-        return {key for key in dirty if self.desired.get(key) != self.found.get(key)}
+        return {key for key in dirty if self._differs(key)}
 
     def take_new(self) -> set[Key]:
         """Keys of what is wanted since an overlay's bridge came or went, to be synced now."""
@@ -269,6 +280,10 @@ class Reconciler:
 
     # Inside
 
+    def _differs(self, key: Key) -> bool:
+        want, have = self.desired.get(key), self.found.get(key)
+        return want != have and not (want is None and is_bridges_own(have))
+
     def _comes_up_late(self, want: Device, have: Device | None) -> bool:
         """Whether a tunnel's end is to pass nothing before all else is there: one that is a port."""
         return want.up and not (have is not None and have.up) and self.desired.get((PORT, want.name, b"")) is not None
@@ -282,15 +297,17 @@ class Reconciler:
 
     def _note_bridge(self, change: Change) -> bool:
         """Whether it was an overlay's bridge that came or went; `new` has what follows."""
-        if not isinstance(change, LinkChange) or change.name not in self.found.bridges:
+        if not isinstance(change, LinkChange):
             return False
-        known = self.found.indexes.get(change.name)
-        if not change.gone and known != change.index:
-            self.found.read_bridge(self.session, change.name)
-        elif change.gone and known == change.index:
-            self.found.forget_device(change.name)
-        else:
+        before = self.found.name_of(change.index)
+        before = before if before in self.found.bridges else ""
+        after = change.name if change.name in self.found.bridges and not change.gone else ""
+        if before == after:
             return False
+        if before:  # it may have another name now
+            self.found.forget_device(before)
+        if after:
+            self.found.read_bridge(self.session, after)
         self._new |= self.overlays.bridges_changed()
         self._note_active()
         return True
@@ -374,7 +391,7 @@ class Reconciler:
         for key in [key for key in self._problems if key[0] == owner]:
             del self._problems[key]
 
-    def _is_on(self, key: Key, devices: Sequence[str]) -> bool:
+    def _is_on(self, key: Key, devices: Set[str]) -> bool:
         entry = self.desired.get(key)
         return entry is not None and not isinstance(entry, Device) and entry.device in devices
 

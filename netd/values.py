@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network, ip_interface
 
 AnyAddress = IPv4Address | IPv6Address
 AnyInterface = IPv4Interface | IPv6Interface
 AnyNetwork = IPv4Network | IPv6Network
 Key = tuple[int, str, bytes]
 
-DEVICE, ADDRESS, NEIGHBOUR, FORWARD, ROUTE, PORT, BRIDGED = range(7)
+DEVICE, ADDRESS, NEIGHBOUR, FORWARD, ROUTE, PORT, BRIDGED, BRIDGE = range(8)
 NOBODY_KNOWN = "00:00:00:00:00:00"  # where frames go to MACs that have no entry
 
 
@@ -90,6 +90,12 @@ class Overlay:
         """The first usable address of each subnet, which each host that is on it has."""
         return tuple(one[0] if one.num_addresses <= 2 else one[1] for one in self.subnets)
 
+    @property
+    def gateway_interfaces(self) -> tuple[AnyInterface, ...]:
+        """The same as its bridges have them, each with the length of its subnet."""
+        pairs = zip(self.gateways, self.subnets, strict=True)
+        return tuple(ip_interface((gateway, subnet.prefixlen)) for gateway, subnet in pairs)
+
 
 @dataclass(frozen=True, slots=True)
 class Holder:
@@ -121,7 +127,8 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A tunnel's end. `link`: the underlay's index, 0 for any; `up` is how it was found."""
+    """A tunnel's end. `link`: the underlay's index, 0 for any; `up` and `learns` (from packets, where a MAC is) are how
+    it was found."""
 
     name: str
     vni: int
@@ -133,6 +140,7 @@ class Device:
     tx_checksum: bool
     udp_checksum: bool
     up: bool = True
+    learns: bool = False
 
     @property
     def key(self) -> Key:
@@ -141,10 +149,12 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """The address that this host itself speaks from through a tunnel."""
+    """The address that this host itself speaks from through a tunnel; a gateway's of an overlay is on its bridge, and
+    the way to all of its network (`prefix_route`)."""
 
     device: str
     interface: AnyInterface
+    prefix_route: bool = False
 
     @property
     def key(self) -> Key:
@@ -216,7 +226,20 @@ class Route:
         return route_key(self.dst)
 
 
-Entry = Device | Address | Neighbour | Forward | Route | Port | Bridged
+@dataclass(frozen=True, slots=True)
+class Bridge:
+    """An overlay's bridge, which a plugin made. `mac`: that of its gateways, which containers know."""
+
+    device: str
+    mac: str
+    up: bool = True
+
+    @property
+    def key(self) -> Key:
+        return BRIDGE, self.device, b""
+
+
+Entry = Device | Address | Neighbour | Forward | Route | Port | Bridged | Bridge
 
 
 def route_key(dst: AnyNetwork) -> Key:

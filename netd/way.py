@@ -9,7 +9,7 @@ from kernel import fdb, link, route
 from kernel.errors import NotFound
 from kernel.session import Session
 from netd.found import PROTOCOL, Found
-from netd.values import Address, AnyAddress, Bridged, Device, Entry, Forward, Neighbour, Port, Route
+from netd.values import Address, AnyAddress, Bridge, Bridged, Device, Entry, Forward, Neighbour, Port, Route
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def name_of(session: Session, index: int) -> str:
 def text(entry: Entry) -> str:
     """As iproute2 writes it."""
     if isinstance(entry, Device):
-        state = "" if entry.up else ", down"
+        state = f"{' learning' if entry.learns else ''}{'' if entry.up else ', down'}"
         said = f"{entry.name} vxlan id {entry.vni} local {entry.local} dstport {entry.port} mtu {entry.mtu}{state}"
     elif isinstance(entry, Address):
         said = f"{entry.interface} dev {entry.device}"
@@ -83,6 +83,8 @@ def text(entry: Entry) -> str:
         said = f"{entry.mac} dev {entry.device} dst {entry.dst} self permanent"
     elif isinstance(entry, Bridged):
         said = f"{entry.mac} dev {entry.device} master sticky static"
+    elif isinstance(entry, Bridge):
+        said = f"{entry.device} address {entry.mac} {'up' if entry.up else 'down'}"
     elif isinstance(entry, Port):
         flags = (
             f"neigh_suppress on learning off flood {'on' if entry.flood else 'off'}" if entry.plain else "other flags"
@@ -97,7 +99,7 @@ def text(entry: Entry) -> str:
 def _look(session: Session, entries: Sequence[Entry]) -> Found:
     """What of these is in the kernel now."""
     found = Found()
-    found.bridges = frozenset(one.bridge for one in entries if isinstance(one, Port))
+    found.bridges = {one.bridge: () for one in entries if isinstance(one, Port)}
     for name in found.bridges:  # first: ports name them
         found.read_bridge(session, name)
     for name in {one.name for one in entries if isinstance(one, Device)}:

@@ -106,7 +106,7 @@ def joined(hosts: tuple[HostOfOne, HostOfOne]) -> HostOfOne:
 
 def test_all_is_well(joined: HostOfOne) -> None:
     assert joined.examine() == [
-        Finding("overlays", "ok", "ov1: 2 containers on 2 hosts, all 5 entries are in the kernel"),
+        Finding("overlays", "ok", "ov1: 2 containers on 2 hosts, all 7 entries are in the kernel"),
         Finding("overlays", "ok", "ov1: containers of 1 hosts answer through nl-vx256"),
     ]
 
@@ -133,7 +133,7 @@ def test_what_others_changed_in_the_kernel(joined: HostOfOne, spoil: str, said: 
     joined.run(spoil)
     found = joined.examine()
     assert any(one.level == "problem" and said in one.text and remedy in one.remedy for one in found), found
-    assert not any("all 5 entries" in one.text for one in found)
+    assert not any("all 7 entries" in one.text for one in found)
 
 
 def test_what_the_kernel_refused(hosts: tuple[HostOfOne, HostOfOne]) -> None:
@@ -143,14 +143,14 @@ def test_what_the_kernel_refused(hosts: tuple[HostOfOne, HostOfOne]) -> None:
     one.tell(HOLDERS)
     (first, second) = one.problems()
     assert "swarm0 is there that is not netd's" in first[0]
-    assert second[0] == "ov1: 4 of 5 entries are missing"  # the bridge itself takes a neighbour
+    assert second[0] == "ov1: 4 of 7 entries are missing"  # the bridge itself takes a neighbour and the rest
 
 
 def test_entries_that_are_missing(joined: HostOfOne) -> None:
     overlays = joined.reconciler.overlays
     joined.reconciler.found.drop(next(iter(overlays.keys_of("ov1", HOLDERS[1].address))))
     assert joined.problems() == [
-        ("ov1: 1 of 5 entries are missing", "netloom route ADDRESS says which, and netd's log why")
+        ("ov1: 1 of 7 entries are missing", "netloom route ADDRESS says which, and netd's log why")
     ]
 
 

@@ -99,8 +99,20 @@ def lacks(host: Host, *links: str) -> bool:
 def test_what_is_undone_by_hand_comes_back(fleet: Pods, device: str, pods: list[Container]) -> None:
     host, other = fleet.host(1), pods[1]
     mac = other.netns.links()["eth0"]["address"]
-    before = state(host, "ov1", device)
+    gateways = host.addresses()["nl-ov1"]
+    assert gateways == ["10.20.0.1/24", *(["fd20::1/64"] if IPV6 else [])]
+
+    def found() -> list[object]:
+        links = host.links()
+        shown, tunnel = links["nl-ov1"], links.get(device, {}).get("linkinfo", {}).get("info_data", {})
+        flags = shown["address"], "UP" in shown["flags"], tunnel.get("learning")
+        return [state(host, "ov1", device), flags, sorted(host.addresses()["nl-ov1"])]
+
+    before = found()
     for words in (
+        *(f"ip address del {gateway} dev nl-ov1" for gateway in gateways),
+        "ip link set nl-ov1 address 02:00:00:00:00:99",
+        "ip link set nl-ov1 down",
         f"ip neigh del {other.ipv4} dev nl-ov1",
         f"ip neigh replace {other.ipv4} lladdr 02:00:00:00:00:99 dev nl-ov1 nud permanent",
         f"bridge fdb del {mac} dev {device} self",
@@ -108,13 +120,14 @@ def test_what_is_undone_by_hand_comes_back(fleet: Pods, device: str, pods: list[
         f"bridge fdb del {mac} dev {device} master",
         f"bridge link set dev {device} neigh_suppress off",
         f"bridge link set dev {device} flood on bcast_flood on mcast_flood on learning on",
+        f"ip link set {device} type vxlan learning",
         f"ip link set {device} nomaster",
         f"ip link set {device} down",
         f"ip link set {device} mtu 1300",
         f"ip link del {device}",
     ):
         host.run(words.split())
-        wait_until(lambda: state(host, "ov1", device) == before, f"all to be as before {words}")
+        wait_until(lambda: found() == before, f"all to be as before {words}", lambda: str(found()))
     host.run(["nft", "delete", "table", "inet", "netloom"])
     for name in ("apart4", "masq4"):
         elements = ["nft", "list", "set", "inet", "netloom", name]

@@ -15,8 +15,8 @@ from kernel.rtevents import RouteEvents
 from kernel.session import Session
 from netd.reconcile import Reconciler
 from netd.underlay import Choice
-from netd.values import PORT, Holder, Network, Node, Overlay, vtep_mac
-from tests.hosts import wait_until
+from netd.values import BRIDGE, PORT, Holder, Network, Node, Overlay, vtep_mac
+from tests.hosts import IPV6, wait_until
 from tests.kernel import spaces
 
 pytestmark = pytest.mark.kernel
@@ -187,7 +187,7 @@ def test_what_others_change_comes_back(reconciler: Reconciler) -> None:
     bridge()
     reconciler.full()
     reconciler.sync(reconciler.overlays.replace("ov1", [holder("10.9.0.2", "b"), holder("fd09::2", "b")]))
-    before = neighbours(), fdb(), spaces.run("ip", "-d", "link", "show", "nl-vx256").splitlines()[4:]
+    before = neighbours(), fdb(), shown_device()
     mac = macs.of_address(ip_address("10.9.0.2"))
     for words in (
         ("ip", "neigh", "del", "10.9.0.2", "dev", "nl-ov1"),
@@ -196,13 +196,14 @@ def test_what_others_change_comes_back(reconciler: Reconciler) -> None:
         ("bridge", "fdb", "add", "02:00:00:00:00:77", "dev", "nl-vx256", "self", "dst", "10.0.0.3"),
         ("bridge", "link", "set", "dev", "nl-vx256", "neigh_suppress", "off"),
         ("bridge", "link", "set", "dev", "nl-vx256", "flood", "on"),
+        ("ip", "link", "set", "nl-vx256", "type", "vxlan", "learning"),
         ("ip", "link", "set", "nl-vx256", "nomaster"),
         ("ip", "link", "set", "nl-vx256", "down"),
         ("ip", "link", "delete", "nl-vx256"),
     ):
         spaces.run(*words)
         assert reconciler.full() > 0, words
-        after = neighbours(), fdb(), spaces.run("ip", "-d", "link", "show", "nl-vx256").splitlines()[4:]
+        after = neighbours(), fdb(), shown_device()
         assert after == before, words
         assert reconciler.full() == 0, words
 
@@ -222,6 +223,107 @@ def test_an_event_tells_of_another_port(reconciler: Reconciler) -> None:
             assert reconciler.sync(keys) == 1
             assert reconciler.note(events.read()) == set()
             assert reconciler.full() == 0
+
+
+def shown_device() -> list[str]:
+    """What it is as a tunnel's end and as a port."""
+    _, _, tunnel, port, *more = spaces.run("ip", "-d", "link", "show", "nl-vx256").splitlines()
+    words = port.split()  # with timers and numbers of ports, too
+    flags = [
+        words[words.index(one) + 1] for one in ("learning", "flood", "mcast_flood", "bcast_flood", "neigh_suppress")
+    ]
+    return [tunnel, *flags, *more]
+
+
+def shown_bridge() -> list[str]:
+    """Whether it is up, its MAC, addresses and permanent neighbours."""
+    words = spaces.run("ip", "-o", "link", "show", "nl-ov1").split()
+    found = ["up" if "UP" in words[2].strip("<>").split(",") else "down", words[words.index("link/ether") + 1]]
+    found += [line.split()[3] for line in spaces.run("ip", "-o", "address", "show", "dev", "nl-ov1").splitlines()]
+    return [*(one for one in found if not one.startswith("fe80")), *sorted(neighbours())]
+
+
+def test_an_event_tells_of_another_bridge(reconciler: Reconciler) -> None:
+    """Gateways, MAC and whether it is up are as the plugin made them, before the next ADD; what others add stays."""
+    bridge()
+    reconciler.full()
+    here = [holder("10.9.0.9", "a"), *([holder("fd09::9", "a")] if IPV6 else [])]
+    gateways = ["10.9.0.1/24", *(["fd09::1/64"] if IPV6 else [])]
+    with contextlib.closing(RouteEvents()) as events:
+        events.watched = reconciler.watched()
+        reconciler.sync(reconciler.overlays.replace("ov1", [holder("10.9.0.2", "b"), *here]))
+        before = shown_bridge()
+        assert set(gateways) < set(before)
+        assert "10.9.0.0/24" in spaces.run("ip", "route"), "the way to the network"
+        assert reconciler.note(events.read()) == set()
+        for words in (
+            *(f"ip address del {gateway} dev nl-ov1" for gateway in gateways),
+            "ip link set nl-ov1 address 02:00:00:00:00:99",
+            "ip link set nl-ov1 down",
+            *(["sysctl -qw net.ipv6.conf.nl-ov1.disable_ipv6=1"] if IPV6 else []),
+        ):
+            spaces.run(*words.split())
+            assert shown_bridge() != before, words
+            keys = reconciler.note(events.read())
+            assert keys, words
+            assert reconciler.sync(keys) > 0, words
+            assert shown_bridge() == before, words
+            assert reconciler.sync(reconciler.note(events.read()) or ()) == 0, words
+            assert reconciler.full() == 0, words
+        spaces.run("ip", "address", "add", "10.9.0.77/24", "dev", "nl-ov1")
+        assert reconciler.note(events.read()) == set()
+        assert reconciler.full() == 0
+    assert "10.9.0.77" in spaces.run("ip", "address")
+
+
+def test_gateways_of_nobody_here(reconciler: Reconciler) -> None:
+    """What containers of this host have no use for is not put there, and not taken away either: an ADD may be about to
+    need it. Nor is a MAC changed that follows from another gateway."""
+    bridge()
+    reconciler.full()
+    reconciler.sync(reconciler.overlays.replace("ov1", [holder("10.9.0.2", "b")]))
+    assert "10.9.0.1" not in spaces.run("ip", "address")
+    with contextlib.closing(RouteEvents()) as events:
+        events.watched = reconciler.watched()
+        spaces.run("ip", "address", "add", "10.9.0.1/24", "dev", "nl-ov1")
+        spaces.run("ip", "link", "set", "nl-ov1", "address", macs.of_address(ip_address("fd09::1")))
+        keys = reconciler.note(events.read())
+        assert keys is not None
+        assert not any(key[0] == BRIDGE for key in keys)
+        reconciler.sync(keys)  # its neighbours went with the MAC
+    assert neighbours() == {f"10.9.0.2 {macs.of_address(ip_address('10.9.0.2'))}"}
+    assert reconciler.full() == 0
+    assert "10.9.0.1" in spaces.run("ip", "address")
+    assert macs.of_address(ip_address("fd09::1")) in spaces.run("ip", "link", "show", "nl-ov1")
+
+
+def test_a_gateway_that_a_plugin_put_there_first(reconciler: Reconciler) -> None:
+    bridge()
+    reconciler.full()
+    spaces.run("ip", "address", "add", "10.9.0.1/24", "dev", "nl-ov1")  # its event is not read yet
+    reconciler.sync(reconciler.overlays.replace("ov1", [holder("10.9.0.9", "a")]))
+    assert reconciler.problems() == []
+    assert reconciler.full() == 0
+
+
+def test_a_bridge_of_another_name_is_none(reconciler: Reconciler) -> None:
+    """The tunnel's end leaves it, and is a port of the one that the plugin makes then."""
+    bridge()
+    reconciler.full()
+    reconciler.sync(reconciler.overlays.replace("ov1", [holder("10.9.0.2", "b")]))
+    with contextlib.closing(RouteEvents()) as events:
+        events.watched = reconciler.watched()
+        spaces.run("ip", "link", "set", "nl-ov1", "down")
+        spaces.run("ip", "link", "set", "nl-ov1", "name", "mine")
+        reconciler.sync({*(reconciler.note(events.read()) or ()), *reconciler.take_new()})
+        assert reconciler.overlays.active() == {}
+        assert "nl-vx256" not in spaces.run("ip", "-br", "link")
+        bridge()
+        reconciler.sync({*(reconciler.note(events.read()) or ()), *reconciler.take_new()})
+        reconciler.sync(reconciler.overlays.replace("ov1", [holder("10.9.0.2", "b")]))
+        assert "master nl-ov1" in spaces.run("ip", "link", "show", "nl-vx256")
+        assert neighbours() == {f"10.9.0.2 {macs.of_address(ip_address('10.9.0.2'))}"}
+        assert reconciler.full() == 0
 
 
 def test_another_start_takes_nothing_away_before_all_holders_are_known(reconciler: Reconciler) -> None:

@@ -218,8 +218,8 @@ def test_status(joined: Reconciler) -> None:
         ("e", "", "unknown", 1, 1),
     ]
     assert [one.address for one in found.hosts[1].some] == ["10.9.0.2", "10.9.0.3", "fd09::2"]
-    # Device and port; three neighbours, two MACs.
-    assert (found.wanted, found.present) == (2 + 3 + 2 * 2, 2 + 3 + 2 * 2)
+    # Device and port, bridge and gateway; three neighbours, two MACs.
+    assert (found.wanted, found.present) == (4 + 3 + 2 * 2, 4 + 3 + 2 * 2)
     assert [one.partition(",")[0] for one in found.problems] == ["network ov1: 1 addresses"]
     assert holders_by_place(joined) == {"here": 1, "other": 4}
     joined.found.drop(next(key for key in joined.overlays.keys_of("ov1", ip_address("10.9.0.3"))))
