@@ -33,7 +33,17 @@ _logger = logging.getLogger("ipamd.check")
 _PAGE = 500
 _CNI = "cni"  # whose allocations are a container's, with an interface in a namespace
 
-Kind = Literal["leaked", "missing", "duplicate", "orphan-block", "unclaimed", "unreleased", "unpublished", "stale-mac"]
+Kind = Literal[
+    "leaked",
+    "missing",
+    "duplicate",
+    "orphan-block",
+    "unclaimed",
+    "unreleased",
+    "unpublished",
+    "stale-mac",
+    "lost-network",
+]
 
 
 class KernelAddress(Struct, frozen=True):

@@ -33,7 +33,7 @@ from ipamd.messages import check_name
 from ipamd.overlay import OVERLAY, Parts
 from ipamd.pool import Network, PoolSpec, address_text, parse_address, parse_network
 from ipamd.pools import check_pool_name
-from ipamd.store.base import Allocation, Note, Reservation
+from ipamd.store.base import Allocation, Note, Reservation, Store
 from kernel.errors import KernelError
 
 T = TypeVar("T")
@@ -127,6 +127,11 @@ class Networks:
         """Whether there is an overlay network of this name: its pool has the same."""
         record = self._known.get(name)
         return record is not None and record.type == OVERLAY
+
+    @property
+    def store(self) -> Store:
+        """Where this node's copy is."""
+        return self._transaction.store
 
     def holder(self, pool: str, ip: str) -> Allocation | Reservation | None:
         """Who has an address on this node."""

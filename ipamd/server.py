@@ -195,6 +195,7 @@ class _Daemon:
             macs = Macs(member.etcd, engine, transaction, member.identity.node_id)
             overlays = OverlayDesk(shared, macs, config.overlay_subnets)
             member.followers.append(shared.follower)
+            member.check.lost_networks = shared.conflicts
             member.also.append(macs.run)
             ledger.has_macs = networks.is_overlay
         self._directory = Directory(

@@ -6,6 +6,7 @@
 - "unreleased": one that etcd has for this node and nobody here holds. Mended: it is an allocation again, which goes
   once its container is gone.
 - "stale-mac": a MAC that was told for an address which its node no longer holds by that allocation. Mended: it goes.
+- "lost-network": a network that is in use here and that etcd lost, and what is in the way of putting it there again.
 - "duplicate": one address, or block, of two nodes. A person must decide.
 
 Everything is read from etcd anew, in pages, so that a mistake in what this node remembers shows, too.
@@ -13,7 +14,7 @@ Everything is read from etcd anew, in pages, so that a mistake in what this node
 
 import ipaddress
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from functools import partial
 from itertools import pairwise
 
@@ -73,6 +74,7 @@ class ClusterCheck:
         self._holdings = holdings
         self._blocks = blocks
         self._shared = shared
+        self.lost_networks: Mapping[str, str] = {}  # and why they stay lost
         self._orphans: dict[Place, int] = {}  # mod_revision, as found by the last check
         self._stale: dict[Place, tuple[int, int]] = {}  # of a MAC and (0: there is none) of its address
 
@@ -99,6 +101,12 @@ class ClusterCheck:
                 "duplicate", frozen.pool, frozen.cidr, self._identity.node,
                 f"two nodes have this block: {frozen.reason}; it hands nothing out here. Stop its containers on one of "
                 "the two nodes",
+            )  # fmt: skip
+        for name, why in self.lost_networks.items():
+            yield Difference(
+                "lost-network", name, "", self._identity.node,
+                f"etcd lost it, and addresses of it are in use here: {why}; end its containers here, or delete what is "
+                "in its way",
             )  # fmt: skip
         async for difference in self._compare_blocks():
             yield difference

@@ -24,6 +24,7 @@ from ipamd.lease import Ledger
 from ipamd.member.follow import Follower
 from ipamd.member.holdings import Holdings
 from ipamd.member.listing import listing
+from ipamd.member.lost import in_use
 from ipamd.pool import Pool, PoolSpec, address_text, parse_address
 from ipamd.store.base import Allocation, Filter, Reservation, Store
 from telemetry import log
@@ -121,11 +122,13 @@ class Mirror:
 
     async def _lost_pool(self, pool: Pool) -> None:
         """It is not in etcd: deleted elsewhere, unless something of it is in use here, which only a loss explains."""
-        try:
-            await self._engine.run(lambda: self._ledger.delete_pool(pool.name))
-        except PreconditionError:
-            pass
-        else:
+        while not await in_use(self._engine, self._ledger, self._store, pool.name):
+            try:
+                await self._engine.run(lambda: self._ledger.delete_pool(pool.name))
+            except PreconditionError:
+                continue  # a claim just began
+            except NotFoundError:
+                return
             log.event(_logger, "info", "the cluster no longer has a pool", pool=pool.name)
             return
         log.event(_logger, "error", "etcd lost a pool of which addresses are in use here; it is put there again",

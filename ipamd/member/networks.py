@@ -25,9 +25,17 @@ from cluster.layout import (
     VersionRecord,
 )
 from ipamd.engine import Engine
-from ipamd.errors import AlreadyExistsError, ExhaustedError, NotFoundError, PreconditionError, UnavailableError
+from ipamd.errors import (
+    AlreadyExistsError,
+    ExhaustedError,
+    IpamdError,
+    NotFoundError,
+    PreconditionError,
+    UnavailableError,
+)
 from ipamd.lease import Ledger
 from ipamd.member.follow import Follower
+from ipamd.member.lost import in_use
 from ipamd.member.mirror import Along
 from ipamd.networks import Choice, Networks, disconnected, judge, refuse_shown
 from ipamd.overlay import OVERLAY, spec_of
@@ -77,6 +85,7 @@ class SharedNetworks:
     def __init__(self, etcd: Etcd, engine: Engine, ledger: Ledger, networks: Networks, delete_pool: DeletePool) -> None:
         """`delete_pool`: `Mirror.delete_pool`."""
         self._delete_pool = delete_pool
+        self.conflicts: dict[str, str] = {}  # lost in etcd, in use here, and why they cannot be put there again
         self._etcd = etcd
         self._engine = engine
         self._ledger = ledger
@@ -340,19 +349,57 @@ class SharedNetworks:
 
     async def _take(self, records: Iterable[NetworkRecord], gone: Collection[str]) -> None:
         missing = [record for record in self._networks.all() if record.name in gone]
-        lost = [record for record in missing if self._is_used(record)]
+        lost = [record for record in missing if await self._is_used(record)]
         ended = [record.name for record in missing if record not in lost]
         await self._engine.run(lambda: self._networks.keep(records, without=ended), grows=True)
+        for name in self.conflicts.keys() - {record.name for record in lost}:
+            del self.conflicts[name]
         for record in lost:
-            log.event(_logger, "error", "etcd lost a network of which addresses are in use here; it is put there again",
-                      network=record.name)  # fmt: skip
-            key = layout.NETWORKS + record.name
-            await self._etcd.txn([absent(key)], [Put(key, layout.encode(record))], repeatable=True)
+            await self._put_back(record)
 
-    def _is_used(self, record: NetworkRecord) -> bool:
-        """Nobody deletes a network of which an address is in use."""
-        pool = self._ledger.pools.get(record.name)
-        return pool is not None and sum(pool.allocated) > 0
+    async def _is_used(self, record: NetworkRecord) -> bool:
+        return await in_use(self._engine, self._ledger, self._networks.store, record.name)
+
+    async def _put_back(self, record: NetworkRecord) -> None:
+        """Where nothing that was defined meanwhile is in the way; else an operator hears of it. Raises EtcdError."""
+        for _ in range(_TRIES):
+            state = await self._state()
+            if record.name in state.networks:
+                return  # by another node; the watch tells
+            try:
+                conditions, puts = await self._as_before(record, state)
+            except (IpamdError, LayoutError, ValueError) as error:
+                self._complain(record, str(error))
+                return
+            done = await self._etcd.txn(
+                [absent(layout.NETWORKS + record.name), state.order, *conditions], [*_puts(record), *puts]
+            )
+            if done.succeeded:
+                self.conflicts.pop(record.name, None)
+                log.event(_logger, "error", "etcd lost a network of which addresses are in use here; it is put there "
+                          "again", network=record.name)  # fmt: skip
+                return
+        self._complain(record, "its key in etcd cannot be read, or others define networks all the time")
+
+    async def _as_before(self, record: NetworkRecord, state: _State) -> tuple[list[Compare], list[Put]]:
+        """What goes with a lost network: its pool, where that is lost too, and what keeps older members out."""
+        judge(record, state.records)
+        for other in state.records:
+            if record.docker and other.docker == record.docker:
+                raise AlreadyExistsError(f"docker: every host's Docker shows network {other.name} as {record.docker}")
+        pool, version = (await self._etcd.txn([], [Get(layout.POOLS + record.name), Get(layout.VERSION)])).pairs
+        spec = self._ledger.pools[record.name].spec if record.name in self._ledger.pools else None
+        conditions, puts = _pool_change(record.name, spec, pool) if spec and spec.mode != "local" else ([], [])
+        needs = await self._raised(version) if record.type == OVERLAY else []
+        if needs and version is not None:
+            conditions.append(unchanged(version.key, version.mod_revision))
+        return conditions, [*puts, *needs]
+
+    def _complain(self, record: NetworkRecord, why: str) -> None:
+        if self.conflicts.get(record.name) != why:
+            log.event(_logger, "error", "etcd lost a network of which addresses are in use here, and it cannot be put "
+                      "there again", network=record.name, error=why)  # fmt: skip
+        self.conflicts[record.name] = why
 
     async def _changed(self, events: Sequence[Event]) -> None:
         records: dict[str, NetworkRecord] = {}
@@ -366,7 +413,8 @@ class SharedNetworks:
             elif event.kind == "delete":
                 records.pop(name, None)
                 gone.add(name)
-        await self._take(records.values(), gone)
+        # What was in the way of a lost one may be gone.
+        await self._take(records.values(), gone | (self.conflicts.keys() - records.keys()))
 
 
 def _puts(record: NetworkRecord, there: Pair | None = None) -> list[Put]:

@@ -282,25 +282,29 @@ async def test_what_one_node_has_not_heard_of_yet_is_not_overwritten() -> None:
             for record in (together, db):
                 await client.put(layout.NETWORKS + record.name, layout.encode(record))
             # Of what it is made of only etcd is asked for these.
-            shared = SharedNetworks(client, Mock(), Mock(), Mock())
+            shared = SharedNetworks(client, Mock(), Mock(), Mock(), Mock())
             for change in (
                 shared.change([(db, db), (web, msgspec.structs.replace(web, connected=("pods",)))]),
                 shared.change([(pods, msgspec.structs.replace(pods, connected=("web",)))]),
-                shared.delete(web),
             ):
                 with pytest.raises(UnavailableError, match="changed by another node"):
                     await change
-            await shared.create(db)  # the same again
+            await shared.create(db)  # the same again, whatever became of its pool
             with pytest.raises(AlreadyExistsError, match="another definition"):
                 await shared.create(msgspec.structs.replace(db, mtu=1400))
             with pytest.raises(AlreadyExistsError, match="overlaps"):
                 await shared.create(msgspec.structs.replace(db, name="later", bridge="nl-later"))
-            await shared.delete(pods)
+            assert await shared.delete("pods") == []  # nothing is there
             await shared.change([(web, together)])
             assert await client.get(layout.NETWORKS + "pods") is None
             there = await client.get(layout.NETWORKS + "web")
             assert there is not None
             assert layout.decode(NetworkRecord, there.key, there.value) == together
+            # What it has not heard of is heeded: that web is connected with db.
+            assert [record.connected for record in await shared.delete("db")] == [()]
+            there = await client.get(layout.NETWORKS + "web")
+            assert there is not None
+            assert layout.decode(NetworkRecord, there.key, there.value) == web
 
 
 def _network(name: str, *subnets: str) -> pb.CreateNetworkRequest:

@@ -153,6 +153,11 @@ def test_addresses_of_a_removed_node_cool_down(lab: Lab) -> None:
         assert set(rests) == {f"slow#{ip}" for ip in taken}
         assert {node for node, _ in rests.values()} == {"b"}
         assert min(seconds for _, seconds in rests.values()) > 300
+
+        def heard() -> bool:
+            return [(pool.usage[0].cooling, pool.usage[0].elsewhere) for pool in to_a.list_pools()] == [(0, 0), (60, 0)]
+
+        wait_for("a has heard of all", heard)
         with pytest.raises(IpamError, match="cool") as error:
             to_a.allocate(key("mine"), pools=["slow"], requested=[taken[0]])
         assert error.value.code.name == "UNAVAILABLE"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +11,13 @@ import pytest
 
 from cluster import layout
 from cluster.errors import UnavailableError as AwayError
-from cluster.etcd import Delete, Etcd, Put, TxnResult
-from cluster.layout import NetworkRecord, PoolRecord
-from ipamd.desk import Desk
-from ipamd.engine import Engine, Transaction
+from cluster.etcd import Delete, Put, TxnResult
+from cluster.layout import NetworkRecord
 from ipamd.errors import IpamdError, NotFoundError, PreconditionError, UnavailableError
-from ipamd.lease import Ledger
-from ipamd.member.holdings import Holdings
-from ipamd.member.macs import Macs
-from ipamd.member.mirror import Along, Mirror
-from ipamd.member.networks import SharedNetworks
-from ipamd.networks import Directory, Networks, OverlayDesk
-from ipamd.overlay import parts_of
-from ipamd.pool import PoolSpec, RangeSpec
-from ipamd.store.memory import MemoryStore
-from tests.cluster.loop import connected, looped
+from ipamd.pool import PoolSpec
+from tests.cluster.loop import looped
+from tests.cluster.world import nothing, worlds
 from tests.etcd import EtcdCluster
-from tests.ipamd.clock import FakeClock
 
 pytestmark = pytest.mark.kernel
 
@@ -39,85 +28,8 @@ def one() -> Iterator[EtcdCluster]:
         yield cluster
 
 
-class World:
-    """What a node has for networks and pools, on a real etcd; it follows nobody.
-
-    `before_mark` and `before_end` are awaited when the pool of a network that is deleted is about to be marked, and
-    about to go.
-    """
-
-    def __init__(self, etcd: Etcd) -> None:
-        self.etcd = etcd
-        transaction = Transaction(MemoryStore())
-        self.ledger = Ledger(transaction, FakeClock(), 0)
-        self.ledger.in_cluster = True
-        self.engine = Engine(transaction)
-        self.networks = Networks(transaction)
-        self.mirror = Mirror(etcd, self.engine, self.ledger, transaction.store, Holdings(transaction, self.ledger), "a")
-        desk = Desk(self.engine, self.ledger, self.mirror)
-        self.shared = SharedNetworks(etcd, self.engine, self.ledger, self.networks, self._delete_pool)
-        self.directory = Directory(
-            self.engine,
-            self.ledger,
-            self.networks,
-            create_pool=desk.create_pool,
-            delete_pool=desk.delete_pool,
-            shared=self.shared,
-            overlays=OverlayDesk(
-                self.shared, Macs(etcd, self.engine, transaction, "id-a"), parts_of("198.18.0.0/16,24")
-            ),
-        )
-        self.before_mark: Callable[[], Awaitable[object]] = _nothing
-        self.before_end: Callable[[], Awaitable[object]] = _nothing
-
-    async def _delete_pool(self, name: str, along: Along) -> None:
-        await self.before_mark()
-
-        async def late() -> Any:
-            await self.before_end()
-            return await along()
-
-        await self.mirror.delete_pool(name, late)
-
-    async def create(self, name: str, subnet: str, kind: str = "overlay") -> None:
-        spec = PoolSpec(((RangeSpec(subnet),),), mode="cluster-address")
-        await self.directory.create(NetworkRecord(name, kind, (subnet,)), spec)
-
-    async def in_etcd(self, name: str) -> str:
-        """ "": nothing; "network", "pool" and "deleting" where they are."""
-        network, pool = await self.etcd.get(layout.NETWORKS + name), await self.etcd.get(layout.POOLS + name)
-        found = ["network"] if network is not None else []
-        if pool is not None:
-            found.append("pool")
-            found += ["deleting"] * layout.decode(PoolRecord, pool.key, pool.value).deleting
-        return " ".join(found)
-
-    async def here(self, name: str) -> str:
-        return " ".join(
-            [record.name for record in self.networks.all() if record.name == name]
-            + ["pool"] * (name in self.ledger.pools)
-        )
-
-
-async def _nothing() -> None:
-    pass
-
-
-@asynccontextmanager
-async def worlds(one: EtcdCluster, directory: Path) -> AsyncIterator[tuple[World, World]]:
-    """Two nodes, each with a client of its own."""
-    prefix = f"/{directory.name}/"
-    async with connected(one.sockets, prefix) as first, connected(one.sockets, prefix) as second:
-        a, b = World(first), World(second)
-        try:
-            yield a, b
-        finally:
-            for world in (a, b):
-                await world.engine.close()
-
-
 @looped
-async def test_both_go_and_nothing_else(one: EtcdCluster, tmp_path: Path) -> None:
+async def test_both_go_andnothing_else(one: EtcdCluster, tmp_path: Path) -> None:
     async with worlds(one, tmp_path) as (a, _):
         await a.create("blue", "198.18.1.0/24")
         for name, subnet in (("web", "10.1.0.0/16"), ("db", "10.2.0.0/16"), ("log", "10.3.0.0/16")):
@@ -142,7 +54,7 @@ async def test_a_name_in_docker_that_comes_in_between(one: EtcdCluster, tmp_path
         with pytest.raises(PreconditionError, match="docker network rm docker-blue"):
             await a.directory.delete("blue")
         assert (await a.in_etcd("blue"), await a.here("blue")) == ("network pool", "blue pool")
-        a.before_mark = _nothing
+        a.before_mark = nothing
         await b.shared.share("blue", "")
         refused: list[IpamdError] = []
 
