@@ -15,17 +15,20 @@ from msgspec import Struct
 
 from cluster import layout
 from cluster.errors import EtcdError
-from cluster.etcd import Compare, Delete, Etcd, Event, Get, Pair, Put, TxnResult, absent, unchanged
-from cluster.layout import BlockRecord, LayoutError, PoolRecord, PublishedRecord, ReservationRecord
+from cluster.etcd import Compare, Delete, Etcd, Event, Get, Pair, Put, TxnResult, absent, present, unchanged
+from cluster.layout import BlockRecord, FreedRecord, LayoutError, PoolRecord, PublishedRecord, ReservationRecord
 from ipamd.desk import networks_pool
 from ipamd.engine import Engine
 from ipamd.errors import AlreadyExistsError, IpamdError, NotFoundError, PreconditionError, UnavailableError
 from ipamd.lease import Ledger
+from ipamd.member.book import freed_key
 from ipamd.member.follow import Follower
 from ipamd.member.holdings import Holdings
 from ipamd.member.listing import listing
 from ipamd.member.lost import in_use
+from ipamd.member.unclaims import Leases
 from ipamd.pool import Pool, PoolSpec, address_text, parse_address
+from ipamd.shared import Rest
 from ipamd.store.base import Allocation, Filter, Reservation, Store
 from telemetry import log
 
@@ -63,6 +66,7 @@ class Mirror:
         self._store = store
         self._holdings = holdings
         self._node = node
+        self._leases = Leases(etcd)
         self.followers = (
             Follower(etcd, layout.POOLS, self._list_pools, self._change_pools),
             Follower(etcd, layout.RESERVATIONS, self._list_reservations, self._change_reservations),
@@ -362,17 +366,35 @@ class Mirror:
         raise UnavailableError(f"{ip} of pool {pool.name} changed hands at this moment; ask again")
 
     async def unreserve(self, name: str, text: str) -> None:
-        """As `Ledger.unreserve`, for all nodes."""
+        """As `Ledger.unreserve`, for all nodes: of a cluster-address pool etcd says that the address cools down."""
         ip = address_text(*parse_address(text, "address"))
+        key = layout.RESERVATIONS + layout.place(name, ip)
+        pool = self._ledger.pools.get(name)
+        then: list[Put | Delete] = [Delete(key)]
+        lease = await self._rest_lease(name) if pool is not None and pool.is_shared else 0
+        if lease:
+            # Nobody's: a node may have its own again at once.
+            freed = FreedRecord(self._node, "")
+            then.append(Put(freed_key((name, ip)), layout.encode(freed), lease))
+        done = await self._txn([present(key)], then)
+
+        def end() -> None:
+            if lease and done.succeeded:
+                self._ledger.rest(name, ip, Rest(self._node, done.revision))
+            self._ledger.unreserve(name, ip)
+
         try:
-            gone = await self._etcd.delete(layout.RESERVATIONS + layout.place(name, ip))
-        except EtcdError as error:
-            raise UnavailableError(f"the cluster cannot be told: {error}") from None
-        try:
-            await self._engine.run(lambda: self._ledger.unreserve(name, ip))
+            await self._engine.run(end)
         except NotFoundError:
-            if not gone:
+            if not done.succeeded:
                 raise
+
+    async def _rest_lease(self, name: str) -> int:
+        try:
+            return await self._leases.get(self._ledger.cooldown_s(name))
+        except EtcdError as error:
+            self._leases.forget()
+            raise UnavailableError(f"the cluster cannot be told: {error}") from None
 
     async def _txn(
         self, compares: Sequence[Compare], then: Sequence[Put | Delete | Get], otherwise: Sequence[Get] = ()

@@ -294,6 +294,29 @@ def test_a_reserved_address_is_not_given(etcd: EtcdCluster, prefix: str, tmp_pat
             assert eventually(to_b, "x", "10.8.0.9") == ["10.8.0.9/24"]
 
 
+def test_an_address_that_was_reserved_cools_down_for_all(etcd: EtcdCluster, prefix: str, tmp_path: Path) -> None:
+    """As a released one does: somebody may still use it."""
+    with ExitStack() as stack:
+        a, b = start(stack, etcd, prefix, tmp_path, "a", "b")
+        make_pool([a, b], "10.8.0.0/24", cooldown_ms=600_000)
+        with a.client() as to_a, b.client() as to_b:
+            to_a.reserve("p", "10.8.0.9", "printer")
+            wait_for("b hears of it", lambda: to_b.get_pool("p").usage[0].reserved)
+            to_a.unreserve("p", "10.8.0.9")
+            assert keys(etcd, prefix, "freed/") == ["p#10.8.0.9"]
+            wait_for("b hears of both", lambda: "cools down" in refusal(to_b, "x", "10.8.0.9").message)
+            for client in (to_a, to_b):
+                assert refusal(client, "x", "10.8.0.9").code is Code.UNAVAILABLE
+                assert client.get_pool("p").usage[0].cooling == 1
+            before = etcd.keys(f"{prefix}freed/")
+            with pytest.raises(IpamError) as caught:
+                to_b.unreserve("p", "10.8.0.9")
+            assert caught.value.code is Code.NOT_FOUND
+            assert etcd.keys(f"{prefix}freed/") == before
+            # It may be reserved again meanwhile, by any node.
+            to_b.reserve("p", "10.8.0.9", "printer")
+
+
 def test_history_is_compacted_under_the_watch(etcd: EtcdCluster, prefix: str, tmp_path: Path) -> None:
     with ExitStack() as stack:
         a, b = start(stack, etcd, prefix, tmp_path, "a", "b")
