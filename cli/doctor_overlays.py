@@ -164,17 +164,24 @@ def _rival(one: OverlayDocument, host: str) -> str:
 
 def _tunnels(one: OverlayDocument) -> Iterator[Finding]:
     """Does a container of each host answer through the tunnel? Asked in the name of one of this host."""
-    sources = [holder for host in one["hosts"] if host["state"] == "here" for holder in _ipv4(host)]
+    sources = {
+        address.version: (address, mac)
+        for host in one["hosts"]
+        if host["state"] == "here"
+        for address, mac in _few(host)
+    }
     targets = {
         address: (mac, host["name"], ipaddress.ip_address(host["outer"]))
         for host in one["hosts"]
         if host["outer"]
-        for address, mac in _ipv4(host)
+        for address, mac in _few(host)
+        if address.version in sources
     }
-    if not sources or not targets:
+    if not targets:
         return
+    asked = {address: mac for address, (mac, _, _) in targets.items()}
     try:
-        answered = probe.arp(one["device"], sources[0], {address: mac for address, (mac, _, _) in targets.items()})
+        answered = probe.neighbours(one["device"], sources.values(), asked)
     except OSError:  # no such device: that was found above
         return
     reached = {targets[address][1] for address in answered}
@@ -185,17 +192,16 @@ def _tunnels(one: OverlayDocument) -> Iterator[Finding]:
         yield _problem(
             f"{one['name']}: {some(sorted(lost))} answer, but no container there does through {one['device']}",
             f"does a firewall there or between drop UDP port {one['port']}? does netd run there, and netloom route"
-            f" {sources[0][0]} there find everything?",
+            f" {next(iter(sources.values()))[0]} there find everything?",
         )
     elif reached:
         text = f"{one['name']}: containers of {len(reached)} hosts answer through {one['device']}"
         yield Finding(_CHECK, "ok", text)
 
 
-def _ipv4(host: OverlayHostDocument) -> list[tuple[ipaddress.IPv4Address, str]]:
+def _few(host: OverlayHostDocument) -> list[tuple[probe.AnyAddress, str]]:
     """Addresses and MACs of a few of its containers."""
-    found = [(ipaddress.ip_address(one["address"]), one["mac"]) for one in host["some"]]
-    return [(address, mac) for address, mac in found if isinstance(address, ipaddress.IPv4Address)]
+    return [(ipaddress.ip_address(one["address"]), one["mac"]) for one in host["some"]]
 
 
 def _problem(text: str, remedy: str) -> Finding:

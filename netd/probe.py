@@ -1,6 +1,8 @@
 """Probes: does a host answer, with packets of which size, and do checksums arrive. Raw sockets, so root.
 
-Blocking, with a limit; many hosts are asked at once. In the namespace of the calling thread. RFC 792, 4443, 793, 826.
+Blocking, with a limit; many hosts are asked at once. In the namespace of the calling thread.
+
+Sources: RFC 792, 4443, 793, 826, 4861.
 """
 
 from __future__ import annotations
@@ -29,6 +31,9 @@ _ETH_P_ALL = 3  # include/uapi/linux/if_ether.h
 _ARP_REQUEST = b"\x08\x06\0\1\x08\0\6\4\0\1"  # the EtherType, and ARP's beginning for IPv4 over Ethernet
 _ARP_REPLY = _ARP_REQUEST[:-1] + b"\2"
 _ARP_LENGTH = 14 + 28
+_IPV6 = b"\x86\xdd"
+_SOLICITATION, _ADVERTISEMENT, _SOURCE_MAC = 135, 136, 1  # RFC 4861
+_ADVERTISEMENT_LENGTH = 14 + 40 + 24
 _DISCARD = 9  # the port of a service that nobody has: the answer is a reset
 
 
@@ -106,43 +111,70 @@ def tcp_answers_checked(address: IPv4Address, source: IPv4Address, wait_s: float
     return False
 
 
-def arp(
-    device: str, source: tuple[IPv4Address, str], targets: Mapping[IPv4Address, str], wait_s: float = 1.0
-) -> set[IPv4Address]:
-    """Who of these, each with its MAC, answers an ARP request that goes to it alone, out of a port of a bridge: its
-    kernel does, without any firewall of IP packets being asked.
+def neighbours(
+    device: str, sources: Iterable[tuple[AnyAddress, str]], targets: Mapping[AnyAddress, str], wait_s: float = 1.0
+) -> set[AnyAddress]:
+    """Who of these, each with its MAC, answers an ARP request or a neighbour solicitation that goes to it alone, out of
+    a port of a bridge: its kernel does, whatever its firewall thinks of pings.
 
     Args:
         device: a tunnel's end. The answer is seen as it comes out of it, whoever it is for.
-        source: address and MAC of a container behind that bridge. It gets the answers, too, which tell it nothing new.
+        sources: addresses and MACs of containers behind that bridge, one of each family that is to be asked. They get
+            the answers, too, which tell them nothing new.
         targets: containers beyond the tunnel.
         wait_s: for how long to wait for those that have not answered, after each of the tries.
 
     Raises:
         OSError: this needs root, and the device.
     """
-    found: set[IPv4Address] = set()
-    own = _packed(source[1])
+    own = {address.version: (address, _packed(mac)) for address, mac in sources}
+    requests = {
+        address: _neighbour_request(*own[address.version], address, _packed(mac))
+        for address, mac in targets.items()
+        if address.version in own
+    }
+    macs = {mac for _, mac in own.values()}
+    found: set[AnyAddress] = set()
     # Of every protocol: a bridge takes what comes by its port before those who listen for one protocol are asked.
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.htons(_ETH_P_ALL)) as raw:
         raw.bind((device, _ETH_P_ALL))
         raw.setblocking(False)
         for _ in range(_TRIES):
-            for address in targets.keys() - found:
-                body = own + source[0].packed + bytes(6) + address.packed
-                frame = _packed(targets[address]) + own + _ARP_REQUEST + body
+            for address in requests.keys() - found:
                 with contextlib.suppress(OSError):
-                    raw.send(frame)
+                    raw.send(requests[address])
             deadline = time.monotonic() + wait_s
-            while targets.keys() - found and (left := deadline - time.monotonic()) > 0:
+            while requests.keys() - found and (left := deadline - time.monotonic()) > 0:
                 if select.select([raw], [], [], left)[0]:
                     with contextlib.suppress(OSError):
                         frame = raw.recv(2048)
-                        if frame[:6] == own and frame[12:22] == _ARP_REPLY and len(frame) >= _ARP_LENGTH:
-                            found.add(IPv4Address(frame[28:32]))
-            if not targets.keys() - found:
+                        answered = _neighbour_answered(frame)
+                        if frame[:6] in macs and answered in requests:
+                            found.add(answered)
+            if not requests.keys() - found:
                 break
-    return found & targets.keys()
+    return found
+
+
+def _neighbour_request(source: AnyAddress, own: bytes, target: AnyAddress, mac: bytes) -> bytes:
+    if source.version == 4:
+        return mac + own + _ARP_REQUEST + own + source.packed + bytes(6) + target.packed
+    body = bytes(4) + target.packed + bytes((_SOURCE_MAC, 1)) + own
+    ends, size = source.packed + target.packed, len(body) + 4
+    head = struct.pack("!BBH", _SOLICITATION, 0, 0)
+    checksum = _checksum(ends + struct.pack("!II", size, socket.IPPROTO_ICMPV6) + head + body)
+    packet = struct.pack("!IHBB", 6 << 28, size, socket.IPPROTO_ICMPV6, 255) + ends
+    return mac + own + _IPV6 + packet + struct.pack("!BBH", _SOLICITATION, 0, checksum) + body
+
+
+def _neighbour_answered(frame: bytes) -> AnyAddress | None:
+    """Whose answer a frame is; None: it is none."""
+    if frame[12:22] == _ARP_REPLY and len(frame) >= _ARP_LENGTH:
+        return IPv4Address(frame[28:32])
+    # The next header, and the type: advertisements have no extension headers.
+    if frame[12:14] == _IPV6 and len(frame) >= _ADVERTISEMENT_LENGTH and frame[20] == socket.IPPROTO_ICMPV6:
+        return IPv6Address(frame[62:78]) if frame[54] == _ADVERTISEMENT else None
+    return None
 
 
 def _round(sockets: Mapping[int, socket.socket], probes: list[Probe], wait_s: float) -> dict[Probe, float | None]:

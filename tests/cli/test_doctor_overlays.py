@@ -18,6 +18,7 @@ from netd.reconcile import Reconciler
 from netd.underlay import Choice
 from netd.values import Holder, Network, Node, Overlay, vtep_mac
 from protos.node.v1 import node_pb2 as pb
+from tests.hosts import IPV6
 from tests.kernel import spaces
 
 pytestmark = pytest.mark.kernel
@@ -84,13 +85,20 @@ def host(space: spaces.Space, node: Node, container: spaces.Space, holder: Holde
 
 
 @pytest.fixture
-def hosts() -> Iterator[tuple[HostOfOne, HostOfOne]]:
+def containers() -> Iterator[list[spaces.Space]]:
+    """One of each host."""
+    with spaces.fresh() as one, spaces.fresh() as other:
+        yield [one, other]
+
+
+@pytest.fixture
+def hosts(containers: list[spaces.Space]) -> Iterator[tuple[HostOfOne, HostOfOne]]:
     with contextlib.ExitStack() as stack:
-        a, b, in_a, in_b = (stack.enter_context(spaces.fresh()) for _ in range(4))
+        a, b = (stack.enter_context(spaces.fresh()) for _ in range(2))
         with spaces.inside(a):
             spaces.run(*f"ip link add eth0 type veth peer name eth0 netns {b.path}".split())
         made = []
-        for node, space, container, holder in zip(NODES.values(), (a, b), (in_a, in_b), HOLDERS, strict=True):
+        for node, space, container, holder in zip(NODES.values(), (a, b), containers, HOLDERS, strict=True):
             with spaces.inside(space):
                 made.append(stack.enter_context(host(space, node, container, holder)))
         yield made[0], made[1]
@@ -212,6 +220,25 @@ def test_what_is_lost_on_the_way(hosts: tuple[HostOfOne, HostOfOne], joined: Hos
     # A host that does not answer at all is the underlay's finding.
     other.run("nft add rule inet spoil in ip protocol icmp drop")
     assert joined.problems() == []
+
+
+@pytest.mark.skipif(not IPV6, reason="no IPv6 on this machine")
+def test_containers_of_ipv6_alone(hosts: tuple[HostOfOne, HostOfOne], containers: list[spaces.Space]) -> None:
+    six = [replace(one, address=ip_address(f"fd09::{n}")) for n, one in enumerate(HOLDERS, 2)]
+    for container, holder in zip(containers, six, strict=True):
+        with spaces.inside(container):
+            spaces.run("ip", "address", "flush", "dev", "eth0")
+            spaces.run(*f"ip address add {holder.address}/64 dev eth0 nodad".split())
+    overlay = replace(OV1, subnets=(ip_network("fd09::/64"),))
+    for one in hosts:
+        with spaces.inside(one.space):
+            one.reconciler.define_overlays([overlay])
+        one.full()
+        one.tell(six)
+    assert Finding("overlays", "ok", "ov1: containers of 1 hosts answer through nl-vx256") in hosts[0].examine()
+    hosts[1].run("ip link set nl-vx256 down")
+    ((text, _),) = hosts[0].problems()
+    assert text == "ov1: b answer, but no container there does through nl-vx256"
 
 
 def test_entries_that_the_other_host_lacks(hosts: tuple[HostOfOne, HostOfOne]) -> None:

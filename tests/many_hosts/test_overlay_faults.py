@@ -236,6 +236,35 @@ def test_a_host_that_dies_and_comes_back(fleet: Pods, device: str, pods: list[Co
     assert pinger.stop()[1] == 0
 
 
+@pytest.mark.skipif(not IPV6, reason="no IPv6 on this machine")
+def test_a_host_that_dies_on_an_ipv6_underlay() -> None:
+    """Silent, and answering probes, it keeps its entries; when it answers no more, they go."""
+    with Pods((6,), (0, 0)) as fleet:
+        fleet.start()
+        fleet.overlay("ov1", *OV1)
+        pods = [fleet.pod(number, "ov1") for number in (1, 2)]
+        netd = fleet.netd(1)
+        wait_until(partial(holds, fleet.host(1), "ov1", pods[1]), "the other one", netd.log)
+        fleet.netd(2).kill()
+        fleet.ipamds[2].kill()
+
+        def other() -> str:
+            return next(one.state for one in netd.status().peers if one.name == "host2")
+
+        wait_until(lambda: other() == "silent", "the end of its lease", netd.log)
+        settle(LEASE_S)  # three rounds of probes
+        assert other() == "silent"
+        pods[0].ping(pods[1].ipv4)
+        fleet.underlays[0].unplug(fleet.host(2))
+        wait_until(lambda: not any_of(fleet.host(1), pods[1]), "the dead host's to go", netd.log)
+        assert other() == "down"
+        fleet.underlays[0].plug(fleet.host(2))
+        wait_until(partial(holds, fleet.host(1), "ov1", pods[1]), "it to be back", netd.log)
+        fleet.ipamds[2].start()
+        fleet.netd(2).start()
+        fleet.release_all()
+
+
 def any_of(host: Host, pod: Container) -> bool:
     """Whether anything of a container on another host is left."""
     mac = pod.netns.links()["eth0"]["address"]
