@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 
@@ -49,6 +49,7 @@ from kernel.nft_tables import (
     SETS,
     TABLE,
     check_table,
+    current,
     delete_tables,
     element_sets,
     ensure_tables,
@@ -68,6 +69,7 @@ __all__ = [
     "Element",
     "check_table",
     "contains",
+    "current",
     "delete_tables",
     "element_sets",
     "ensure_tables",
@@ -210,8 +212,9 @@ def _holds_any(set_name: str) -> bool:
     return any(parse(set_name, one) for one in bodies)
 
 
-def add(session: Session, elements: Sequence[Element]) -> bool:
-    """Add elements; makes the tables where they are missing, and says True then: what others want is missing, too.
+def add(session: Session, elements: Sequence[Element], write: Callable[[], None] | None = None) -> None:
+    """Add elements; makes the tables where they are missing. `write` does that, with what others want; else they hold
+    nothing besides.
 
     One with a comment has one owner: where it is there under another's, it becomes this one's, so that what a dead
     container left and what a living one wants are told apart.
@@ -220,21 +223,21 @@ def add(session: Session, elements: Sequence[Element]) -> bool:
         Exists: a network lies within another one of its set, or around it.
     """
     if not elements:
-        return False
+        return
     there: list[Element] = []
-    anew = False
     for _ in range(_TRIES):
         try:
             _change(session, there, elements)
         except NotFound:
-            anew |= ensure_tables(session, {element.family for element in elements})
+            if write is not None:
+                write()
+            ensure_tables(session, {element.family for element in elements})
         except Exists:
             pass
         else:
-            return anew
+            return
         there = [element for element in elements if element.comment and present(session, element)]
     _change(session, there, elements)
-    return anew
 
 
 def delete(session: Session, elements: Iterable[Element]) -> None:
@@ -331,22 +334,22 @@ def all_elements(session: Session, set_name: str) -> list[Element]:
     return [element for part in parts for element in parse(set_name, part)]
 
 
-def add_chain(session: Session, chain: Chain) -> bool:
-    """Make an attachment's chain, or give it these rules; makes the table where it is missing, and says True then.
+def add_chain(session: Session, chain: Chain, write: Callable[[], None] | None = None) -> None:
+    """Make an attachment's chain, or give it these rules; makes the table where it is missing, as `add`.
 
     Raises:
         KernelError: libnftables refused a rule; with its own words.
     """
-    anew = False
     for _ in range(_TRIES):
-        anew |= ensure_tables(session, {"inet"})
+        if write is not None and not current(session, "inet"):
+            write()
+        ensure_tables(session, {"inet"})
         try:
             libnftables.run(_commands(chain), f"write chain {chain.name}")
         except NotFound:  # somebody took the table away meanwhile
             continue
-        return anew
+        return
     libnftables.run(_commands(chain), f"write chain {chain.name}")
-    return anew
 
 
 def check_chain(chain: Chain) -> None:
@@ -360,8 +363,12 @@ def check_chain(chain: Chain) -> None:
 
 def _commands(chain: Chain) -> str:
     where = f"inet {TABLE} {chain.name}"
-    rules = "".join(f"add rule {where} {rule}\n" for rule in chain.rules)
-    return f"add chain {where}\nflush chain {where}\n{rules}"
+    return f"add chain {where}\nflush chain {where}\n{rules(chain)}"
+
+
+def rules(chain: Chain) -> str:
+    """Commands that give an attachment's chain its rules."""
+    return "".join(f"add rule inet {TABLE} {chain.name} {rule}\n" for rule in chain.rules)
 
 
 def delete_chains(session: Session, names: Iterable[str]) -> None:
@@ -392,14 +399,18 @@ def count_rules(session: Session, name: str) -> int:
 
 def chains(session: Session) -> list[str]:
     """The names of all attachments' chains."""
-    body = HEADER.pack(FAMILIES["inet"], 0, 0) + string(_CHAIN_TABLE, TABLE)
+    return [name for name in all_chains(session, "inet") if name.startswith(CHAIN_PREFIX)]
+
+
+def all_chains(session: Session, family: str) -> list[str]:
+    """The names of all chains of one of our tables; none where it is missing."""
+    body = HEADER.pack(FAMILIES[family], 0, 0) + string(_CHAIN_TABLE, TABLE)
     try:
         parts = [attributes(part, HEADER.size) for part in session.netfilter.dump(Message(_GETCHAIN, 0, body, "list"))]
     except NotFound:
         return []
     # Kernels before 6.2 do not know the filter.
-    names = [text(part.get(_CHAIN_NAME)) for part in parts if text(part.get(_CHAIN_TABLE)) == TABLE]
-    return [name for name in names if name.startswith(CHAIN_PREFIX)]
+    return [text(part.get(_CHAIN_NAME)) for part in parts if text(part.get(_CHAIN_TABLE)) == TABLE]
 
 
 def _change(session: Session, removed: Sequence[Element], added: Sequence[Element]) -> None:

@@ -10,7 +10,7 @@ Sources: include/uapi/linux/netfilter/nf_tables.h, nft(8).
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from kernel import libnftables, mark, netlink
@@ -20,7 +20,7 @@ from kernel.session import Session
 
 TABLE = "netloom"
 FLANNEL_TABLE = "netloom_flannel"  # netd's (netd/flannel_rules.py): what it marks is to pass, too
-SCHEMA = "schema6"  # raise the number with every change of _TABLES
+SCHEMA = "schema7"  # raise the number with every change of _TABLES
 
 # masq4, masq6: containers whose traffic leaves under the host's address.
 # nomasq4, nomasq6: (source network . destination network) where it does not. No element may lie within another: the
@@ -49,6 +49,7 @@ SCHEMA = "schema6"  # raise the number with every change of _TABLES
 #   frames from the others forwarded as packets, from sources that accept4 does not know.
 # internal: bridges, and host's ends, from which nothing goes to any other link than these, nor comes from there.
 # guarded: bridge ports whose source MAC is checked; allowed: (port . MAC) that may pass there.
+# hold: families whose new connections wait, while the sets are being filled (kernel/nft_write.py).
 # What no element is in costs one hash look-up a packet.
 _TABLES = {
     "inet": f"""
@@ -56,6 +57,11 @@ table inet {TABLE} {{
 	set @SCHEMA@ {{
 		type mark
 		elements = {{ 1 }}
+	}}
+	set hold {{
+		type nf_proto
+		flags timeout
+		@HOLD@
 	}}
 @SETS@
 	chain guard {{
@@ -101,6 +107,7 @@ table inet {TABLE} {{
 	}}
 	chain forward {{
 		type filter hook forward priority filter - 10; policy accept;
+		ct state new meta nfproto @hold drop
 		iifname @internal oifname != @internal drop
 		oifname @internal iifname != @internal drop
 		iifname . oifname @isolated drop
@@ -240,29 +247,39 @@ def ensure_tables(session: Session, families: Collection[str]) -> bool:
     written = False
     for family in sorted(families):
         if not current(session, family):
-            libnftables.run(_removal(family) + table(family), f"write the table {family} {TABLE}")
+            libnftables.run(removal(family) + table(family), f"write the table {family} {TABLE}")
             written = True
     return written
 
 
-def table(family: str) -> str:
-    """The text of a table, with empty sets."""
-    sets = "".join(
-        f"\t{'map' if one.data else 'set'} {name} {{ type {one.declaration}; }}\n"
-        for name, one in SETS.items()
-        if one.family == family
-    )
+def table(family: str, elements: Mapping[str, Sequence[str]] | None = None, held_s: int = 0) -> str:
+    """The text of a table.
+
+    Args:
+        family: "inet" or "bridge".
+        elements: those of each set, as nft reads them.
+        held_s: how long nothing is to begin that would be forwarded; 0: not at all.
+    """
+    sets = ""
+    for name, one in SETS.items():
+        if one.family == family:
+            found = (elements or {}).get(name)
+            filled = f" elements = {{ {', '.join(found)} }};" if found else ""
+            sets += f"\t{'map' if one.data else 'set'} {name} {{ type {one.declaration};{filled} }}\n"
     text = _TABLES[family].replace("@SETS@\n", sets).replace("@SCHEMA@", schema())
+    hold = f"elements = {{ ipv4 timeout {held_s}s, ipv6 timeout {held_s}s }}" if held_s else ""
+    text = text.replace("\t\t@HOLD@\n", f"\t\t{hold}\n" if hold else "")
     return text.replace("@MARK@", f"{mark.forward_mark():#x}")
 
 
 def delete_tables() -> None:
     """Remove our tables, if they are there, from the calling thread's namespace."""
     for family in _TABLES:
-        libnftables.run(_removal(family), f"remove the table {family} {TABLE}")
+        libnftables.run(removal(family), f"remove the table {family} {TABLE}")
 
 
-def _removal(family: str) -> str:
+def removal(family: str) -> str:
+    """Commands that remove a table, whether it is there or not."""
     # Naming it first makes the deletion succeed where it is not there.
     return f"table {family} {TABLE}\ndelete table {family} {TABLE}\n"
 
@@ -284,7 +301,7 @@ def check_table(session: Session) -> None:
         KernelError: no; with the reason.
     """
     if not current(session, "inet"):
-        libnftables.run(_removal("inet") + table("inet"), f"write the table inet {TABLE}", check=True)
+        libnftables.run(removal("inet") + table("inet"), f"write the table inet {TABLE}", check=True)
 
 
 def has_table(name: str) -> bool:

@@ -96,19 +96,22 @@ class Records:
     def apply(self, session: Session, record: Record) -> None:
         """Put the elements of a written record into the kernel; those of all records, where our tables were not there:
         somebody flushed them, or a version before this one had written them."""
-        anew = False
+
+        def write() -> None:
+            with contextlib.suppress(KernelError):  # what is wrong with another's record is not this one's affair
+                self.rebuild(session)
+
         if not all(nft.holds(session, element) for element in record.shared):
+            if not all(nft.current(session, family) for family in {element.family for element in record.shared}):
+                write()
             # The first of its network. Adding it plainly would do wrong where other networks lie within this one: the
             # kernel takes it beside theirs, and confuses them when one is removed (nft_set_pipapo.c, pipapo_get).
             with self._locked(fcntl.LOCK_EX):
-                anew = nft.ensure_tables(session, {element.family for element in record.shared})
+                nft.ensure_tables(session, {element.family for element in record.shared})
                 self._settle(session)
         for chain in record.chains:
-            anew |= nft.add_chain(session, chain)
-        anew |= nft.add(session, record.elements)
-        if anew:
-            with contextlib.suppress(KernelError):  # what is wrong with another's record is not this one's affair
-                self.rebuild(session)
+            nft.add_chain(session, chain, write)
+        nft.add(session, record.elements, write)
         foreign.ensure(session, _forwarded(record), _asked(record))
 
     def restore(self, session: Session, key: Key) -> None:
@@ -116,7 +119,12 @@ class Records:
         with self._locked(fcntl.LOCK_EX):
             record = self.read(key)
             if record is not None:
-                nft.add(session, record.elements)
+
+                def write() -> None:
+                    with contextlib.suppress(KernelError):
+                        self._rebuild(session)
+
+                nft.add(session, record.elements, write)
 
     def all(self) -> Iterator[Record]:
         """Every record of the host, in no order; what cannot be read is passed over."""
@@ -219,8 +227,13 @@ class Records:
                 for element in record.shared:
                     self._mark(element, network)
 
-    def rebuild(self, session: Session) -> tuple[int, int]:
-        """Make our nftables tables hold exactly what the records want.
+    def rebuild(self, session: Session, *, anew: bool = False) -> tuple[int, int]:
+        """Make our nftables tables hold exactly what the records want; where one is missing, or of another version, it
+        comes with all of that, at once.
+
+        Args:
+            session: the host's namespace.
+            anew: a chain or rule may be missing in a table that is there; all rules are written again.
 
         Returns:
             How many elements were missing, and how many had no record.
@@ -230,25 +243,48 @@ class Records:
                 that is gone, is left out with what leads there.
         """
         with self._locked(fcntl.LOCK_EX):
-            records = list(self.all())
-            wanted = [element for record in records for element in record.elements]
-            wanted += _widest(element for record in records for element in record.shared)
-            nft.ensure_tables(session, {element.family for element in wanted})
-            chains = {chain.name: chain for record in records for chain in record.chains}
-            refused: dict[str, KernelError] = {}
-            for chain in chains.values():
-                if nft.count_rules(session, chain.name) != len(chain.rules):
-                    try:
-                        nft.add_chain(session, chain)
-                    except KernelError as error:
-                        refused[chain.name] = error
-            wanted = [element for element in wanted if not refused.keys() & element.data]
-            changed = nft.converge(session, nft.element_sets(), wanted)
-            nft.delete_chains(session, (name for name in nft.chains(session) if name not in chains))
-            self._let_pass(session, records)
+            return self._rebuild(session, anew=anew)
+
+    def _rebuild(self, session: Session, *, anew: bool = False) -> tuple[int, int]:
+        """Exclusive."""
+        records = list(self.all())
+        wanted = [element for record in records for element in record.elements]
+        wanted += _widest(element for record in records for element in record.shared)
+        chains = {chain.name: chain for record in records for chain in record.chains}
+        written = self._write(session, wanted, list(chains.values()), anew=anew)
+        refused: dict[str, KernelError] = {}
+        for chain in chains.values():
+            if nft.count_rules(session, chain.name) != len(chain.rules):
+                try:
+                    nft.add_chain(session, chain)
+                except KernelError as error:
+                    refused[chain.name] = error
+        wanted = [element for element in wanted if not refused.keys() & element.data]
+        missing, stale = nft.converge(session, nft.element_sets(), wanted)
+        nft.delete_chains(session, (name for name in nft.chains(session) if name not in chains))
+        self._let_pass(session, records)
         if refused:
             raise next(iter(refused.values()))
-        return changed
+        return written + missing, stale
+
+    @staticmethod
+    def _write(session: Session, wanted: Sequence[Element], chains: Sequence[Chain], *, anew: bool) -> int:
+        """Write the tables that are missing, or all; how many elements came with them. What could not be said is
+        missing still."""
+        families = {element.family for element in wanted}
+        behind = sorted(family for family in families if anew or not nft.current(session, family))
+        if not behind:
+            return 0
+        from kernel import nft_write  # noqa: PLC0415 - few requests come here, and every cold process would pay
+
+        theirs = [element for element in wanted if element.family in behind]
+        with contextlib.suppress(KernelError):
+            return nft_write.write(session, behind, theirs, chains)
+        # A chain is refused by now, maybe: without all of them, what they are for is not reached for a moment.
+        with contextlib.suppress(KernelError):
+            names = {chain.name for chain in chains}
+            return nft_write.write(session, behind, [one for one in theirs if not names & set(one.data)], [])
+        return nft_write.write(session, behind, [], [])
 
     def let_pass(self, session: Session) -> bool:
         """Put the rules back that a reload of another firewall took away (kernel.foreign), where one is wanted; True

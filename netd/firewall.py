@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Sequence
 
-from kernel import nft
 from kernel.errors import KernelError
 from kernel.events import Change, Events
 from kernel.record import Records
@@ -72,7 +71,7 @@ class Firewall:
 
     def _see_to(self, session: Session, seen: Sequence[Change]) -> None:
         if any(change.structure or change.elements for change in seen):
-            # A chain or rule may be missing in a table that is there; only writing the table again mends that.
+            # A chain or rule may be missing in a table that is there; only writing them all again mends that.
             self._rebuild(session, anew=any(change.structure for change in seen))
         elif self._records.let_pass(session):
             log.event(_logger, "info", "put back the rule that lets packets pass another firewall")
@@ -80,11 +79,11 @@ class Firewall:
     def _rebuild(self, session: Session, *, anew: bool) -> None:
         if not any(record.elements or record.shared for record in self._records.all()):
             return
-        if anew:
-            nft.delete_tables()
-        missing, stale = self._records.rebuild(session)
-        if missing or stale:
-            log.event(_logger, "info", "nftables: put back what somebody took out", missing=missing, stale=stale)
+        missing, stale = self._records.rebuild(session, anew=anew)
+        if missing or stale or anew:
+            log.event(
+                _logger, "info", "nftables: put back what somebody took out", missing=missing, stale=stale, rules=anew
+            )
 
 
 def _matters(change: Change) -> bool:

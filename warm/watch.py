@@ -21,7 +21,7 @@ from cni.living import boot_id
 from cni.lock import AttachmentLock, attachment_lock
 from cni.registry import PLUGINS
 from ipamd.client import Client, IpamError
-from kernel import firewalld, foreign, leftovers, nft
+from kernel import firewalld, foreign, leftovers
 from kernel.errors import KernelError
 from kernel.events import Change, Events
 from kernel.liveness import LiveNetns, observe
@@ -84,15 +84,13 @@ class Watch:
             self._attempt("return of addresses to firewalld's zones", self._add_sources)
 
     def _rebuild(self, why: str, *, anew: bool = False) -> None:
-        """`anew`: a chain or rule may be missing in a table that is there, which only writing the table again mends.
-        An ADD that comes between the two steps writes the tables itself, and its elements are in its record."""
+        """`anew`: a chain or rule may be missing in a table that is there, which only writing them all again mends."""
 
         def rebuild() -> None:
-            if anew:
-                nft.delete_tables()
-            missing, stale = self._records.rebuild(self._session)
-            if missing or stale:
-                _say(f"{why}: put {missing} elements back into nftables, took {stale} out")
+            missing, stale = self._records.rebuild(self._session, anew=anew)
+            if missing or stale or anew:
+                and_rules = ", wrote all rules again" if anew else ""
+                _say(f"{why}: put {missing} elements back into nftables, took {stale} out{and_rules}")
 
         self._attempt("repair of nftables", rebuild)
 

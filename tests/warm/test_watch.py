@@ -39,10 +39,8 @@ def elements(service: Service, name: str) -> list[object]:
 
 
 def ruleset(service: Service) -> list[object]:
-    """Without the tables' handles: they are new ones."""
-    return [
-        {**item, "table": {**item["table"], "handle": 0}} if "table" in item else item for item in service.host.nft()
-    ]
+    """Without handles: they are new ones."""
+    return [{kind: {**what, "handle": 0} for kind, what in item.items()} for item in service.host.nft()]
 
 
 def test_addresses_of_a_container_that_died_without_a_del_come_back(service: Service) -> None:
