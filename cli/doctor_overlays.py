@@ -51,10 +51,11 @@ def _device(host: Session, one: OverlayDocument, other: str) -> Iterator[Finding
             f"where nobody needs it: ip link delete {other}; else make the network anew with another --vni",
         )
     elif device is None:
-        yield _problem(
-            f"{name}: bridge {bridge.name} is there, and {one['device']}, its way to other hosts, is not",
-            "netd makes it as soon as it has an underlay: see its log",
-        )
+        if not _reasons(one):  # else those are told
+            yield _problem(
+                f"{name}: bridge {bridge.name} is there, and {one['device']}, its way to other hosts, is not",
+                "netd makes it as soon as it has an underlay: see its log",
+            )
     elif device.master != bridge.index:
         yield _problem(
             f"{name}: {device.name} is not in bridge {bridge.name}",
@@ -120,16 +121,25 @@ def _told(one: OverlayDocument, other: str) -> Iterator[Finding]:
             f"{one['name']}: it is not known yet who is where, so nothing passes {one['device']}",
             "netd asks etcd for it: netloom status says whether it is reached",
         )
-    of_network, told = f"network {one['name']}: ", "underlay address"  # those are found by their hosts
-    for text, _, remedy in (problem.partition("; ") for problem in dict.fromkeys(one["problems"])):
-        if not other and not (text.startswith(of_network) and told in text):
-            yield _problem(f"{one['name']}: {text.removeprefix(of_network)}", remedy)
+    for text, _, remedy in (problem.partition("; ") for problem in _reasons(one)):
+        if not other:
+            yield _problem(f"{one['name']}: {text.removeprefix(_of_network(one))}", remedy)
     if one["known"] and one["present"] < one["wanted"]:
         missing = one["wanted"] - one["present"]
         yield _problem(
             f"{one['name']}: {missing} of {one['wanted']} entries are missing",
             "netloom route ADDRESS says which, and netd's log why",
         )
+
+
+def _reasons(one: OverlayDocument) -> list[str]:
+    """Problems that netd has with it, but for hosts that it cannot reach: those are found one by one."""
+    told = dict.fromkeys(one["problems"])
+    return [text for text in told if not (text.startswith(_of_network(one)) and "underlay address" in text)]
+
+
+def _of_network(one: OverlayDocument) -> str:
+    return f"network {one['name']}: "
 
 
 def _hosts(one: OverlayDocument) -> Iterator[Finding]:

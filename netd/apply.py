@@ -50,7 +50,7 @@ def apply_devices(session: Session, found: Found, plan: Plan, late: Set[str]) ->
                 found.fresh.add(want.name)
             _finish(want)
         except KernelError as error:
-            refusals.append(_device_refusal(session, want, error))
+            refusals.append(_device_refusal(session, found, want, error))
         found.read_device(session, want.name)
     return refusals, made
 
@@ -212,9 +212,10 @@ def _finish(device: Device) -> None:
         sysctl.ensure("2", "ipv4", "conf", device.name, "rp_filter")
 
 
-def _device_refusal(session: Session, want: Device, error: KernelError) -> Refusal:
-    if error.errno == errno.EOPNOTSUPP:
-        return Refusal(want, "this kernel has no VXLAN; load its module (modprobe vxlan), or use the backend host-gw")
+def _device_refusal(session: Session, found: Found, want: Device, error: KernelError) -> Refusal:
+    if error.errno == errno.EOPNOTSUPP and found.get(want.key) is None:
+        remedy = "load its module (modprobe vxlan), or use the backend host-gw; overlays need VXLAN"
+        return Refusal(want, f"this kernel has no VXLAN; {remedy}")
     if not isinstance(error, Exists):
         return Refusal(want, str(error))
     if link.find(session, want.name) is not None:

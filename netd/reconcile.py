@@ -23,6 +23,7 @@ from netd.apply import Refusal, apply_bridges, apply_devices, apply_entries, bri
 from netd.desired import OWN, Desired
 from netd.fabric.base import Place, UnreachableError
 from netd.fabric.registry import BACKENDS
+from netd.fastpath import FastPath
 from netd.found import Found
 from netd.overlays import Overlays, is_bridges_own, is_owner
 from netd.plan import Plan, plan
@@ -85,6 +86,7 @@ class Reconciler:
         self.found = Found()
         self.desired = Desired()
         self.overlays = Overlays(self.desired, self.found, self._rival)
+        self.fast = FastPath(session, self.found, self.overlays, lambda: self.node.name)
         self.counts = Counts()
         self.settled = False  # whether there was a full one
         self.may_drop = True  # False while it is not known yet who the peers are: nothing is taken away
@@ -145,7 +147,7 @@ class Reconciler:
             if key[0] == FORWARD and is_owner(owners[0]):
                 continue  # see below
             found.append(f"{' and '.join(owners)} claim the same subnet or tunnel end: {_shown(self.desired, key)}")
-        found += [one.reason for one in self._refused.values()]
+        found += self.refusals(self._refused.keys())
         return found + self.overlays.problems() + self.overlays.disputes()
 
     def problems_of(self, name: str) -> list[str]:
@@ -154,8 +156,9 @@ class Reconciler:
         return found + self.refusals(self.desired.keys_of(name))
 
     def refusals(self, keys: Set[Key]) -> list[str]:
-        """Why the kernel did not take these, as far as it did not."""
-        return [one.reason for key, one in self._refused.items() if key in keys]
+        """Why the kernel did not take these, as far as it did not; but what follows from a device that it refused."""
+        refused = ((key, one) for key, one in self._refused.items() if key in keys)
+        return [one.reason for key, one in refused if not self._lacks_device(one.entry)]
 
     def mtu(self, network: Network) -> int:
         """The largest packet of a network's containers; 0 while there is no underlay."""
@@ -188,6 +191,7 @@ class Reconciler:
         self.overlays.place(self.underlay, self.node, self.peers, anew=before is None)
         self._note_active()
         changed = self.sync({*self.desired.keys(), *self.found.entries})
+        self.fast.look_anew()
         self.settled = True
         self.counts.full += 1
         self.counts.full_s = time.monotonic() - began
@@ -218,6 +222,7 @@ class Reconciler:
         refusals += bring_up(self.session, self.found, late)
         for one in refusals:
             self._refused[one.entry.key] = self._explained(one)
+        self.fast.synced(todo)
         changed = (
             len(devices.devices)
             + len(changed_bridges)
@@ -235,6 +240,8 @@ class Reconciler:
         """Take over what events tell: the keys that are not as they should be, or None where `full` is due."""
         dirty: set[Key] = set()
         for change in changes:
+            if isinstance(change, LinkChange):
+                self.fast.links_changed()
             if self._note_bridge(change):
                 continue
             keys = None if self._shakes(change) else self.found.note(self.session, change)
@@ -283,6 +290,11 @@ class Reconciler:
     def _differs(self, key: Key) -> bool:
         want, have = self.desired.get(key), self.found.get(key)
         return want != have and not (want is None and is_bridges_own(have))
+
+    def _lacks_device(self, entry: Entry) -> bool:
+        """Whether it is on a device that the kernel refused."""
+        key = _device_key(entry)
+        return not isinstance(entry, Device) and key in self._refused and self.found.get(key) is None
 
     def _comes_up_late(self, want: Device, have: Device | None) -> bool:
         """Whether a tunnel's end is to pass nothing before all else is there: one that is a port."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import ip_address, ip_network
+from unittest import mock
 
 import pytest
 
-from cli import doctor_overlays, netd
+from cli import doctor, doctor_overlays, netd
 from cli.finding import Finding
+from kernel import netlink
 from kernel.leftovers import BRIDGE_MARK
 from kernel.session import Session
 from netd.overlay_status import overlay_messages
@@ -32,6 +34,16 @@ HOLDERS = [
 ]
 
 
+REMEDY = "load its module (modprobe vxlan), or use the backend host-gw; overlays need VXLAN"
+
+
+class KindUnknown(netlink.Socket):
+    """Asks for another kind of link where a VXLAN device is to be made."""
+
+    def execute(self, messages: Sequence[netlink.Message]) -> None:
+        super().execute([replace(one, body=one.body.replace(b"vxlan\0", b"vxlam\0")) for one in messages])
+
+
 @dataclass
 class HostOfOne:
     """A host with one container. Its reconciler works in its namespace."""
@@ -42,6 +54,11 @@ class HostOfOne:
     def run(self, command: str) -> None:
         with spaces.inside(self.space):
             spaces.run("sh", "-ec", command)
+
+    def found(self, command: str) -> str:
+        """What a command says there."""
+        with spaces.inside(self.space):
+            return spaces.run(*command.split())
 
     def tell(self, holders: list[Holder]) -> None:
         with spaces.inside(self.space):
@@ -152,6 +169,31 @@ def test_what_the_kernel_refused(hosts: tuple[HostOfOne, HostOfOne]) -> None:
     (first, second) = one.problems()
     assert "swarm0 is there that is not netd's" in first[0]
     assert second[0] == "ov1: 4 of 7 entries are missing"  # the bridge itself takes a neighbour and the rest
+
+
+def test_a_kernel_without_vxlan(hosts: tuple[HostOfOne, HostOfOne]) -> None:
+    """The kernel is asked for a kind of link that it has not; its answer is the same. Once it has it, all comes."""
+    one = hosts[0]
+    one.run("ip link delete nl-vx256")
+    session = one.reconciler.session
+    with spaces.inside(one.space), KindUnknown(netlink.ROUTE) as lacking, mock.patch.object(session, "_rtnl", lacking):
+        one.reconciler.full()
+        one.reconciler.sync(one.reconciler.overlays.replace("ov1", HOLDERS))
+        (first, second) = one.problems()
+        assert first == ("ov1: this kernel has no VXLAN", REMEDY)
+        assert second[0] == "ov1: 4 of 7 entries are missing"
+        # The other networks' tunnels: the same.
+        one.reconciler.configure(replace(NODES["a"], subnets=(ip_network("10.2.1.0/24"),)), Choice("eth0"), (DEFAULT,))
+        one.run("ip link delete nl-vx1")
+        one.reconciler.full()
+        told = pb.StatusResponse(problems=one.reconciler.problems())
+        assert ("this kernel has no VXLAN", REMEDY) in [
+            (finding.text, finding.remedy) for finding in doctor._daemon(netd.document(told, "socket"))
+        ]
+    with spaces.inside(one.space):
+        one.reconciler.sync(one.reconciler.refused())
+    assert not any("VXLAN" in problem for problem in one.reconciler.problems())
+    assert "nl-vx256" in one.found("ip -br link")
 
 
 def test_entries_that_are_missing(joined: HostOfOne) -> None:
