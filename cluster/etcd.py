@@ -8,9 +8,10 @@
     async for batch in etcd.watch("nodes/", start_revision=page.revision + 1): ...
     lease = await etcd.grant(15)                                          # and `cluster.leases.LeaseKeeper`
 
-Keys are text without the configured prefix. Reads are linearizable. Every call has a deadline (`timeout_s`, all
-endpoints together) and raises only EtcdError. A change that may have been made although no answer came raises
-UnknownOutcomeError; a caller who can tell by reading, or whose change may be made twice, says `repeatable=True`.
+Keys are text without the configured prefix; one that is no UTF-8, which somebody else wrote, is left out. Reads are
+linearizable. Every call has a deadline (`timeout_s`, all endpoints together) and raises only EtcdError. A change that
+may have been made although no answer came raises UnknownOutcomeError; a caller who can tell by reading, or whose change
+may be made twice, says `repeatable=True`.
 
 An Etcd belongs to the event loop in which it was made.
 """
@@ -78,6 +79,7 @@ class Page(NamedTuple):
     pairs: list[Pair]
     revision: int  # as at which it was read
     more: bool
+    unreadable: tuple[bytes, ...] = ()  # whole keys that are no UTF-8, which `pairs` leaves out
 
 
 class Compare(NamedTuple):
@@ -152,6 +154,7 @@ class Etcd:
         self.config = config
         self._endpoints = Endpoints(config)
         self._prefix = config.prefix.encode()
+        self._keys = watch.Keys(len(self._prefix))
         self._call = self._endpoints.call
 
     async def close(self) -> None:
@@ -171,26 +174,35 @@ class Etcd:
         """The pairs whose keys begin with `prefix` and come after the key `after`, by key; at most `limit`."""
         first = self._prefix + prefix.encode()
         begin = self._prefix + after.encode() + b"\0" if after else first
-        found = await self._call(
-            "Range",
-            pb.RangeRequest(
-                key=begin, range_end=prefix_end(first), limit=limit, revision=revision, keys_only=keys_only
-            ),
-        )
-        cut = len(self._prefix)
-        return Page([pair_of(kv, cut) for kv in found.kvs], revision or found.header.revision, found.more)
+        page, _ = await self._page(begin, prefix_end(first), limit, revision, keys_only)
+        return page
+
+    async def _page(self, begin: bytes, end: bytes, limit: int, revision: int, keys_only: bool) -> tuple[Page, bytes]:
+        """And its last key, whole."""
+        request = pb.RangeRequest(key=begin, range_end=end, limit=limit, revision=revision, keys_only=keys_only)
+        found = await self._call("Range", request)
+        pairs, unreadable = [], []
+        for kv in found.kvs:
+            pair = self._keys.pair(kv)
+            if pair is not None:
+                pairs.append(pair)
+            else:
+                unreadable.append(kv.key)
+        page = Page(pairs, revision or found.header.revision, found.more, tuple(unreadable))
+        return page, found.kvs[-1].key if found.kvs else b""
 
     async def walk(
         self, prefix: str, *, page: int = 500, keys_only: bool = False, revision: int = 0
     ) -> AsyncIterator[Page]:
         """All pairs whose keys begin with `prefix`, as at one revision, in pages; at least one page comes."""
-        after = ""
+        begin = self._prefix + prefix.encode()
+        end = prefix_end(begin)
         while True:
-            found = await self.range(prefix, after=after, limit=page, revision=revision, keys_only=keys_only)
+            found, last = await self._page(begin, end, page, revision, keys_only)
             yield found
-            if not found.more or not found.pairs:
+            if not found.more or not last:
                 return
-            revision, after = found.revision, found.pairs[-1].key
+            revision, begin = found.revision, last + b"\0"
 
     async def count(self, prefix: str) -> int:
         first = self._prefix + prefix.encode()
@@ -273,7 +285,7 @@ class Etcd:
         the revision to go on from is compacted away: read the state anew, and watch from there. Other errors of the
         connection are not raised: see `state`. DeniedError is.
         """
-        return watch.watch(self._endpoints, self._prefix, prefix, start_revision)
+        return watch.watch(self._endpoints, self._prefix, prefix, start_revision, self._keys)
 
     async def status(self) -> list[EndpointStatus]:
         """Of each endpoint, also of one without a leader; `error` where it does not answer."""

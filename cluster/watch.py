@@ -30,6 +30,7 @@ from protos.etcd.v3 import rpc_pb2 as pb
 QUIET_S = 10.0
 _CREATE_S = 5.0
 _LONGEST_PAUSE_S = 1.0
+_MOST_TOLD = 1000
 
 _logger = logging.getLogger(__name__)
 
@@ -55,7 +56,41 @@ class Batch(NamedTuple):
 
 
 def pair_of(kv: kv_pb2.KeyValue, cut: int) -> Pair:
+    """Raises UnicodeDecodeError."""
     return Pair(kv.key[cut:].decode(), kv.value, kv.create_revision, kv.mod_revision, kv.version, kv.lease)
+
+
+class Keys:
+    """What etcd lists, as pairs. A key that is no UTF-8 is none of ours: it is left out, and told once."""
+
+    def __init__(self, cut: int) -> None:
+        """`cut`: how many bytes of each key are the prefix."""
+        self._cut = cut
+        self._told: set[bytes] = set()
+
+    def pair(self, kv: kv_pb2.KeyValue) -> Pair | None:
+        try:
+            return pair_of(kv, self._cut)
+        except UnicodeDecodeError:
+            self._tell(kv.key)
+            return None
+
+    def _tell(self, key: bytes) -> None:
+        if key not in self._told and len(self._told) < _MOST_TOLD:
+            self._told.add(key)
+            _logger.error("etcd: the key %s is no UTF-8 and is left out; delete it", shown(key))
+
+    def event(self, event: kv_pb2.Event) -> Event | None:
+        pair = self.pair(event.kv)
+        if pair is None:
+            return None
+        previous = pair_of(event.prev_kv, self._cut) if event.HasField("prev_kv") else None
+        return Event("delete" if event.type == kv_pb2.Event.DELETE else "put", pair, previous)
+
+
+def shown(key: bytes) -> str:
+    """A key in a text for people, also one that is no UTF-8, or would write to their terminal."""
+    return "".join(chr(byte) if 0x20 <= byte < 0x7F else f"\\x{byte:02x}" for byte in key)
 
 
 def prefix_end(first: bytes) -> bytes:
@@ -72,7 +107,9 @@ class _SilentError(_LostError):
     """And the connection with it."""
 
 
-async def watch(endpoints: Endpoints, root: bytes, prefix: str, start_revision: int) -> AsyncGenerator[Batch, None]:
+async def watch(
+    endpoints: Endpoints, root: bytes, prefix: str, start_revision: int, keys: Keys
+) -> AsyncGenerator[Batch, None]:
     progress = _Progress(start_revision - 1 if start_revision else -1)
     pause = 0.0
     denied = 0
@@ -80,7 +117,7 @@ async def watch(endpoints: Endpoints, root: bytes, prefix: str, start_revision: 
         before = progress.revision
         try:
             async with endpoints.stream() as (endpoint, metadata, failed):
-                stream = _Stream(endpoints, endpoint, metadata, root, prefix)
+                stream = _Stream(endpoints, endpoint, metadata, root + prefix.encode(), keys)
                 try:
                     async with aclosing(stream.batches(progress)) as batches:
                         async for batch in batches:
@@ -120,12 +157,12 @@ class _Progress:
 class _Stream:
     """One watch on one connection."""
 
-    def __init__(self, endpoints: Endpoints, endpoint: Endpoint, metadata: Metadata, root: bytes, prefix: str) -> None:
+    def __init__(self, endpoints: Endpoints, endpoint: Endpoint, metadata: Metadata, first: bytes, keys: Keys) -> None:
         self._endpoints = endpoints
         self._endpoint = endpoint
         self._metadata = metadata
-        self._cut = len(root)
-        self._first = root + prefix.encode()
+        self._first = first
+        self._keys = keys
         self._heard = False
         self._is_silent = False
 
@@ -151,7 +188,8 @@ class _Stream:
                 events, fragments = [e for e in fragments if e.kv.mod_revision > progress.revision], []
                 if revision > progress.revision:
                     progress.revision = revision
-                    yield Batch([self._event(event) for event in events], revision)
+                    found = map(self._keys.event, events)
+                    yield Batch([event for event in found if event is not None], revision)
         except aio.AioRpcError as error:
             self._raise(error)
         finally:
@@ -245,8 +283,3 @@ class _Stream:
                     f"etcd refuses the watch: {answer.cancel_reason}: the user needs the right to read it"
                 )
             raise _LostError(answer.cancel_reason or "canceled by etcd")
-
-    def _event(self, event: kv_pb2.Event) -> Event:
-        previous = pair_of(event.prev_kv, self._cut) if event.HasField("prev_kv") else None
-        kind: Literal["put", "delete"] = "delete" if event.type == kv_pb2.Event.DELETE else "put"
-        return Event(kind, pair_of(event.kv, self._cut), previous)

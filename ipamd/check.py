@@ -43,6 +43,7 @@ Kind = Literal[
     "unpublished",
     "stale-mac",
     "lost-network",
+    "unreadable-key",
 ]
 
 

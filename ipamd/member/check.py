@@ -7,6 +7,7 @@
   once its container is gone.
 - "stale-mac": a MAC that was told for an address which its node no longer holds by that allocation. Mended: it goes.
 - "lost-network": a network that is in use here and that etcd lost, and what is in the way of putting it there again.
+- "unreadable-key": a key that is no UTF-8; all leave it out. A person must delete it.
 - "duplicate": one address, or block, of two nodes. A person must decide.
 
 Everything is read from etcd anew, in pages, so that a mistake in what this node remembers shows, too.
@@ -24,6 +25,7 @@ from cluster import layout
 from cluster.errors import EtcdError
 from cluster.etcd import Delete, Etcd, Get, Pair, absent, unchanged
 from cluster.layout import AddressHolder, BlockRecord, LayoutError, MacRecord, NodeRecord, PublishedRecord
+from cluster.watch import shown
 from ipamd.check import Difference, Further
 from ipamd.engine import Engine
 from ipamd.errors import PreconditionError, UnavailableError
@@ -39,6 +41,7 @@ _logger = logging.getLogger("ipamd.member")
 
 _PAGE = 200
 _BLOCKS_AT_ONCE = 32  # a block of 1,024 addresses has some 200 KiB
+_KEYS_AT_ONCE = 2000
 _SHOWN = 12  # what goes into one answer; the log has them all
 # What a comparison reads, but for what it can mend unread.
 _COMPARED: dict[str, type[Struct]] = {
@@ -108,6 +111,8 @@ class ClusterCheck:
                 f"etcd lost it, and addresses of it are in use here: {why}; end its containers here, or delete what is "
                 "in its way",
             )  # fmt: skip
+        async for difference in self._unreadable():
+            yield difference
         async for difference in self._compare_blocks():
             yield difference
         async for difference in self._compare_published():
@@ -140,6 +145,15 @@ class ClusterCheck:
             f"nothing was compared, as etcd has records that cannot be read; delete or correct these keys: "
             f"{'; '.join(shown)}"
         )
+
+    async def _unreadable(self) -> AsyncIterator[Difference]:
+        prefix = self._etcd.config.prefix
+        async for page in self._etcd.walk("", page=_KEYS_AT_ONCE, keys_only=True):
+            for key in page.unreadable:
+                yield Difference(
+                    "unreadable-key", "", "", "?",
+                    f"etcd: {shown(key)}: a key below {prefix} that is no UTF-8; everybody leaves it out: delete it",
+                )  # fmt: skip
 
     # --- blocks
 

@@ -272,6 +272,30 @@ def test_a_network_that_etcd_lost_is_put_there_again_while_it_is_used(
         wait_for("the end of web on b", lambda: _names(to_b) == ["pods"])
 
 
+def test_keys_that_are_no_text_stop_nobody(pair: tuple[Node, Node], etcd: EtcdCluster, tmp_path: Path) -> None:
+    a, b = pair
+    strange = [f"/{tmp_path.name}/{kind}/x\udcff" for kind in ("addresses", "freed", "networks", "pools")]
+    for name in strange:
+        etcd.etcdctl("put", name, "x")
+    with a.client() as to_a, b.client() as to_b:
+        to_a.create_pool("red", spec("10.3.0.0/24", mode="cluster-address"))
+        to_a.create_network(_network("pods", "10.10.0.0/16"))
+        wait_for("pool and network on b", lambda: len(to_b.list_pools()) == 4 and to_b.list_networks())
+        to_a.allocate(key("new"), pools=["green"])
+        wait_for("the address on b", lambda: to_b.get_pool("green").usage[0].elsewhere == 2)
+        to_a.release(key("new"))
+        wait_for("its end on b", lambda: to_b.get_pool("green").usage[0].cooling)
+        for node, client in ((a, to_a), (b, to_b)):
+            until_told(node, client)
+            found = client.check_store(pb.CheckStoreRequest()).differences
+            assert [one.kind for one in found] == ["unreadable-key"] * 4
+            assert rf"etcd: /{tmp_path.name}/addresses/x\xff: " in found[0].text
+            assert node.log.read_text().count(r"networks/x\\xff is no UTF-8") == 1
+        b.stop()
+        b.start()
+        assert [one.name for one in to_b.list_networks()] == ["pods"]
+
+
 @looped
 async def test_what_one_node_has_not_heard_of_yet_is_not_overwritten() -> None:
     """Another node connects and deletes networks while this one's watch is behind."""
