@@ -21,7 +21,7 @@ from ipamd.listen import SocketPlace
 from kernel import paths, settings
 from kernel.errors import KernelError
 from kernel.session import Session
-from libnetwork import conflist, docker, http, messages, reconcile
+from libnetwork import authorization, conflist, docker, http, messages, reconcile
 from libnetwork.errors import DriverError
 from libnetwork.ipam_driver import DEFAULT_POOLS, IpamDriver
 from libnetwork.network_driver import NetworkDriver
@@ -103,6 +103,7 @@ async def _run(arguments: argparse.Namespace) -> None:
         ipam.await_releases()  # which is made last
 
     sharing = Sharing(state, own.client, arguments.docker, await_releases)
+    judge = authorization.Authorization(sharing, own.client, arguments.docker)
     path = tuple(arguments.cni_path.split(os.pathsep))
     network = NetworkDriver(state, staging, own.session, path, arguments.conf_dir, sharing)
     ipam = IpamDriver(state, own.client, own.session, arguments.default_pool or DEFAULT_POOLS, network.settle_address)
@@ -115,8 +116,9 @@ async def _run(arguments: argparse.Namespace) -> None:
         stack.callback(state.close)
         stack.callback(ipam.close)
         stack.callback(network.close)
+        stack.callback(judge.close)
         runner = web.AppRunner(
-            http.application(_calls(network, ipam, reconciler, sharing), executor, _IMMEDIATE),
+            http.application(_calls(network, ipam, reconciler, sharing), executor, _IMMEDIATE, judge.routes()),
             access_log=None,
             shutdown_timeout=30,
         )
@@ -146,7 +148,8 @@ def _calls(
     def activate(_: messages.Empty) -> dict[str, Any]:
         ipam.activate()
         sharing.wake()
-        return {"Implements": ["NetworkDriver", "IpamDriver"]}
+        # The last one is of no effect but where dockerd was told to ask (libnetwork.authorization).
+        return {"Implements": ["NetworkDriver", "IpamDriver", authorization.IMPLEMENTS]}
 
     def ignore(_: messages.Empty) -> dict[str, Any]:
         return {}

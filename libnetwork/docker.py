@@ -126,6 +126,18 @@ def users(path: str, wanted: Network) -> list[str]:
     return found
 
 
+def addresses(path: str, wanted: Network) -> dict[str, str]:
+    """Names of the running containers that are on a network, by their addresses there. Raises DockerAwayError."""
+    found = {}
+    for one in _get(path, "/containers/json"):
+        for place in ((one.get("NetworkSettings") or {}).get("Networks") or {}).values():
+            if place.get("NetworkID") == wanted.id:
+                for key in ("IPAddress", "GlobalIPv6Address"):
+                    found[str(place.get(key) or "")] = str((one.get("Names") or [one["Id"]])[0]).lstrip("/")
+    found.pop("", None)
+    return found
+
+
 def _network(found: Mapping[str, Any]) -> Network:
     return Network(
         found["Id"],

@@ -11,7 +11,7 @@ import inspect
 import logging
 import time
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Executor
 from typing import Any
 
@@ -24,13 +24,18 @@ from libnetwork.errors import DriverError
 from telemetry import log
 
 _logger = logging.getLogger("netloom-docker")
-_CONTENT_TYPE = "application/vnd.docker.plugins.v1.2+json"
+CONTENT_TYPE = "application/vnd.docker.plugins.v1.2+json"
 _LARGEST = 4 << 20
 
 Handler = Callable[[Any], Mapping[str, Any]]
 
 
-def application(calls: Mapping[str, Handler], executor: Executor, immediate: Collection[str] = ()) -> web.Application:
+def application(
+    calls: Mapping[str, Handler],
+    executor: Executor,
+    immediate: Collection[str] = (),
+    others: Iterable[web.RouteDef] = (),
+) -> web.Application:
     """The HTTP side of the shim.
 
     Args:
@@ -38,6 +43,7 @@ def application(calls: Mapping[str, Handler], executor: Executor, immediate: Col
             annotated with is that of the message.
         executor: where the drivers work: they wait for plugins and for the kernel.
         immediate: the calls that wait for nothing, and are answered without a thread.
+        others: what has its own way to read and to answer (libnetwork.authorization).
     """
     table = {name: (_message(handler), handler) for name, handler in calls.items()}
 
@@ -66,6 +72,7 @@ def application(calls: Mapping[str, Handler], executor: Executor, immediate: Col
         return _answer(answer)
 
     app = web.Application(client_max_size=_LARGEST)
+    app.add_routes(others)
     app.router.add_post("/{call}", serve)
     return app
 
@@ -105,7 +112,7 @@ def _decode(name: str, kind: type, body: bytes) -> Any:
 
 
 def _answer(answer: Mapping[str, Any], status: int = 200) -> web.Response:
-    return web.Response(body=msgspec.json.encode(answer), status=status, content_type=_CONTENT_TYPE)
+    return web.Response(body=msgspec.json.encode(answer), status=status, content_type=CONTENT_TYPE)
 
 
 def _refusal(text: str) -> dict[str, str]:

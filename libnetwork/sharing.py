@@ -206,6 +206,33 @@ class Sharing:
                 raise refusal from error
             log.event(_logger, "info", "removed for all hosts", network=definition.name, docker=definition.docker)
 
+    def removing(self, id: str) -> bool:  # noqa: A002 - Docker's word
+        """Whether it is us who has Docker remove this network."""
+        with self._mutex:
+            return id in self._removing
+
+    def shared_in_docker(self, name: str) -> tuple[docker.Network, pb.Network] | None:
+        """The overlay network that all hosts show, and that goes from all when Docker removes this one; None where this
+        one is something else. `name`: or its id, or the beginning of that.
+
+        Raises:
+            DriverError: ipamd is away, or Docker.
+            DockerAwayError
+        """
+        if not any(self._of()):
+            return None
+        one = docker.network(self._docker, name)
+        network = self._state.find(Network, one.id) if one is not None else None
+        if one is None or network is None or network.options.type != OVERLAY or network.interim:
+            return None
+        definition = self._overlays.find(network.options.network)
+        if definition is None or definition.docker != one.name:
+            return None
+        if any(other.id != one.id and self._is_there(other) for other in self._of(definition.name)):
+            return None  # one of two
+        self._await_releases()
+        return one, definition
+
     def why_interim(self, network: Network) -> str:
         """What keeps a network from being replaced, or that this is about to happen."""
         problem = self._state.find(Problem, network.options.network)
