@@ -9,8 +9,9 @@ from pathlib import Path
 
 from tests.docker.engine import Docker
 from tests.etcd import EtcdCluster
-from tests.hosts import Host, Ipamd
+from tests.hosts import Host, HostError, Ipamd
 from tests.many_hosts.fleet import LEASE_S, Netd
+from tests.runtimes import cgroups
 from tests.underlay import Underlay
 
 _FIRST = 11  # the first host's number on the underlay
@@ -39,6 +40,26 @@ class Cluster:
         netd.start()
         stack.callback(netd.stop)
         return ipamd
+
+    def power_off(self, name: str) -> None:
+        """The power of a host with Docker goes, with all that runs there; nothing comes from it any more."""
+        docker = self.dockers[name]
+        docker.shim = docker.dockerd = None
+        with contextlib.suppress(HostError):  # which names who was still running
+            docker.host.reboot()
+
+    def power_on(self, name: str) -> None:
+        """It comes back, with everything that starts at boot."""
+        docker = self.dockers[name]
+        for container in docker.host.path("/var/lib/docker/containers").iterdir():
+            cgroups.forget(container.name)
+        self.underlay.join(docker.host, _FIRST + list(self.netds).index(name))
+        docker.ipamd.start()
+        docker.begin_service()
+        self.netds[name].start()
+        docker.host.path("/run/docker/plugins").mkdir(parents=True)
+        docker.start_shim()
+        docker.start_dockerd()
 
 
 @contextlib.contextmanager

@@ -1,94 +1,40 @@
-"""Two overlays over three hosts: Docker on two of them, podman on the third."""
+"""Two overlays over three hosts: Docker on two of them, podman on the third. The first dockerd asks the shim before it
+removes a network."""
 
 from __future__ import annotations
 
-import contextlib
-import json
+import signal
+import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
 
-from tests.docker.cluster import Cluster, clustered
-from tests.docker.engine import Docker
-from tests.hosts import PROGRAM_PATH, Host, HostError, wait_until
-from tests.many_hosts.test_podman import prepare
-from tests.runtimes import cgroups, images
-from tests.runtimes.runtime_host import OWN
+from tests.docker.engine import DOCKER, Docker
+from tests.docker.three import NETWORKS, VNIS, Ask, Place, clean, known, placed, silent, web
+from tests.hosts import PATIENCE_S, wait_until
+from tests.many_hosts.fleet import Pinger
 
 pytestmark = pytest.mark.kernel
-NETWORKS = {"ov1": "10.50.1.0/24", "ov2": "10.50.2.0/24"}
-Ask = Callable[..., str]
+MANY = 50  # containers of each host
+AT_ONCE = 2  # of each host
 
 
-class Podman:
-    """podman on a host that has the cluster's networks as conflists."""
-
-    def __init__(self, host: Host) -> None:
-        self.host = host
-        for network in NETWORKS:
-            plugin = {"type": "netloom", "capabilities": {"portMappings": True, "ips": True, "mac": True}}
-            prepare(host, {"cniVersion": "1.0.0", "name": network, "plugins": [plugin]})
-        self._run("import", "-", images.NAME, input=images.root_tar())
-
-    def start(self, name: str, network: str, *options: str) -> None:
-        where = ["--cgroup-parent", cgroups.parent(), "--network", network, "--hostname", name, "--name", name]
-        self._run("run", "-d", *where, *options, images.NAME, *images.SERVE)
-
-    def inside(self, container: str, *command: str) -> str:
-        return self._run("exec", container, *command)
-
-    def address(self, container: str, network: str) -> str:
-        found = json.loads(self._run("inspect", container))[0]["NetworkSettings"]["Networks"][network]
-        return str(found["IPAddress"])
-
-    def remove_all(self) -> None:
-        self._run("rm", "-f", "-t", "0", "-a")
-
-    def _run(self, *words: str, **options: object) -> str:
-        environment = {"PATH": PROGRAM_PATH, "HOME": "/root"}
-        return str(self.host.run(["podman", *words], env=environment, cwd="/", **options).stdout)  # type: ignore[arg-type]
-
-
-class Place:
-    """Cluster, and podman on its third host."""
-
-    def __init__(self, cluster: Cluster, podman: Podman) -> None:
-        self.cluster, self.podman = cluster, podman
-        self.one, self.two = cluster.dockers.values()
+@pytest.fixture(scope="module")
+def shared(launcher: Path) -> Iterator[Place]:
+    with placed(launcher) as made:
+        yield made
 
 
 @pytest.fixture
-def place(launcher: Path) -> Iterator[Place]:
-    with clustered(launcher, {"host1": (), "host2": ()}) as cluster, contextlib.ExitStack() as stack:
-        host = stack.enter_context(Host("host3", own=OWN))
-        cluster.join(host, stack)
-        stack.callback(cgroups.remove)
-        made = Place(cluster, Podman(host))
-        stack.callback(made.podman.remove_all)
-        for name, subnet in NETWORKS.items():
-            made.one.netloom("network", "create", name, "--type", "overlay", "--subnet", subnet)
-            made.one.docker("network", "create", "-d", "netloom", "-o", "type=overlay", "-o", f"network={name}", name)
-        for docker in (made.one, made.two):
-            for name in NETWORKS:
-                wait_until(partial(has_ours, docker, name), f"{name} on {docker.host.name}", docker.shim_log)
-        yield made
-        for docker in (made.one, made.two):
-            docker.remove_all()
-
-
-def has_ours(docker: Docker, name: str) -> bool:
-    shown = docker.docker("network", "inspect", "-f", "{{.IPAM.Driver}}", name, check=False)
-    return shown.stdout.split() == ["netloom"]
-
-
-def web(inside: Ask, container: str, address: str) -> str:
-    """What an address serves, asked from a container; "" where nothing answers."""
-    try:
-        return inside(container, "timeout", "2", "wget", "-qO-", f"http://{address}").strip()
-    except HostError:
-        return ""
+def place(shared: Place) -> Iterator[Place]:
+    """With both networks and no container."""
+    shared.create()
+    yield shared
+    clean(shared)
 
 
 def test_two_overlays_on_three_hosts(place: Place) -> None:
@@ -110,14 +56,17 @@ def test_two_overlays_on_three_hosts(place: Place) -> None:
         return web(inside[container[-1]], container, address)
 
     # All of a network reach each other, and nobody of the other one.
+    strangers: list[tuple[str, str]] = []
     for network, found in addresses.items():
         other = next(name for name in NETWORKS if name != network)
         for container in found:
             for name, address in found.items():
                 wait_until(lambda c=container, a=address, n=name: ask(c, a) == n, f"{name} from {container}")  # type: ignore[misc]
-            assert ask(container, next(iter(addresses[other].values()))) == ""
+            strangers.append((container, next(iter(addresses[other].values()))))
+    with ThreadPoolExecutor(len(strangers)) as pool:  # each of them waits for its limit
+        assert list(pool.map(lambda one: ask(*one), strangers)) == [""] * len(strangers)
     # Out by the own host, under its address; in by a published port.
-    outside = place.cluster.underlay.address(_number(place, "host2"))
+    outside = place.cluster.underlay.address(place.number("host2"))
     assert ask("ov2-a", f"{outside}:8080") == "ov1-b"
     assert ask("ov1-c", f"{outside}:8080") == "ov1-b"
     # Connected to both, for a while.
@@ -128,10 +77,151 @@ def test_two_overlays_on_three_hosts(place: Place) -> None:
     one.docker("network", "disconnect", "ov2", "ov1-a")
     assert ask("ov1-a", addresses["ov2"]["ov2-c"]) == ""
     # Docker goes on where podman has a container, and podman where Docker has.
-    shown = json.loads(two.netloom("ip", "list", "--cluster", "--json").stdout)["allocations"]
-    held = {address["cidr"].partition("/")[0] for one in shown for address in one["addresses"]}
-    assert held == {address for found in addresses.values() for address in found.values()}
+    assert place.listed() == {address for found in addresses.values() for address in found.values()}
 
 
-def _number(place: Place, name: str) -> int:
-    return 11 + list(place.cluster.netds).index(name)
+def test_fifty_containers_on_each_host(place: Place) -> None:
+    """All have an address of their own, all are known and reached everywhere; and nothing is left of them."""
+    starts: list[list[Callable[[], object]]] = [[], [], []]
+    names: list[list[str]] = [[], [], []]
+    for number in range(MANY):
+        for index, letter in enumerate("abc"):
+            name = f"{letter}{number}"
+            names[index].append(name)
+            if letter == "c":
+                starts[index].append(partial(place.podman.start, name, "ov1"))
+            else:
+                starts[index].append(partial(place.both[index].start, name, "--network", "ov1"))
+    with ThreadPoolExecutor(AT_ONCE * len(starts)) as pool:
+        for one in [pool.submit(start) for three in zip(*starts, strict=True) for start in three]:
+            one.result()
+    places = [of_docker(docker, "ov1") for docker in place.both]
+    places.append(place.podman.addresses("ov1", *names[2]))
+    assert [sorted(found) for found in places] == [sorted(some) for some in names]
+    every = {address: name for found in places for name, address in found.items()}
+    assert len(every) == 3 * MANY
+    assert all(ip_address(address) in ip_network(NETWORKS["ov1"]) for address in every)
+    assert place.listed() == every.keys()
+    for host, found in zip(place.hosts, places, strict=True):
+        others = every.keys() - found.values()
+        wait_until(lambda h=host, o=others: known(h, "ov1") == (o, o), f"all others on {host.name}")  # type: ignore[misc]
+    where = [place.netns(place.one, "a0"), place.netns(place.two, "b0"), place.netns(place.podman, "c0")]
+    with ThreadPoolExecutor(len(where)) as pool:
+        assert list(pool.map(partial(silent, names=every), where)) == [[], [], []]
+        gone = [pool.submit(docker.docker, "rm", "-f", *some) for docker, some in zip(place.both, names, strict=False)]
+        gone.append(pool.submit(place.podman.remove_all))  # type: ignore[arg-type]
+        for each in gone:
+            each.result()
+    wait_until(lambda: not place.listed(), "all addresses to come back", lambda: str(place.listed()))
+    for host in place.hosts:
+        wait_until(partial(lacks_overlay, place, host.name, "ov1"), f"nothing on {host.name}")
+    left = [key for key in place.cluster.etcd.keys("/netloom/") if "/ov1#" in key and "/freed/" not in key]
+    assert not left
+    for docker in place.both:
+        assert not docker.state()["endpoints"] and not docker.held()
+
+
+def of_docker(docker: Docker, network: str) -> dict[str, str]:
+    """Addresses by container."""
+    shown = docker.docker(
+        "network", "inspect", "-f", "{{range .Containers}}{{.Name}} {{.IPv4Address}};{{end}}", network
+    )
+    pairs = (one.split() for one in shown.stdout.strip().rstrip(";").split(";"))
+    return {name: cidr.partition("/")[0] for name, cidr in pairs}
+
+
+def lacks_overlay(place: Place, name: str, network: str) -> bool:
+    """Whether a host has nothing of a network any more: no bridge, no tunnel, no container's interface or record."""
+    (host,) = (one for one in place.hosts if one.name == name)
+    links = host.links()
+    return not (
+        {f"nl-{network}", f"nl-vx{VNIS[network]}"} & links.keys()
+        or [link for link in links if link.startswith("veth")]
+        or any(host.path("/run/netloom/attachments").rglob("*@*"))
+    )
+
+
+def test_a_docker_host_dies_and_comes_back(place: Place) -> None:
+    one, two = place.one, place.two
+    one.start("ann", "--network", "ov1")
+    two.start("bob", "--network", "ov1", "--restart", "always", "--ip", "10.50.1.77")
+    two.start("ben", "--network", "ov1")
+    place.podman.start("cal", "ov1")
+    bob, ben, cal = two.address("bob", "ov1"), two.address("ben", "ov1"), place.podman.address("cal", "ov1")
+    ann, here = one.address("ann", "ov1"), (place.netns(one, "ann"), place.netns(place.podman, "cal"))
+    everybody = {ann: "ann", bob: "bob", ben: "ben", cal: "cal"}
+    for each in here:
+        assert silent(each, everybody) == []
+    before = [ours(docker) for docker in place.both]
+    pinger = Pinger(here[0], cal)
+    place.cluster.power_off("host2")
+    try:
+        for host, other in ((one.host, cal), (place.podman.host, ann)):
+            wait_until(lambda h=host, o=other: known(h, "ov1") == ({o}, {o}), "the dead host's to go")  # type: ignore[misc]
+        assert ours(one) == before[0]
+    finally:
+        place.cluster.power_on("host2")
+    assert [ours(docker) for docker in place.both] == before
+    two.docker("start", "ben")
+    assert two.address("bob", "ov1") == bob
+    everybody = {ann: "ann", bob: "bob", two.address("ben", "ov1"): "ben", cal: "cal"}
+    for each in (*here, place.netns(two, "bob")):
+        assert silent(each, everybody) == []
+    assert place.listed() == everybody.keys()
+    sent, lost = pinger.stop()
+    assert sent > 20
+    assert lost == 0
+
+
+def test_what_is_in_use_elsewhere_is_not_removed_and_it_says_why(place: Place) -> None:
+    one, two = place.one, place.two
+    two.start("bob", "--network", "ov1")
+    bob = two.address("bob", "ov1")
+    before = [ours(docker) for docker in place.both]
+    identity = one.docker("network", "inspect", "-f", "{{.Id}}", "ov1").stdout.strip()
+    for name in ("ov1", identity, identity[:12]):
+        refused = one.docker("network", "rm", name, check=False)
+        assert refused.returncode == 1
+        assert f"network ov1 is in use by {bob} on host2; stop these containers" in refused.stderr
+        assert refused.stdout == ""
+    # What is on this host has a name.
+    one.start("ann", "--network", "ov1")
+    refused = one.docker("network", "rm", "ov1", check=False)
+    assert f"ann ({one.address('ann', 'ov1')}) on host1, and by {bob} on host2" in refused.stderr
+    assert [ours(docker) for docker in place.both] == before
+    assert "comes back" not in one.shim_log()
+    one.docker("rm", "-f", "ann")
+    # By the other host, without the plugin: this one's shim removes it, and its Docker asks that very shim.
+    two.docker("network", "rm", "ov2")
+    wait_until(partial(lacks, one, "ov2"), "no ov2 on host1", one.shim_log)
+    # Networks of others are nothing to it, nor is what Docker asks nobody about.
+    one.docker("network", "create", "plain")
+    assert one.docker("network", "rm", "plain").stdout == "plain\n"
+    assert one.docker("network", "prune", "-f").stdout == "Deleted Networks:\nov1\n\n"
+    assert "comes back" in one.shim_log()
+    assert not lacks(one, "ov1")
+    # Once nobody is on it.
+    two.docker("rm", "-f", "bob")
+    assert one.docker("network", "rm", "ov1").stdout == "ov1\n"
+    for docker in place.both:
+        wait_until(partial(lacks, docker, "ov1"), f"no ov1 on {docker.host.name}", docker.shim_log)
+
+
+def test_docker_waits_for_a_shim_that_is_asked_before_everything(place: Place) -> None:
+    place.one.stop_shim(signal.SIGKILL)
+    listing = place.one.host.popen([DOCKER, "network", "ls"], stdout=subprocess.PIPE, env=place.one.environment)
+    with pytest.raises(subprocess.TimeoutExpired):
+        listing.wait(1)
+    place.one.start_shim()
+    shown, _ = listing.communicate(timeout=PATIENCE_S)
+    assert listing.returncode == 0
+    assert "ov1" in shown
+
+
+def ours(docker: Docker) -> str:
+    """Docker's networks that are of Netloom's, with their ids."""
+    return docker.docker("network", "ls", "--no-trunc", "-f", "driver=netloom").stdout
+
+
+def lacks(docker: Docker, name: str) -> bool:
+    return docker.docker("network", "ls", "-q", "-f", f"name=^{name}$").stdout == ""
