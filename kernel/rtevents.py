@@ -92,6 +92,7 @@ class RouteEvents:
 
     def __init__(self) -> None:
         self.watched: frozenset[int] = frozenset()
+        self.pending = False  # whether the last `read` left some
         try:
             self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, ROUTE)
         except OSError as error:
@@ -117,17 +118,22 @@ class RouteEvents:
         """Close the socket. Closing twice is harmless."""
         self._socket.close()
 
-    def read(self) -> list[Change]:
-        """What happened since the last call; it does not wait.
+    def read(self, most: int = 0) -> list[Change]:
+        """What happened since the last call; it does not wait. `most`: so many messages of the kernel's, and the others
+        with the next call; 0: all, however long they keep coming.
 
         Raises:
             KernelError: the socket cannot be read.
         """
         changes: list[Change] = []
-        while True:
+        left = most
+        while not most or left:
+            left -= 1
+            self.pending = most > 0 and not left
             try:
                 data = self._socket.recv(1 << 18)
             except BlockingIOError:
+                self.pending = False
                 return changes
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
@@ -135,6 +141,7 @@ class RouteEvents:
                 changes.append(Lost())
                 continue
             changes += self._parse(data)
+        return changes
 
     def _parse(self, data: bytes) -> Iterator[Change]:
         offset = 0

@@ -5,6 +5,8 @@ Rules of this file
 - An event leads to a repair of what it is about after QUIET_S: what comes together is repaired together. Where events
   say that anything may have happened, everything is read. Each waits at least RATIO times as long as the one before
   took, so that no storm of events takes more than a fraction of a processor.
+- In a storm of events, such as a router's whole table, who asks for something is answered in between; repairs wait for
+  its end, but not longer than LATE_S.
 - Should something undo repairs again and again, they become seldom, and the log says so: two daemons must not fight at
   full speed.
 """
@@ -36,7 +38,9 @@ T = TypeVar("T")
 
 QUIET_S = 0.003
 FULL_QUIET_S = 0.02
+MOST_EVENTS = 2000  # read at once: some 50 ms, in which nobody is answered
 RATIO = 5
+LATE_S = 1.0
 _FIGHT_ROUNDS, _FIGHT_WINDOW_S, _FIGHT_PAUSE_S = 30, 10.0, 2.0
 _RETRY_FIRST_S, _RETRY_LAST_S = 1.0, 30.0
 
@@ -122,7 +126,9 @@ class Agent:
             self._asked.get()(reconciler)
         try:
             self._see(reconciler, events)
-            self._act(reconciler)
+            # What is not read yet may be that all is well again.
+            if not events.pending or time.monotonic() >= min(self._dirty_at, self._full_at) + LATE_S:
+                self._act(reconciler)
         except KernelError as error:
             log.event(_logger, "error", "the kernel cannot be compared", error=str(error))
             self._full_at = time.monotonic() + self._retry_s
@@ -144,7 +150,7 @@ class Agent:
             os.eventfd_read(self._wake)
 
     def _see(self, reconciler: Reconciler, events: RouteEvents) -> None:
-        changes = events.read()
+        changes = events.read(MOST_EVENTS)
         if not changes:
             return
         keys = reconciler.note(changes)

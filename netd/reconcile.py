@@ -424,8 +424,10 @@ class Reconciler:
         """Whether an event of a link that is not ours means that everything has to be looked at."""
         if not isinstance(change, LinkChange | AddressChange):
             return False
-        if self.underlay is None or change.index != self.underlay.index:
-            return self.underlay is None
+        if self.underlay is None or (OWN, "underlay") in self._problems:
+            return True  # it may have come: under its name, with another index
+        if change.index != self.underlay.index:
+            return False
         if isinstance(change, AddressChange) or change.gone or not change.up:
             return True
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
@@ -9,6 +10,7 @@ from ipaddress import ip_address, ip_network
 import pytest
 
 from kernel import vxlan
+from kernel.rtevents import RouteEvents
 from kernel.session import Session
 from netd import reconcile
 from netd.reconcile import Reconciler
@@ -118,6 +120,25 @@ def test_hosts_that_come_with_another_choice_of_the_underlay(reconciler: Reconci
     reconciler.full()
     assert "10.2.3.0/24" in routes()
     assert "10.2.2.0/24" in routes()
+
+
+def test_an_underlay_that_is_deleted_and_comes_back(reconciler: Reconciler) -> None:
+    """Under its name, with another index: an event says so, and nobody waits until all is compared."""
+    with contextlib.closing(RouteEvents()) as events:
+        events.watched = reconciler.watched()
+        spaces.run("ip", "link", "delete", "eth0")
+        assert reconciler.note(events.read()) is None
+        reconciler.full()
+        assert "eth0" in reconciler.problems()[0]
+        assert reconciler.note(events.read()) is not None, "no event, no work"
+        spaces.run("ip", "link", "add", "eth0", "type", "bridge")
+        spaces.run("ip", "address", "add", "10.0.0.1/24", "dev", "eth0")
+        spaces.run("ip", "link", "set", "eth0", "up")
+        assert reconciler.note(events.read()) is None
+        reconciler.full()
+    assert reconciler.problems() == []
+    assert "nl-vx1" in routes()
+    assert "10.2.2.0" in spaces.run("ip", "neigh", "show", "dev", "nl-vx1")
 
 
 def test_another_underlay_address_makes_another_tunnels_end(reconciler: Reconciler) -> None:
