@@ -36,6 +36,8 @@ def reconciler() -> Iterator[Reconciler]:
     with spaces.fresh() as space, spaces.inside(space), Session() as session:
         spaces.run("ip", "link", "set", "lo", "up")
         spaces.run("ip", "link", "add", "eth0", "type", "bridge")
+        if IPV6:  # a link-local address is told of once more when nobody else is found to have it, seconds later
+            spaces.run("ip", "link", "set", "eth0", "addrgenmode", "none")
         spaces.run("ip", "address", "add", "10.0.0.1/24", "dev", "eth0")
         spaces.run("ip", "link", "set", "eth0", "up")
         made = Reconciler(session, OWN, Choice("eth0"), (DEFAULT,))
