@@ -136,6 +136,19 @@ def _fabrics(request: Request, conf: NetloomConf, network: "pb.Network") -> _Fab
         return _Fabrics()
 
 
+def _awaited_fabrics(request: Request, conf: NetloomConf, network: "pb.Network") -> _Fabrics:
+    """The same for an ADD: netd may hear of an overlay a moment later than ipamd, which says that there is one.
+
+    Without that its MTU would be guessed, and nobody waited for its device.
+    """
+    found = _fabrics(request, conf, network)
+    if network.type == overlay.TYPE and found.networks and network.name not in found.networks:
+        found = overlay.wait_until_known(
+            lambda: _fabrics(request, conf, network), lambda one: network.name in one.networks, network.name
+        )
+    return found
+
+
 def _mtu(conf: NetloomConf, network: "pb.Network", fabrics: _Fabrics) -> int:
     """The MTU of the network's links; 0, the kernel's default, where nobody says."""
     if conf.mtu:
@@ -208,7 +221,7 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
     attachment.write_record(host, records, record, undo)
     with trace.step("nftables"):
         records.apply(host, record)
-    fabrics = _fabrics(request, conf, network)
+    fabrics = _awaited_fabrics(request, conf, network)
     result, its_bridge = bridge.attach(_for_bridge(request, conf, network, fabrics, None), host, undo)
     if network.type == overlay.TYPE:
         _tell_macs(request, conf, network, result)

@@ -7,8 +7,8 @@ by everybody, and reaches everybody. The device is waited for, never made here.
 """
 
 import time
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 from cni import check as verify
 from cni import config, parsed
@@ -23,6 +23,8 @@ from telemetry import trace
 
 if TYPE_CHECKING:
     from protos.ipam.v1 import ipam_pb2 as pb
+
+T = TypeVar("T")
 
 TYPE = "overlay"
 READY_TIMEOUT_S = 3.0
@@ -102,6 +104,23 @@ def unexpected(ips: Iterable[IPConfig], mac: str, *, together: bool) -> list[str
 
 
 # The way to the others
+
+
+@trace.step("overlay unknown")
+def wait_until_known(look: Callable[[], T], knows: Callable[[T], bool], name: str) -> T:
+    """What netd says once it knows the network `name`; not for ever: then what it says without."""
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while True:
+        found = look()
+        if knows(found):
+            return found
+        if time.monotonic() > deadline:
+            note(
+                f"ADD: network {name}: netd of this host does not know it after {READY_TIMEOUT_S:g} s; containers of "
+                "other hosts are not reached before it does: `netloom doctor`"
+            )
+            return found
+        time.sleep(_LOOK_INTERVAL_S)
 
 
 @trace.step("overlay")

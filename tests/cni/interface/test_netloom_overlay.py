@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address
 from typing import Any
 
 import pytest
 
+from cni.interface import netloom, overlay
 from cni.versions import SUPPORTED
+from protos.ipam.v1 import ipam_pb2 as pb
 from tests.cni.chained.test_firewall import bridge_netfilter, dropping
 from tests.cni.chained.traffic import ask, no_answer, serving
 from tests.cni.interface.test_netloom import HOST, OUTSIDE, outside, with_ports
@@ -27,7 +31,7 @@ from tests.cni.overlays import (
     static,
     write_fabric,
 )
-from tests.hosts import IPV6, Netns
+from tests.hosts import IPV6, Netns, wait_until
 from tests.underlay import Underlay
 
 pytestmark = pytest.mark.kernel
@@ -189,12 +193,49 @@ def test_what_waiting_costs(lab: Lab, relay: Relay) -> None:
             return answer.calls
 
         assert look not in labels(), "no netd has ever run here"
-        write_fabric(lab.host, {"pods": {"mtu": 1400}})
-        assert look not in labels(), "netd does not know it"
         lab.host.run(["ip", "link", "delete", OV1.bridge])
         with FakeNetd(lab.host, (OV1,)):
             labels()
             assert labels().count(look) == 1, "it is there"
+
+
+def test_an_add_waits_for_a_netd_that_is_about_to_hear_of_the_network(lab: Lab, relay: Relay) -> None:
+    """As right after `netloom network create` on another host."""
+    write_fabric(lab.host, {"default": {"mtu": 1500, "backend": "host-gw"}})
+    with lab.space() as netns, ThreadPoolExecutor(1) as beside:
+        adding = beside.submit(lab.cni, "ADD", "netloom", conf_of(OV1), netns=netns, container_id="early")
+        records = lab.host.path("/run/netloom/attachments")
+        wait_until(lambda: list(records.glob("*/early@eth0.netloom")), "the ADD to be under way")
+        time.sleep(0.2)  # one that does not wait is over by now
+        with FakeNetd(lab.host, (OV1,)):
+            answer = adding.result()
+            answer.ok()
+            found = lab.host.links()[OV1.device]
+            assert (found.get("master"), "UP" in found["flags"]) == (OV1.bridge, True)
+            assert netns.links()["eth0"]["mtu"] == MTU
+            assert "does not know it" not in answer.stderr
+            lab.cni("DEL", "netloom", conf_of(OV1), netns=netns, container_id="early").ok()
+            lab.host.run(["ip", "link", "delete", OV1.bridge])
+
+
+def test_a_netd_that_never_hears_of_the_network_is_not_waited_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looks = iter(range(1000))
+    monkeypatch.setattr(overlay, "READY_TIMEOUT_S", 0.1)
+    assert overlay.wait_until_known(lambda: next(looks), lambda number: number == 7, "ov1") == 7
+    assert capsys.readouterr().err == ""
+    assert overlay.wait_until_known(lambda: next(looks), lambda _: False, "ov1") > 8
+    assert "network ov1: netd of this host does not know it after 0.1 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("default", "wanted"),
+    [(netloom._Fabric(1440, "vxlan"), 1440), (netloom._Fabric(1500, "host-gw"), 1430)],
+)
+def test_the_mtu_fits_a_tunnel_of_a_network_that_netd_does_not_know(default: netloom._Fabric, wanted: int) -> None:
+    network = pb.Network(name="ov1", type="overlay")
+    assert netloom._mtu(netloom.NetloomConf(), network, netloom._Fabrics({"default": default})) == wanted
 
 
 def test_a_netd_that_does_not_come_is_not_waited_for_for_ever(lab: Lab, relay: Relay) -> None:
@@ -222,8 +263,6 @@ def test_a_netd_that_does_not_come_is_not_waited_for_for_ever(lab: Lab, relay: R
         ({}, {}, 1500),
         ({"ov1": {"mtu": 1450}, "default": {"mtu": 1500}}, {}, 1450),
         ({"ov1": {"mtu": 1450}}, {"mtu": 1300}, 1300),
-        ({"default": {"mtu": 1440, "backend": "vxlan"}}, {}, 1440),
-        ({"default": {"mtu": 1500, "backend": "host-gw"}}, {}, 1430),
     ],
 )
 def test_the_mtu_fits_a_tunnel(
