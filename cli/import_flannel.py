@@ -3,11 +3,13 @@
 - etcd is only read: `<prefix>/config` once, and `<prefix>/subnets/` for who else has to move.
 - The network is made through ipamd, in blocks as large as flannel's subnets; the same again is no error.
 - The subnet that flannel gave this host is claimed for this node, by the address that netd holds of it: so what is
-  attached here, and a docker0 of that subnet, stay as they are.
+  attached here, and a docker0 of that subnet, stay as they are. Of an IPv6 subnet only the beginning can be a block;
+  the whole is this host's where the configuration says so, which is told.
 """
 
 import asyncio
 import dataclasses
+import json
 import os
 from collections.abc import Sequence
 from ipaddress import IPv4Network, IPv6Network, ip_network, summarize_address_range
@@ -103,7 +105,9 @@ def flannel(choices: Choices, name: str, endpoints: tuple[str, ...], etcd_prefix
     """
     found = _read(_etcd(endpoints, etcd_prefix))
     request = _request(name, found.config)
-    own = _own(subnet_file, request)
+    parts = _parts(subnet_file)
+    own = _own(subnet_file, parts, request)
+    narrowed = [str(part) for part, block in zip(parts, own, strict=True) if part != block]
     with choices.ipamd() as ipamd:
         network = ipamd.create_network(request)
         if own:
@@ -113,13 +117,18 @@ def flannel(choices: Choices, name: str, endpoints: tuple[str, ...], etcd_prefix
     if choices.as_json:
         output.document(
             {"name": name, "backend": network.backend, "subnets": list(network.subnets), "claimed": sorted(here),
-             "leases": leases}
+             "narrowed": narrowed, "leases": leases}
         )  # fmt: skip
         return
     output.line(f"network {name} ({', '.join(network.subnets)}), backend {network.backend}")
     output.line(
         f"claimed for this host: {', '.join(map(str, own))}" if own else f"{subnet_file} is not there: nothing claimed"
     )
+    for subnet in narrowed:
+        output.line(
+            f"of {subnet} only that is a block; before flannel_network is set, have all of it:"
+            f" subnets = [{json.dumps(subnet)}] under [netd] of this host"
+        )
     if leases:
         output.table(("SUBNET", "HOST", "NEXT"), [(one["subnet"], one["host"], _next(one)) for one in leases])
 
@@ -252,16 +261,20 @@ def _outside(config: FlannelConfig, network: IPv4Network) -> list[str]:
 # This host
 
 
-def _own(path: str, request: ipam_pb2.CreateNetworkRequest) -> list[_Subnet]:
-    """The blocks that flannel's subnets of this host are; none where flannel left no file."""
+def _parts(path: str) -> list[_Subnet]:
+    """Flannel's subnets of this host; none where flannel left no file."""
     if not os.path.exists(path):
         return []
     try:
-        parts = [ip_network(subnet) for _, subnet in read_subnet(path).parts]
+        return [ip_network(subnet) for _, subnet in read_subnet(path).parts]
     except CniError as error:
         raise Failure(str(error)) from None
+
+
+def _own(path: str, parts: Sequence[_Subnet], request: ipam_pb2.CreateNetworkRequest) -> list[_Subnet]:
+    """The block that each of flannel's subnets of this host is, or begins with."""
     whole = [ip_network(text) for text in request.network.subnets]
-    found = []
+    found: list[_Subnet] = []
     for part in parts:
         length = request.block_v4 if part.version == 4 else request.block_v6
         inside = any(one.version == part.version and part.subnet_of(one) for one in whole)  # type: ignore[arg-type]

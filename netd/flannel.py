@@ -6,8 +6,8 @@
 - `/run/flannel/subnet.env` is for the plugin `flannel`, of ours or of its own project; `/run/flannel/docker` has
   options for dockerd, as flannel's mk-docker-opts.sh makes them out of the other. So an existing conflist, or a stock
   docker0, has the addresses of a subnet that netd routes.
-- The subnet is the host's own in that network: the one of the configuration, where there is one; else the block of an
-  address that netd holds in ipamd for nothing but this. ipamd gives the same one after every start.
+- The subnet of each family is the host's own in that network: the one of the configuration, where there is one; else
+  the block of an address that netd holds in ipamd for nothing but this. ipamd gives the same one after every start.
 - netd masquerades what leaves the network, and says so in the file: only who knows the whole network can tell what that
   is, and between hosts containers keep their own addresses.
 - A file that is right is not written. What cannot be done is a problem in words; what was written before stays.
@@ -144,8 +144,18 @@ class Flannel:
         for subnet in self._config.node.subnets:
             if network.holds(subnet):
                 own.setdefault(subnet.version, gateway_of(subnet))
-        if own:
+        if own.keys() >= {one.version for one in network.subnets}:
             return tuple(own.values())
+        try:
+            held = await self._blocks(network)
+        except SubnetError:
+            if not own:
+                raise
+            held = ()  # no ipamd, or no pool: the other family has no subnet here
+        return (*own.values(), *(one for one in held if one.version not in own))
+
+    async def _blocks(self, network: Network) -> tuple[AnyInterface, ...]:
+        """The gateways of this host's blocks, as ipamd said lately."""
         now = time.monotonic()
         held = self._held[1] if self._held is not None and self._held[0] == network.name else None
         if held is None or now - self._asked_at > _ASK_AGAIN_S:

@@ -116,6 +116,9 @@ def test_both_families_another_prefix_and_an_endpoint_of_ones_own(tmp_path: Path
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout)
         assert (found["backend"], found["claimed"]) == ("direct", ["10.4.0.128/25", "fd04:0:0:7::/118"])
+        assert found["narrowed"] == ["fd04:0:0:7::/64"]
+        told = run(a, *words[:-1], "--subnet-file", file).stdout
+        assert 'have all of it: subnets = ["fd04:0:0:7::/64"] under [netd] of this host' in told
         with a.client() as client:
             assert client.get_network("cbr").mtu == 1400
             answer = client.allocate(subnet_key("cbr"), pools=["cbr"])

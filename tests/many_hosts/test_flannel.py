@@ -222,6 +222,29 @@ def test_what_cannot_be_told_is_a_problem_and_no_key_no_rules(pods: Shared) -> N
     assert list(netd.status().problems) == []
 
 
+@pytest.mark.skipif(not IPV6, reason="no IPv6 on this machine")
+def test_an_ipv6_subnet_of_flannels_size(pods: Shared) -> None:
+    """Larger than a block can be: the configuration says it, and IPv4 is a block as before."""
+    netd, host = pods.netd(2), pods.host(2)
+    before, path = content(host), host.path(CONFIG)
+    text = path.read_text()
+    path.write_text(text.replace('flannel_network = "pods"', 'flannel_network = "pods"\nsubnets = ["fd02:0:0:7::/64"]'))
+    try:
+        netd.reload()
+        wanted = {**before, "FLANNEL_IPV6_SUBNET": "fd02:0:0:7::1/64"}
+        wait_until(lambda: content(host) == wanted, "subnet.env", lambda: str(content(host)))
+        one, two = attach(pods.host(1), "f1"), attach(host, "f2")
+        assert ip_network("fd02:0:0:7::/64")[2] == ip_interface(two.ipv6).ip
+        wait_until(lambda: pods.knows_way(1, "fd02:0:0:7:8000::1"), "the way to all of it")
+        pods.all_reach_all([one, two])
+        detach(pods.host(1), one)
+        detach(host, two)
+    finally:
+        path.write_text(text)
+        netd.reload()
+    wait_until(lambda: content(host) == before, "subnet.env as before")
+
+
 def test_subnets_of_the_configuration_without_ipamd() -> None:
     with Static("host-gw", segments=(0, 0), ipv6_containers=False, netd={"flannel_masquerade": False}) as fleet:
         fleet.start()
