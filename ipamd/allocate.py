@@ -82,6 +82,11 @@ class Underway:
     def __init__(self) -> None:
         self._turns: dict[Key, list[Turn]] = {}
 
+    @property
+    def waiting(self) -> int:
+        """How many they are."""
+        return sum(map(len, self._turns.values()))
+
     def begin(self, ask: Ask) -> Turn:
         """To be ended by `done`."""
         turn = Turn(ask)
@@ -109,14 +114,46 @@ async def allocate(
     """As `Ledger.allocate`, durably, and with the cluster's consent where it is needed. Raises IpamdError."""
     if member is None:
         return await engine.run(lambda: ledger.allocate(ask), grows=True)
-    turn = underway.begin(ask)
+    if ledger.wants_claims(ask.pools):
+        turn = underway.begin(ask)
+        try:
+            return await _allocate(engine, ledger, member, turn, member.claims)
+        finally:
+            underway.done(turn)
+    # Nearly always a block of this node has an address: whether it must wait is known only where none has.
+    waiting: list[Turn] = []
+
+    def choose() -> tuple[Allocation, bool]:
+        try:
+            return ledger.allocate(ask)
+        except NeedsBlockError:
+            if not waiting:  # a batch for which the disk had no room runs twice
+                waiting.append(underway.begin(ask))
+            raise
+
     try:
-        return await _allocate(engine, ledger, member, turn)
+        return await engine.run(choose, grows=True)
+    except NeedsBlockError as need:
+        await member.blocks.provide(need)
+        return await _allocate(engine, ledger, member, waiting[0], None)
     finally:
-        underway.done(turn)
+        for turn in waiting:
+            underway.done(turn)
 
 
-async def _allocate(engine: Engine, ledger: Ledger, member: Member, turn: Turn) -> tuple[Allocation, bool]:
+def release(ledger: Ledger, underway: Underway, key: Key, generation: int, before: Instant | None) -> Allocation | None:
+    """As `Ledger.release`, in a batch of the engine: who asked before it has had a first try then, and is known to wait
+    where that was not enough.
+    """
+    if not generation:
+        underway.end(key, before)
+    return ledger.release(key, generation, before)
+
+
+async def _allocate(
+    engine: Engine, ledger: Ledger, member: Member, turn: Turn, claims: Claims | None
+) -> tuple[Allocation, bool]:
+    """For an ask that waits for the cluster; `claims`: what claims its addresses."""
     ask = turn.ask
 
     def choose() -> tuple[Allocation, bool]:
@@ -124,7 +161,6 @@ async def _allocate(engine: Engine, ledger: Ledger, member: Member, turn: Turn) 
         return ledger.allocate(ask)
 
     last_try_s = time.monotonic() + _LAST_TRY_S
-    claims = member.claims if ledger.wants_claims(ask.pools) else None
     if claims is not None:
         await claims.ready()
     for tries in range(1, _MOST_TRIES + 1):

@@ -335,7 +335,7 @@ class Ledger(SharedPools):
         block.held += 1
         self._transaction.on_undo(_hold, block, -1)
         self.changed[pool.name, pool.cidrs[index][number]] = None
-        if pool.count_untouched(index) <= pool.ahead(index):
+        if pool.count_untouched(index) <= pool.early[index]:
             self.scarce[pool.name, index] = None
 
     def _leave_block(self, pool: Pool, place: tuple[int, int]) -> bool:

@@ -266,14 +266,22 @@ class Pool:
 
     `whole` is all that the spec says, `layout` what this node may hand out of it: the same, but for a node-block pool,
     which has the blocks here that this node holds; `cidrs` names those, by range set and in the layout's order.
+
+    `is_shared`: each of its addresses is claimed in the cluster. `has_blocks`: it hands addresses out of blocks that
+    the node holds. `early`: with so few addresses of a range set left, the next block is to be claimed; as many as
+    `ahead` says, and more where blocks are wanted fast.
     """
 
     __slots__ = (
+        "_places",
         "allocated",
         "asked",
         "cidrs",
+        "early",
         "elsewhere",
         "freed",
+        "has_blocks",
+        "is_shared",
         "layout",
         "managed",
         "name",
@@ -288,27 +296,21 @@ class Pool:
         self.name = name
         self.spec = spec
         self.managed = managed
+        self.is_shared = spec.mode == "cluster-address"
         self.whole = layout or validate(spec)
+        self.has_blocks = bool(self.whole.grids)
         self.layout = self.whole
         if self.whole.grids:
             self.layout = Layout(tuple(() for _ in self.whole.range_sets), self.whole.holes)
         self.cidrs: list[tuple[str, ...]] = [() for _ in self.whole.grids]
+        self._places: dict[str, tuple[int, int]] = {}  # of each block: its range set, and its number there
+        self.early = [self.ahead(index) for index in range(len(self.whole.grids))]
         self.sets = self.layout.build()
         self.asked = b""  # the message that the spec came from, so that an unchanged one is known without reading it
         self.allocated = [0] * len(self.sets)  # by range set, like the two below
         self.reserved = [0] * len(self.sets)
         self.freed = [0] * len(self.sets)
         self.elsewhere = [0] * len(self.sets)  # cluster-address: held by other nodes
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether each of its addresses is claimed in the cluster."""
-        return self.spec.mode == "cluster-address"
-
-    @property
-    def has_blocks(self) -> bool:
-        """Whether it hands addresses out of blocks that the node holds."""
-        return bool(self.whole.grids)
 
     def family(self, range_set: int) -> Literal["ipv4", "ipv6"]:
         """The family of a range set."""
@@ -344,15 +346,20 @@ class Pool:
         return self.sets[range_set].size - touched
 
     def ahead(self, range_set: int) -> int:
-        """With so few addresses left, the next block is to be claimed: a quarter of one."""
+        """With so few addresses left, the next block is to be claimed, where there is no rush: a quarter of one."""
         bits = self.spec.block_v4 if self.family(range_set) == "ipv4" else self.spec.block_v6
         return max(1, 1 << (_BITS[4 if self.family(range_set) == "ipv4" else 6] - bits) >> 2)
 
     def home(self, cidr: str) -> int | None:
         """The range set that a block is of; None where it is no block of this pool."""
+        found = self._find_home(cidr)
+        return found[0] if found else None
+
+    def _find_home(self, cidr: str) -> tuple[int, blocks.Block] | None:
         for index, grid in enumerate(self.whole.grids):
-            if grid.block(cidr) is not None:
-                return index
+            block = grid.block(cidr)
+            if block is not None:
+                return index, block
         return None
 
     def block_for(self, version: int, number: int) -> tuple[int, str] | None:
@@ -366,32 +373,29 @@ class Pool:
 
     def find_block(self, cidr: str) -> tuple[int, int] | None:
         """Range set and number of a block that this node holds."""
-        for index, cidrs in enumerate(self.cidrs):
-            if cidr in cidrs:
-                return index, cidrs.index(cidr)
-        return None
+        return self._places.get(cidr)
 
     def add_block(self, cidr: str, allocator: Block | None = None) -> tuple[int, Block]:
         """This node holds a block more; returns its range set and its allocator, with nothing touched if it is new.
 
         Raises InvalidArgumentError where it is no block of this pool.
         """
-        index = self.home(cidr)
-        if index is None:
+        found = self._find_home(cidr)
+        if found is None:
             raise InvalidArgumentError(f"{cidr} is no block of pool {self.name}")
-        block = self.whole.grids[index].block(cidr)
-        assert block is not None  # noqa: S101 (as `home` says)
+        index, block = found
         low = block.stretches[0][0] if block.stretches else block.base
         high = block.stretches[-1][1] if block.stretches else block.base
         allocator = allocator or Block(block.stretches)
         self.sets[index].add(allocator)
         self._lay(index, (*self.layout.range_sets[index], Range(block.version, block.prefix, low, high, block.gateway)))
+        self._places[cidr] = index, len(self.cidrs[index])
         self.cidrs[index] = (*self.cidrs[index], cidr)
         return index, allocator
 
     def remove_block(self, cidr: str) -> None:
         """This node no longer holds a block. Counts are the caller's."""
-        place = self.find_block(cidr)
+        place = self._places.pop(cidr, None)
         if place is None:
             return
         index, number = place
@@ -399,6 +403,8 @@ class Pool:
         ranges = self.layout.range_sets[index]
         self._lay(index, (*ranges[:number], *ranges[number + 1 :]))
         self.cidrs[index] = (*self.cidrs[index][:number], *self.cidrs[index][number + 1 :])
+        for later in range(number, len(self.cidrs[index])):
+            self._places[self.cidrs[index][later]] = index, later
 
     def _lay(self, index: int, ranges: tuple[Range, ...]) -> None:
         sets = self.layout.range_sets

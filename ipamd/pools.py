@@ -337,9 +337,16 @@ class Pools:
         """Whether a freed address is not to be handed out yet."""
         return self._left_s(pool, freed) > 0
 
-    def count_free(self, pool: Pool, index: int) -> int:
-        """How many addresses of a range set can be handed out now."""
-        return self.usage(pool)[index].free
+    def has_more(self, pool: Pool, index: int, than: int) -> bool:
+        """Whether more than so many addresses of a node-block pool's range set can be handed out now."""
+        cooled = than - pool.count_untouched(index)  # so many and one more must have cooled down
+        if cooled < 0:
+            return True
+        if cooled >= pool.freed[index]:
+            return False
+        # The queue is in the order of freeing, and may be long: not counted.
+        freed = self._store.oldest_freed(pool.name, index, skip=cooled)
+        return freed is not None and not self.is_cooling(pool, freed)
 
     def _left_s(self, pool: Pool, freed: Freed) -> float:
         """Seconds until a freed address has cooled down; 0 or less where it has."""

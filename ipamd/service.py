@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncIterator
 
 from ipamd import backup, messages
-from ipamd.allocate import Underway, allocate
+from ipamd.allocate import Underway, allocate, release
 from ipamd.check import Checker, KernelAddress
 from ipamd.clock import Clock
 from ipamd.desk import Desk
@@ -111,9 +111,7 @@ class Service(NodeHandlers, IpamServicer):
     async def Release(self, request: pb.ReleaseRequest, request_id: str) -> pb.ReleaseResponse:
         key = messages.key_of(request.key, self._node)
         before = messages.instant_of(request.before) if request.HasField("before") else None
-        if not request.generation:
-            self._underway.end(key, before)
-        held = await self._engine.run(lambda: self._ledger.release(key, request.generation, before))
+        held = await self._engine.run(lambda: release(self._ledger, self._underway, key, request.generation, before))
         if held is None:
             return pb.ReleaseResponse()
         asyncio.get_running_loop().call_soon(log_release, held, "request", request_id)

@@ -160,19 +160,28 @@ class SharedPools(Pools):
 
     def wants_claims(self, pools: Iterable[str]) -> bool:
         """Whether addresses of these pools are claimed in the cluster."""
-        return any(pool is not None and pool.is_shared for pool in map(self.pools.get, pools))
+        for name in pools:  # on the way of every allocation
+            pool = self.pools.get(name)
+            if pool is not None and pool.is_shared:
+                return True
+        return False
 
     # --- for the ledger
 
     def _claims(self, pools: Sequence[Pool]) -> tuple[str, ...]:
         """The pools whose addresses the cluster is to be told of; raises UnavailableError before etcd was read."""
+        for pool in pools:
+            if pool.is_shared:
+                break
+        else:
+            return ()
         claims = tuple([pool.name for pool in pools if pool.is_shared])
-        if claims and len(claims) < len(pools):
+        if len(claims) < len(pools):
             raise InvalidArgumentError(
                 f"pools: found {claims[0]}, of mode cluster-address, together with pools of other modes; ask for pools "
                 "of one mode"
             )
-        if claims and self.shared_refusal:
+        if self.shared_refusal:
             raise UnavailableError(
                 f"pool {claims[0]}: each of its addresses is asked of etcd, which is away ({self.shared_refusal}); see "
                 "netloom status, and ask again later"

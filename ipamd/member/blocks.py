@@ -3,7 +3,7 @@
 - A block is this node's where etcd's record names its id. It is put by a transaction that wants it absent and the pool
   unchanged; then the store keeps it, and only then is an address of it handed out.
 - Requests that want a block of one range set at the same time share one claim. Where addresses become scarce the next
-  block is claimed before anybody waits for it, and several at once where the last one came a moment ago.
+  block is claimed before anybody waits for it, and several at once where the last ones were used up quickly.
 - It is given back in the other order: first the store forgets it, then etcd. What a crash leaves is found when the
   records are listed: ours but unknown here is adopted, ours here but missing there is put there again if something of
   it is in use, somebody else's is frozen: it hands nothing out until an operator has seen to it.
@@ -24,6 +24,7 @@ from cluster.layout import BlockRecord, PoolRecord, ReservationRecord
 from ipamd.engine import Engine
 from ipamd.errors import CoolingError, ExhaustedError, IpamdError, NeedsBlockError, PreconditionError, UnavailableError
 from ipamd.lease import Ledger
+from ipamd.member.flow import Flow
 from ipamd.member.follow import Follower
 from ipamd.member.holdings import Holdings
 from ipamd.member.mirror import Known, Mirror
@@ -37,8 +38,6 @@ _logger = logging.getLogger("ipamd.member")
 
 _TRIES = 20
 _REREAD_AFTER = 3  # conflicts in a row: what is known of the others is too old
-_MOST_AT_ONCE = 16
-_SOON_S = 1.0  # a claim so soon after the last one: there is a rush
 _GIVE_BACK_INTERVAL_S = 2.0
 _LOOK_AGAIN_S = 0.25
 
@@ -53,17 +52,6 @@ class Counts(Protocol):
 
     def told(self, operation: str, seconds: float) -> None:
         """Something else that etcd was told."""
-
-
-class _Flow:
-    """How fast blocks of a range set are wanted."""
-
-    __slots__ = ("at_once", "claimed_s", "enough_s")
-
-    def __init__(self) -> None:
-        self.at_once = 1
-        self.claimed_s = float("-inf")
-        self.enough_s = float("-inf")
 
 
 class Blocks:
@@ -90,7 +78,7 @@ class Blocks:
         self._record = layout.encode(identity)
         self._counts = counts
         self._flights: dict[Place, asyncio.Task[None]] = {}
-        self._flows: dict[tuple[str, int], _Flow] = {}
+        self._flows: dict[tuple[str, int], Flow] = {}
         self._returns: dict[tuple[str, str], None] = {}  # given up here, yet to be deleted there
         self._resting: set[tuple[str, str]] = set()  # empty at the last look
         self._claiming: set[tuple[str, str]] = set()
@@ -167,6 +155,10 @@ class Blocks:
                 got = await self._try_claim(name, known, cidrs)
                 if got:
                     await self._keep(name, got)
+                    if not wanted:
+                        self._flow(name, index).note(len(got), began)
+                        # Where several are wanted at once they last no longer than one does else.
+                        pool.early[index] = pool.ahead(index) * len(got)
                     self._counts.claimed(len(got), conflicts, time.monotonic() - began)
                     log.event(_logger, "info", "blocks claimed", pool=name, blocks=",".join(got), conflicts=conflicts)
                     return
@@ -185,7 +177,7 @@ class Blocks:
 
     def _choose(self, pool: Pool, index: int, conflicts: int) -> list[str]:
         grid, have = pool.whole.grids[index], len(pool.cidrs[index])
-        room = pool.spec.blocks_per_node - have if pool.spec.blocks_per_node else _MOST_AT_ONCE
+        room = pool.spec.blocks_per_node - have if pool.spec.blocks_per_node else grid.total
         if room <= 0:
             raise ExhaustedError(
                 f"pool {pool.name} has no free address in {pool.describe(index)} here: this node holds {have} blocks, "
@@ -193,7 +185,8 @@ class Blocks:
             )
         claimed = {*self.table.cidrs(pool.name), *pool.cidrs[index]}
         free = grid.total - len(claimed)
-        many = 1 if conflicts else max(1, min(self._at_once(pool.name, index), room, free // 16))
+        wanted = self._flow(pool.name, index).wanted(time.monotonic())
+        many = 1 if conflicts else max(1, min(wanted, room, free // 16))
         found: list[str] = []
         for number in range(many):
             seed = self._seed(pool.name, index) + have + number
@@ -209,16 +202,12 @@ class Blocks:
             )
         return found
 
+    def _flow(self, pool: str, index: int) -> Flow:
+        return self._flows.setdefault((pool, index), Flow())
+
     def _seed(self, pool: str, index: int) -> int:
         text = f"{self._identity.node_id} {pool} {index}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-    def _at_once(self, pool: str, index: int) -> int:
-        flow = self._flows.setdefault((pool, index), _Flow())
-        now = time.monotonic()
-        flow.at_once = min(2 * flow.at_once, _MOST_AT_ONCE) if now - flow.claimed_s < _SOON_S else 1
-        flow.claimed_s = now
-        return flow.at_once
 
     def _refuse_wanted(self, pool: Pool, index: int, cidr: str) -> None:
         owner = self.table.get(pool.name, cidr)
@@ -321,7 +310,7 @@ class Blocks:
             places, later = list(self._ledger.scarce), False
             self._ledger.scarce.clear()
             for place in places:
-                flow = self._flows.setdefault(place, _Flow())
+                flow = self._flow(*place)
                 if time.monotonic() - flow.enough_s < _LOOK_AGAIN_S:
                     self._ledger.scarce[place] = None
                     later = True
@@ -331,11 +320,13 @@ class Blocks:
                 await asyncio.sleep(_LOOK_AGAIN_S)
                 self._wake.set()
 
-    async def _claim_ahead(self, name: str, index: int, flow: _Flow) -> None:
+    async def _claim_ahead(self, name: str, index: int, flow: Flow) -> None:
         try:
             pool = self._ledger.pool(name)
-            if await self._engine.run(lambda: self._ledger.count_free(pool, index)) > pool.ahead(index):
-                flow.enough_s = time.monotonic()
+            if await self._engine.run(lambda: self._ledger.has_more(pool, index, pool.early[index])):
+                if pool.count_untouched(index) <= pool.early[index]:
+                    # Some cooled down. The ledger does not see that, and will go on saying that it wants a block.
+                    flow.enough_s = time.monotonic()
                 return
             await self.claim(name, index)
         except IpamdError as error:
@@ -370,6 +361,8 @@ class Blocks:
             leaving = self.draining or (known is not None and known.record.deleting)
             hot = known is not None and known.record.deleting
             for index in range(len(pool.cidrs)):
+                if not self._flow(pool.name, index).is_rush(time.monotonic()):
+                    pool.early[index] = pool.ahead(index)
                 spare = [(pool.name, cidr) for cidr in self._spare(pool, index, leaving)]
                 if not leaving:
                     resting.update(set(spare) - self._resting)
@@ -402,7 +395,7 @@ class Blocks:
         free = pool.sets[index].size - pool.allocated[index] - pool.reserved[index]
         for cidr, block in reversed(empty):
             free -= block.size
-            if len(spare) + 1 == len(blocks) or free < 2 * pool.ahead(index):
+            if len(spare) + 1 == len(blocks) or free < 2 * pool.early[index]:
                 break
             spare.append(cidr)
         return spare

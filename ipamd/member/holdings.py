@@ -10,7 +10,7 @@ from ipamd.engine import Transaction
 from ipamd.lease import Ledger
 from ipamd.pool import Pool, address_number, address_text
 from ipamd.pools import frozen_note
-from ipamd.store.base import Allocation, Change, DropBlock, Forget, Freed, Note, PutBlock, Reservation, Reserve
+from ipamd.store.base import Change, DropBlock, Forget, Freed, Note, PutBlock, Reservation, Reserve, Use
 
 
 class Held(Struct, frozen=True):
@@ -199,34 +199,26 @@ class Holdings:
         if not block.held:
             return ()
         version = 4 if pool.family(index) == "ipv4" else 6
-        rows = []
-        for address in block.addresses():
-            if block.is_touched(address):
-                ip = address_text(version, address)
-                holder = self._store.holder(name, ip)
-                if isinstance(holder, Allocation):
-                    rows.append(_row(holder, name, ip))
-        return tuple(rows)
+        touched = [address_text(version, address) for address in block.addresses() if block.is_touched(address)]
+        return tuple([_row(use) for use in self._store.uses(name, touched)])
 
     def _count(self, counts: list[int], index: int, by: int) -> None:
         counts[index] += by
         self._transaction.on_undo(_add, counts, index, -by)
 
 
-def _row(held: Allocation, pool: str, ip: str) -> PublishedRow:
-    address = next(a for a in held.addresses if a.pool == pool and a.ip == ip)
-    key = held.key
+def _row(use: Use) -> PublishedRow:
     return PublishedRow(
-        address.cidr,
-        address.gateway,
-        address.range_set,
-        held.generation,
-        key.client,
-        key.network,
-        key.container_id,
-        key.ifname,
-        held.created_unix_s,
-        held.workload,
+        use.address.cidr,
+        use.address.gateway,
+        use.address.range_set,
+        use.generation,
+        use.client,
+        use.network,
+        use.container_id,
+        use.ifname,
+        use.created_unix_s,
+        use.workload,
     )
 
 

@@ -107,6 +107,19 @@ class Freed(Struct, frozen=True):
     at: Instant
 
 
+class Use(Struct, frozen=True):
+    """An address that is held, and of its allocation what others want to know."""
+
+    address: Address
+    generation: int
+    client: str
+    network: str
+    container_id: str
+    ifname: str
+    created_unix_s: int
+    workload: str
+
+
 class Reservation(Struct, frozen=True):
     """An address that an operator keeps back."""
 
@@ -369,6 +382,9 @@ class Store(Protocol):
     def holder(self, pool: str, ip: str) -> Allocation | Reservation | None:
         """Who holds an address."""
 
+    def uses(self, pool: str, ips: Sequence[str]) -> list[Use]:
+        """Those of these addresses that are held, in the same order."""
+
     def allocations(self, wanted: Filter, after: int = 0, limit: int = 1000) -> list[Allocation]:
         """Up to `limit` allocations with a generation above `after`, rising."""
 
@@ -387,8 +403,8 @@ class Store(Protocol):
     def find_freed(self, pool: str, ip: str) -> Freed | None:
         """Whether and when an address was freed."""
 
-    def oldest_freed(self, pool: str, range_set: int) -> Freed | None:
-        """The head of a range set's queue."""
+    def oldest_freed(self, pool: str, range_set: int, skip: int = 0) -> Freed | None:
+        """The head of a range set's queue; `skip`: of what comes behind so many."""
 
     def count_freed(self, pool: str, range_set: int, since: Instant) -> int:
         """How many were freed in this boot at or after a moment."""

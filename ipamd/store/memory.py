@@ -38,6 +38,7 @@ from ipamd.store.base import (
     Settle,
     Touch,
     Unreserve,
+    Use,
     former_name,
 )
 
@@ -121,6 +122,14 @@ class MemoryStore:
             return None
         return self._allocations[generation] if generation else self._reservations[pool, ip]
 
+    def uses(self, pool: str, ips: Sequence[str]) -> list[Use]:
+        held = [(ip, self._allocations[g]) for ip in ips if (g := self._taken.get((pool, ip)))]
+        return [
+            Use(next(a for a in one.addresses if a.pool == pool and a.ip == ip), one.generation, one.key.client,
+                one.key.network, one.key.container_id, one.key.ifname, one.created_unix_s, one.workload)
+            for ip, one in held
+        ]  # fmt: skip
+
     def allocations(self, wanted: Filter, after: int = 0, limit: int = 1000) -> list[Allocation]:
         found = (self._allocations[g] for g in self._allocations if g > after)
         return list(islice((allocation for allocation in found if wanted.matches(allocation)), limit))
@@ -140,8 +149,9 @@ class MemoryStore:
     def find_freed(self, pool: str, ip: str) -> Freed | None:
         return self._queue.get(self._freed.get((pool, ip), 0))
 
-    def oldest_freed(self, pool: str, range_set: int) -> Freed | None:
-        return next((f for f in self._queue.values() if f.pool == pool and f.range_set == range_set), None)
+    def oldest_freed(self, pool: str, range_set: int, skip: int = 0) -> Freed | None:
+        queue = (f for f in self._queue.values() if f.pool == pool and f.range_set == range_set)
+        return next(islice(queue, skip, None), None)
 
     def count_freed(self, pool: str, range_set: int, since: Instant) -> int:
         return sum(

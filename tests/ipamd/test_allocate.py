@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from ipamd.allocate import LostError, Underway, allocate
+from ipamd.allocate import LostError, Underway, allocate, release
 from ipamd.clock import BootClock
 from ipamd.engine import Engine, Transaction
 from ipamd.errors import NeedsBlockError, UnavailableError
@@ -51,8 +51,11 @@ class Member:
         raise AssertionError
 
 
-async def overtaken(key: Key, before: Instant | None) -> Allocation | None:
-    """What a key has after an ask that a release of `key` overtook; raises what the ask got."""
+async def overtaken(key: Key, before: Instant | None, behind: bool = False) -> Allocation | None:
+    """What a key has after an ask that a release of `key` overtook; raises what the ask got.
+
+    `behind`: the release came right behind the ask, before anybody knew that the ask is to wait.
+    """
     store = MemoryStore()
     transaction = Transaction(store)
     ledger = Ledger(transaction, BootClock(), 30.0)
@@ -64,8 +67,12 @@ async def overtaken(key: Key, before: Instant | None) -> Allocation | None:
         member = Member(engine, ledger, transaction)
         ask = Ask(KEY, Netns(), Instant(BOOT, 100), ("p",))
         task = asyncio.create_task(allocate(engine, ledger, member, underway, ask))
-        await member.asked.wait()
-        underway.end(key, before)
+        if not behind:
+            await member.asked.wait()
+        else:
+            await asyncio.sleep(0)  # the ask is in the queue, and nothing more
+        held = await engine.run(lambda: release(ledger, underway, key, 0, before))
+        assert held is None
         member.answer.set()
         try:
             await task
@@ -79,18 +86,56 @@ async def overtaken(key: Key, before: Instant | None) -> Allocation | None:
         await engine.close()
 
 
+@pytest.mark.parametrize("behind", [False, True])
 @pytest.mark.parametrize("before", [None, Instant(BOOT, 101)])
-def test_a_release_ends_what_was_asked_for_before_it(before: Instant | None) -> None:
+def test_a_release_ends_what_was_asked_for_before_it(before: Instant | None, behind: bool) -> None:
     with pytest.raises(UnavailableError, match="was released while"):
-        asyncio.run(overtaken(KEY, before))
+        asyncio.run(overtaken(KEY, before, behind))
 
 
+@pytest.mark.parametrize("behind", [False, True])
 @pytest.mark.parametrize(
     ("key", "before"),
     [(Key("n1", "cni", "net", "c2", "eth0"), None), (KEY, Instant(BOOT, 100)), (KEY, Instant("another", 101))],
 )
-def test_another_release_does_not(key: Key, before: Instant | None) -> None:
-    assert asyncio.run(overtaken(key, before)) is not None
+def test_another_release_does_not(key: Key, before: Instant | None, behind: bool) -> None:
+    assert asyncio.run(overtaken(key, before, behind)) is not None
+
+
+def test_nobody_waits_any_more_when_all_are_answered() -> None:
+    """What waited for a block, and what found none that could be had."""
+
+    class Empty(Member):
+        async def provide(self, need: NeedsBlockError) -> None:
+            if self.answer.is_set():
+                raise UnavailableError("etcd is away")
+            self.answer.set()
+            await super().provide(need)
+
+    async def run() -> Underway:
+        transaction = Transaction(MemoryStore())
+        ledger = Ledger(transaction, BootClock(), 30.0)
+        ledger.in_cluster = True
+        engine, underway = Engine(transaction), Underway()
+        try:
+            await engine.run(lambda: ledger.create_pool("p", SPEC))
+            member = Empty(engine, ledger, transaction)
+            for number in range(61):
+                key = Key("n1", "cni", "net", f"c{number}", "eth0")
+                await allocate(engine, ledger, member, underway, Ask(key, Netns(), None, ("p",)))
+            with pytest.raises(UnavailableError, match="etcd is away"):
+                await allocate(
+                    engine,
+                    ledger,
+                    member,
+                    underway,
+                    Ask(Key("n1", "cni", "net", "more", "eth0"), Netns(), None, ("p",)),
+                )
+        finally:
+            await engine.close()
+        return underway
+
+    assert asyncio.run(run()).waiting == 0
 
 
 def test_who_lost_to_others_is_not_kept_waiting_beyond_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:

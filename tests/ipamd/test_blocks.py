@@ -1,5 +1,6 @@
 """The blocks of node-block pools: which there are, what they hand out, and the ledger's part in them."""
 
+import contextlib
 import hashlib
 import ipaddress
 from collections import Counter
@@ -13,6 +14,7 @@ from ipamd.blocks import Grid
 from ipamd.engine import Transaction
 from ipamd.errors import AlreadyExistsError, InvalidArgumentError, NeedsBlockError, PreconditionError, UnavailableError
 from ipamd.lease import Ask, Ledger
+from ipamd.member.flow import Flow
 from ipamd.member.holdings import Holdings
 from ipamd.pool import Pool, PoolSpec, RangeSpec, validate
 from ipamd.store.base import Allocation, Key, Netns, Reservation
@@ -305,6 +307,59 @@ def test_scarce_and_changed_blocks_are_noted() -> None:
     assert world.ledger.changed == {("p", "10.1.0.0/28"): None}
     world.allocate("c8")
     assert world.ledger.scarce == {("p", 0): None}
+
+
+@given(st.lists(st.sampled_from(["take", "drop", "wait", "block", "reserve"]), max_size=60), st.integers(0, 20))
+def test_whether_more_can_be_handed_out_is_known_without_counting(steps: list[str], than: int) -> None:
+    world = World()
+    held: list[Allocation] = []
+    blocks = ["10.1.0.0/28", "10.1.0.16/28"]
+    for number, step in enumerate(steps):
+        if step == "block" and blocks:
+            world.holdings.add("p", [blocks.pop()])
+        elif step == "wait":
+            world.clock.advance(16.0)
+        elif step == "drop" and held:
+            world.ledger.drop(held.pop(0))
+        elif step == "reserve":
+            with contextlib.suppress(AlreadyExistsError):
+                world.ledger.reserve("p", f"10.1.0.{2 + number % 12}", "r")
+        elif step == "take":
+            with contextlib.suppress(NeedsBlockError):
+                held.append(world.allocate(f"c{number}"))
+    (usage,) = world.ledger.usage(world.pool)
+    # A reservation in a block that the node does not hold is in no count.
+    assert world.ledger.has_more(world.pool, 0, than) == (usage.free > than)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 7)), max_size=40))
+def test_each_block_is_found_in_its_place(steps: list[tuple[bool, int]]) -> None:
+    pool = Pool("p", PoolSpec(((RangeSpec("10.1.0.0/26"),), (RangeSpec("10.2.0.0/26"),)), mode="node-block",
+                              block_v4=28), managed=False)  # fmt: skip
+    every = [grid.cidr(number) for grid in pool.whole.grids for number in range(grid.total)]
+    for adds, number in steps:
+        if adds and pool.find_block(every[number]) is None:
+            pool.add_block(every[number])
+        elif not adds:
+            pool.remove_block(every[number])
+    held = {cidr: (index, number) for index, cidrs in enumerate(pool.cidrs) for number, cidr in enumerate(cidrs)}
+    assert {cidr: place for cidr in every if (place := pool.find_block(cidr))} == held
+    for cidr, (index, number) in held.items():
+        block = pool.sets[index].blocks[number]
+        assert pool.block_for(4, block.first) == (index, cidr)
+
+
+@pytest.mark.parametrize(
+    ("claimed", "lasted_s", "wanted"),
+    [(1, 9.0, 1), (1, 0.4, 1), (1, 0.1, 5), (1, 0.0, 16), (16, 0.5, 16), (16, 2.0, 4)],
+)
+def test_as_many_blocks_are_claimed_at_once_as_last_half_a_second(claimed: int, lasted_s: float, wanted: int) -> None:
+    flow = Flow()
+    assert flow.wanted(100.0) == 1
+    assert not flow.is_rush(100.0)
+    flow.note(claimed, 100.0)
+    assert flow.wanted(100.0 + lasted_s) == wanted
+    assert flow.is_rush(100.0 + lasted_s) == (lasted_s < 1.0)
 
 
 def test_what_is_published_of_a_block() -> None:

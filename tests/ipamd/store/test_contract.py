@@ -32,6 +32,7 @@ from ipamd.store.base import (
     StoreError,
     Touch,
     Unreserve,
+    Use,
     former_name,
 )
 from ipamd.store.memory import MemoryStore
@@ -96,6 +97,23 @@ def test_grant_is_found_by_all_ways(store: Store) -> None:
     assert store.holder("q", "10.0.0.2") is None
     assert store.count() == 1
     assert sorted(store.taken("p")) == [("10.0.0.2", held.generation), ("fd00::2", held.generation)]
+
+
+def test_uses_of_addresses(store: Store) -> None:
+    commit(store, PutPool(POOL, new=True))
+    two = grant(store, msgspec.structs.replace(allocation("a", "10.0.0.2", "fd00::2"), workload="w"))
+    one = grant(store, allocation("b", "10.0.0.4"))
+    grant(store, allocation("c", "10.0.0.5", pool="q"))
+    grant(store, allocation("d", "10.0.0.6"))
+    commit(store, Reserve(Reservation("p", "10.0.0.9", "r")))
+    commit(store, Drop(grant(store, allocation("e", "10.0.0.8")), (freed("10.0.0.8"),)))
+    asked = ["10.0.0.4", "10.0.0.5", "10.0.0.9", "10.0.0.2", "10.0.0.8", "fd00::2", "10.0.0.3"]
+    assert store.uses("p", asked) == [
+        Use(held.addresses[number], held.generation, "cni", "n", held.key.container_id, "eth0", 1_700_000_000,
+            held.workload)
+        for held, number in ((one, 0), (two, 0), (two, 1))
+    ]  # fmt: skip
+    assert store.uses("p", []) == []
 
 
 def test_generations_rise_and_are_never_used_again(store: Store) -> None:
@@ -195,6 +213,9 @@ def test_freed_addresses_queue_in_order(store: Store) -> None:
     assert [f.ip for f in store.freed("p")] == ["10.0.0.9", "10.0.0.3", "10.0.0.7"]
     assert store.oldest_freed("p", 0) == freed("10.0.0.9")
     assert store.oldest_freed("p", 1) is None
+    assert [store.oldest_freed("p", 0, skip=n) for n in range(4)] == [
+        *map(freed, ("10.0.0.9", "10.0.0.3", "10.0.0.7")), None
+    ]  # fmt: skip
     grant(store, allocation("again", "10.0.0.9"))
     assert store.oldest_freed("p", 0) == freed("10.0.0.3")
     assert store.find_freed("p", "10.0.0.9") is None
