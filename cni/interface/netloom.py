@@ -224,7 +224,7 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
     fabrics = _awaited_fabrics(request, conf, network)
     result, its_bridge = bridge.attach(_for_bridge(request, conf, network, fabrics, None), host, undo)
     if network.type == overlay.TYPE:
-        _tell_macs(request, conf, network, result)
+        _tell_macs(request, conf, network, result, again=left is not None)
     for name, module in _wanted(request):
         with trace.step(name):
             result = module.add(_for_chain(request, name, network, result), host, undo)
@@ -233,12 +233,23 @@ def add(request: Request, host: Session, undo: Undo) -> Result:
     return result
 
 
-def _tell_macs(request: Request, conf: NetloomConf, network: "pb.Network", result: Result) -> None:
-    """Tell the other hosts the MACs that they would not expect. What is told ends with the address: nothing to undo."""
+def _tell_macs(request: Request, conf: NetloomConf, network: "pb.Network", result: Result, *, again: bool) -> None:
+    """Tell the other hosts the MACs that they would not expect. What is told ends with the address: nothing to undo.
+
+    Where the address was here before (`again`: an ADD without a DEL in between; or it is the caller's own), another
+    MAC may have been told of it, so that of an expected one is told, too: that it is that.
+    """
     mac = next(one.mac for one in result.interfaces if one.sandbox)
-    for address in overlay.unexpected(result.ips, mac, together=not overlay.is_static(request)):
+    is_static = overlay.is_static(request)
+    unexpected = overlay.unexpected(result.ips, mac, together=not is_static)
+    for address in unexpected:
         with trace.step("overlay mac"):
             ipamd.set_mac(_for_ipamd(request, conf), network.pool, address, mac)
+    for ip in result.ips if is_static or again else ():
+        address = ip.address.partition("/")[0]
+        if address not in unexpected:
+            with trace.step("overlay mac"):
+                ipamd.set_mac(_for_ipamd(request, conf), network.pool, address, mac, expected=True)
 
 
 def _check_early(request: Request) -> None:

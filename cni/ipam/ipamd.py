@@ -397,8 +397,11 @@ def network(request: Request, name: str) -> "pb.Network":
         raise _error(request, error) from error
 
 
-def set_mac(request: Request, pool: str, address: str, mac: str) -> None:
+def set_mac(request: Request, pool: str, address: str, mac: str, *, expected: bool = False) -> None:
     """Tell all hosts the MAC of an address that this host holds; it is forgotten when the address is given back.
+
+    `expected`: it is what follows from the address, so that ipamd forgets another one; of an address that this host
+    does not hold there is nothing to forget.
 
     Raises:
         CniError: the address is not held, or ipamd is away.
@@ -409,6 +412,8 @@ def set_mac(request: Request, pool: str, address: str, mac: str) -> None:
         with _using(request, config.convert(request.config.get("ipam", {}), IpamConf, "$.ipam")) as client:
             client.set_mac(pool, address, mac)
     except IpamError as error:
+        if expected and error.code.name in ("NOT_FOUND", "FAILED_PRECONDITION"):
+            return
         raise _error(request, error) from error
 
 

@@ -42,14 +42,21 @@ class Macs:
         self._transaction = transaction
         self._node_id = node_id
         text = transaction.store.note(_NOTE)
-        # pool, address, generation, MAC
+        self._changing = asyncio.Lock()  # a look must not put back what was told since it read
+        # pool, address, generation, MAC; "": what was told before is about to be deleted
         found = msgspec.json.decode(text, type=list[tuple[str, str, int, str]]) if text else []
         self._told = {(pool, ip): (generation, mac) for pool, ip, generation, mac in found}
 
     async def set(self, pool: str, ip: str, mac: str) -> None:
         """Tells of a MAC, or ("") no longer. Raises NotFoundError, PreconditionError, UnavailableError."""
-        place = pool, ip
+        async with self._changing:
+            await self._set((pool, ip), mac)
+
+    async def _set(self, place: Place, mac: str) -> None:
+        pool, ip = place
         held = await self._engine.run(lambda: self._transaction.store.holder(pool, ip))
+        if not mac and isinstance(held, Allocation) and self._told.get(place, (0, ""))[0] != held.generation:
+            return  # of this allocation nothing was ever told
         with _told():
             address, there = (await self._etcd.txn([], [Get(address_key(place)), Get(mac_key(place))])).pairs
             holder = holder_of(address) if address is not None else None
@@ -61,12 +68,21 @@ class Macs:
                 raise NotFoundError(f"address: nobody holds {ip} of pool {pool} here; allocate it first")
             if address is None or holder is None or holder.generation != held.generation:
                 raise UnavailableError(f"the cluster does not know yet who holds {ip} of pool {pool}; ask again")
+        # Before etcd: what it may have been told is told again as it is here, whatever comes in between.
+        await self._note(place, (held.generation, mac))
+        with _told():
             done = await self._put(place, held.generation, mac, address, there)
         if not done:
             raise NotFoundError(f"address: {ip} of pool {pool} was released at this moment")
-        if self._told.get(place, (0, "")) != (held.generation, mac):
-            new = {place: (held.generation, mac)}
-            await self._engine.run(lambda: self._keep({**self._told, **new}), grows=True)
+        if not mac:
+            await self._note(place, None)
+
+    async def _note(self, place: Place, one: tuple[int, str] | None) -> None:
+        if self._told.get(place) != one:
+            told = {there: other for there, other in self._told.items() if there != place}
+            if one is not None:
+                told[place] = one
+            await self._engine.run(lambda: self._keep(told), grows=True)
 
     async def _put(self, place: Place, generation: int, mac: str, address: Pair, there: Pair | None) -> bool:
         """Makes etcd's record what it is to be, if the address is still ours."""
@@ -78,7 +94,7 @@ class Macs:
 
     def _keep(self, told: dict[Place, tuple[int, str]]) -> None:
         """Inside a batch: what is not in use any more is left out."""
-        kept = {place: one for place, one in told.items() if one[1] and self._generation(place) == one[0]}
+        kept = {place: one for place, one in told.items() if self._generation(place) == one[0]}
         if kept == self._told:
             return
         rows = [(*place, *one) for place, one in sorted(kept.items())]
@@ -116,18 +132,25 @@ class Macs:
         places = list(self._told)
         count = 0
         for start in range(0, len(places), _BATCH):
-            for place, address, there in await self._read(places[start : start + _BATCH]):
-                generation, mac = self._told.get(place, (0, ""))
-                holder = holder_of(address) if address is not None else None
-                if address is None or holder is None or (holder.node_id, holder.generation) != (
-                    self._node_id, generation,
-                ):  # fmt: skip
-                    continue  # `addresses` claims it again, if it is in use
-                if there is None or there.value != layout.encode(MacRecord(self._node_id, generation, mac)):
-                    count += await self._put(place, generation, mac, address, there)
+            async with self._changing:
+                count += await self._look_at(places[start : start + _BATCH])
         if count:
             log.event(_logger, "warning", "etcd had lost MACs of addresses that are in use; they are told again",
                       count=count)  # fmt: skip
+        return count
+
+    async def _look_at(self, places: Sequence[Place]) -> int:
+        count = 0
+        for place, address, there in await self._read(places):
+            generation, mac = self._told.get(place, (0, ""))
+            holder = holder_of(address) if address is not None else None
+            if address is None or holder is None or (holder.node_id, holder.generation) != (self._node_id, generation):
+                continue  # `addresses` claims it again, if it is in use
+            if not mac:
+                await self._put(place, generation, mac, address, there)
+                await self._note(place, None)
+            elif there is None or there.value != layout.encode(MacRecord(self._node_id, generation, mac)):
+                count += await self._put(place, generation, mac, address, there)
         return count
 
     async def _read(self, places: Sequence[Place]) -> Iterable[tuple[Place, Pair | None, Pair | None]]:

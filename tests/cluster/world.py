@@ -35,7 +35,7 @@ class World:
 
     def __init__(self, etcd: Etcd) -> None:
         self.etcd = etcd
-        transaction = Transaction(MemoryStore())
+        self.transaction = transaction = Transaction(MemoryStore())
         self.ledger = Ledger(transaction, FakeClock(), 0)
         self.ledger.in_cluster = True
         self.ledger.join("a")

@@ -303,6 +303,32 @@ def test_who_asks_for_a_mac_gets_it_and_the_other_hosts_are_told(lab: Lab, netd:
     assert relay.macs == []
 
 
+def test_an_address_that_was_told_with_another_mac_before(lab: Lab, netd: FakeNetd, relay: Relay) -> None:
+    """A second container on the caller's own address, and one whose namespace is another without a DEL before."""
+    settle(lab, OV1)
+    address = "10.9.0.50"
+    own: dict[str, Any] = {"runtimeConfig": {"mac": OWN_MAC}}
+    nothing: dict[str, Any] = {}
+    with lab.space() as netns, lab.space() as other:
+        for more, told in ((own, OWN_MAC), (nothing, mac_of(address))):
+            relay.macs.clear()
+            conf = conf_of(OV1, **static(f"{address}/24"), **more)
+            lab.cni("ADD", "netloom", conf, netns=netns).ok()
+            lab.cni("DEL", "netloom", conf, netns=netns).ok()
+            assert relay.macs == [("ov1", address, told)]
+        for where, more, told in ((netns, {"mac": OWN_MAC}, OWN_MAC), (other, nothing, mac_of(address))):
+            relay.macs.clear()
+            conf = conf_of(OV1, runtimeConfig={"ips": [address], **more})
+            lab.cni("ADD", "netloom", conf, netns=where).ok()
+            assert ("ov1", address, told) in relay.macs
+        lab.cni("DEL", "netloom", conf, netns=other).ok()
+        # Where nobody is to be told of it, as the address is nobody's here.
+        relay.refuse_macs = "held by somebody else"
+        conf = conf_of(OV1, **static(f"{address}/24"))
+        lab.cni("ADD", "netloom", conf, netns=other).ok()
+        lab.cni("DEL", "netloom", conf, netns=other).ok()
+
+
 def test_a_mac_that_cannot_be_told_ends_the_add(lab: Lab, netd: FakeNetd, relay: Relay) -> None:
     settle(lab, OV1)
     before = lab.host.snapshot()
@@ -335,8 +361,10 @@ def test_addresses_of_the_callers_own(lab: Lab, netd: FakeNetd, relay: Relay) ->
     with lab.attached(conf, "netloom") as one, lab.attached(conf_of(OV1), "netloom") as other:
         assert one.addresses == both
         assert mac(one) == "02:42:0a:09:00:32"
-        # Each is an allocation of its own, as Docker has them; of the IPv4 address the others expect this one.
-        assert relay.macs == [("ov1", "fd00:9::50", mac(one))] * (len(both) - 1)
+        # Each is an allocation of its own, as Docker has them; of the IPv4 address the others expect this one, unless
+        # they were told another before.
+        told = [("ov1", "fd00:9::50", mac(one))] * (len(both) - 1)
+        assert relay.macs == [*told, ("ov1", "10.9.0.50", mac(one))]
         assert one.result["ips"][0]["gateway"] == "10.9.0.1"
         assert other.netns.ping("10.9.0.50") > 0
         one.check()
