@@ -27,7 +27,10 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class EtcdConfig:
-    """`endpoints`: "10.0.0.1:2379", "[fd00::1]:2379", "etcd.example", "unix:/run/etcd.sock"; with http:// or https://."""
+    """`endpoints`: "10.0.0.1:2379", "[fd00::1]:2379", "etcd.example", "unix:/run/etcd.sock"; with http:// or https://.
+
+    Without a port it is DEFAULT_PORT, as for etcdctl.
+    """
 
     endpoints: tuple[str, ...]
     prefix: str = DEFAULT_PREFIX
@@ -79,7 +82,7 @@ def _address(endpoint: str, tls: bool, ca: bool) -> Address:
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
-        if not _NAME.fullmatch(host):
+        if not _NAME.fullmatch(host) or host.rpartition(".")[2].isdigit():  # 10.0.0.300 is no name
             raise EtcdConfigError(_wanted(endpoint)) from None
         return Address(f"dns:///{host}:{port}", f"{host}:{port}", tls)
     written = f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
@@ -95,6 +98,9 @@ def _split(text: str, endpoint: str) -> tuple[str, int]:
         port = after[1:] or port
     elif text.count(":") == 1:
         host, _, port = text.partition(":")
+    elif ":" in text:
+        # Nobody can say whether the end of fd00::1:2379 is a port.
+        raise EtcdConfigError(_wanted(endpoint))
     if not (port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
         raise EtcdConfigError(_wanted(endpoint))
     return host, int(port)

@@ -38,7 +38,6 @@ from protos.etcd.v3 import kv_pb2, rpc_pb2
         ("http://10.0.0.1:4001/", "ipv4:10.0.0.1:4001", "10.0.0.1:4001"),
         ("[fd00::1]:2379", "ipv6:[fd00::1]:2379", "[fd00::1]:2379"),
         ("[fd00:0::1]", "ipv6:[fd00::1]:2379", "[fd00::1]:2379"),
-        ("fd00::1", "ipv6:[fd00::1]:2379", "[fd00::1]:2379"),
         ("etcd-1.example:2379", "dns:///etcd-1.example:2379", "etcd-1.example:2379"),
         ("etcd", "dns:///etcd:2379", "etcd:2379"),
         ("unix:/run/etcd:2379", "unix:/run/etcd:2379", "unix:/run/etcd:2379"),
@@ -50,7 +49,12 @@ def test_endpoints(endpoint: str, target: str, shown: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "endpoint", ["", "a b", "10.0.0.1:0", "10.0.0.1:x", "10.0.0.1:65536", "[fd00::1", "[fd00::1]x"]
+    "endpoint",
+    [
+        *("", "a b", "10.0.0.1:0", "10.0.0.1:x", "10.0.0.1:", "10.0.0.1:65536", "[fd00::1", "[fd00::1]x"),
+        # Is it a port? And typing errors that would be asked of a name server.
+        *("fd00::1", "fd00::1:2379", "10.0.0.300:2379", "10.0.0", "2379", "10.0.0.1:2379,10.0.0.2:2379"),
+    ],
 )
 def test_endpoints_that_are_none(endpoint: str) -> None:
     with pytest.raises(EtcdConfigError, match="wanted such as"):
