@@ -4,8 +4,8 @@
   says what etcd may have. The allocation is answered when etcd has its addresses as this node's.
 - Claims that wait at the same time share a transaction, so the rate does not depend on the way to etcd. Where it fails,
   a look says for whose sake; the others are asked for again at once.
-- An address wants: nobody's, neither reserved nor cooling down (but for the workload that had it), its pool unchanged,
-  and this node one of the cluster.
+- An address wants: nobody's, neither reserved nor cooling down (but for the workload that had it, and for the node that
+  was removed and has it still), its pool unchanged, and this node one of the cluster.
 - Whether a transaction without an answer was done shows in the next one, which finds this node's own id and generation.
 """
 
@@ -48,7 +48,8 @@ class Claim:
         self.allocation = allocation
         self.places = tuple(places)
         self.future = future
-        # Keys that may be there, by the revision at which they were read: this node's own of an earlier generation.
+        # Keys that may be there, by the revision at which they were read: this node's own of an earlier generation, and
+        # its own cool-downs.
         self.expected: dict[str, int] = {}
 
     def fail(self, error: Exception) -> None:
@@ -208,11 +209,11 @@ class Claims:
                 compares.append(absent(key) if known is None else unchanged(key, known))
                 compares.append(absent(layout.RESERVATIONS + layout.place(*place)))
                 then += [Put(key, value), Put(self._book.owned_key(place), b"")]
-                rest = self._rest_for(claim, place)
-                if rest is None:
+                rest = claim.expected.get(freed) or self._rest_for(claim, place)
+                if not rest:
                     compares.append(absent(freed))
                 else:
-                    compares.append(unchanged(freed, rest.revision))
+                    compares.append(unchanged(freed, rest))
                     then.append(Delete(freed))
         return await self._etcd.txn(compares, then, repeatable=True)
 
@@ -226,10 +227,12 @@ class Claims:
                 gets += [Get(address_key(place)), Get(reserved), Get(freed_key(place))]
         return await self._etcd.txn([], gets)
 
-    def _rest_for(self, claim: Claim, place: Place) -> Rest | None:
-        """The cool-down that an address is taken out of, for the workload that had it."""
+    def _rest_for(self, claim: Claim, place: Place) -> int:
+        """The revision of the cool-down that an address is taken out of, for the workload that had it; 0: of none."""
         rest = self._ledger.shared_of(place[0]).resting.get(address_number(place[1]))
-        return rest if rest is not None and rest.workload and rest.workload == workload_of(claim.allocation) else None
+        if rest is None or not rest.workload or rest.workload != workload_of(claim.allocation):
+            return 0
+        return rest.revision
 
     def _keep(self, batch: Sequence[Claim], revision: int = 0, *, found: bool = False) -> None:
         """Etcd has them as ours: since this revision, or it was `found` so."""
@@ -273,6 +276,7 @@ class Claims:
         """What stands against a claim of an address; what of it is our own is expected from now on."""
         address, reserved, freed = pairs
         claim.expected.pop(address_key(place), None)
+        claim.expected.pop(freed_key(place), None)
         if address is not None:
             if self._book.is_ours(holder_of(address)):
                 claim.expected[address.key] = address.mod_revision
@@ -285,6 +289,10 @@ class Claims:
 
     def _may_take(self, claim: Claim, place: Place, freed: Pair) -> bool:
         record = layout.decode(FreedRecord, freed.key, freed.value)
+        if claim.again and self._book.is_ours(record):
+            # This node was removed, and its container still uses the address: the cool-down is for others.
+            claim.expected[freed.key] = freed.mod_revision
+            return True
         if not record.workload or record.workload != workload_of(claim.allocation):
             return False
         self._ledger.rest(*place, Rest(record.node, freed.mod_revision, record.workload))

@@ -169,15 +169,26 @@ def test_addresses_of_a_removed_node_cool_down(lab: Lab) -> None:
 
 
 def test_a_removed_node_that_comes_back_has_its_addresses_again(lab: Lab) -> None:
-    """When they have cooled down, and nobody else had them meanwhile."""
+    """At once, unless somebody else had them meanwhile: then when they have cooled down."""
     a, b = lab.start("a"), lab.start("b")
     with a.client() as to_a, b.client() as to_b:
-        to_a.create_pool("pool", spec("10.2.0.0/29", mode="cluster-address", cooldown_ms=4000))
+        to_a.create_pool("pool", spec("10.2.0.0/29", mode="cluster-address", cooldown_ms=600_000))
         wait_for("the pool on b", to_b.list_pools)
         theirs = cidrs(to_b.allocate(key("b"), pools=["pool"]))
+        lent = cidrs(to_b.allocate(key("b2"), pools=["pool"]))[0].partition("/")[0]
         to_a.remove_node("b", force=True)
+        of_another = layout.FREED + layout.place("pool", lent)
+        lab.ask(lambda etcd: etcd.put(of_another, layout.encode(FreedRecord("c", "another"))))
         wait_for("b's claim", lambda: [node.addresses for node in to_a.list_nodes()] == [0, 1])
         assert cidrs(to_b.allocate(key("b"), pools=["pool"])) == theirs
+        assert lab.ask(lambda etcd: etcd.count(layout.FREED)) == 1
+        assert [one.address for one in to_b.check_store(pb.CheckStoreRequest()).differences] == [lent]
+        lab.ask(lambda etcd: etcd.delete(of_another))
+        wait_for("b's other claim", lambda: [node.addresses for node in to_a.list_nodes()] == [0, 2])
+        to_b.release(key("b2"))
+        wait_for("its end", lambda: [node.addresses for node in to_a.list_nodes()] == [0, 1])
+        lab.ask(lambda etcd: etcd.delete(of_another))
+        wait_for("both heard of it", lambda: counts(to_a) == (0, 1, 0, "4") and counts(to_b) == (1, 0, 0, "4"))
         wait_for("no difference", lambda: not to_b.check_store(pb.CheckStoreRequest()).differences)
         assert lab.ask(lambda etcd: etcd.count(layout.FREED)) == 0
         ours = {cidrs(to_a.allocate(key(f"a{n}"), pools=["pool"]))[0] for n in range(4)}
