@@ -188,6 +188,8 @@ class _Network:
 def _do(reconciler: Reconciler, keys: set[tuple[int, str, bytes]]) -> None:
     reconciler.sync(keys)
     reconciler.announce()
+    for text in reconciler.overlays.take_false_news():
+        log.event(_logger, "error", "an address of an overlay is left out", error=text)
 
 
 def _holder(address: AnyAddress, record: _Record, own: MacRecord | None) -> Holder:

@@ -41,6 +41,7 @@ from netd.values import (
 
 _OWNER = "overlay/"  # no host's name has a slash
 _BRIDGE = "bridge"  # what is wanted of the bridge itself
+_SHOWN = 3  # of the same kind, of a network
 _FORGOTTEN_LATE = 1000  # addresses that nobody has any more, of a network
 
 
@@ -72,6 +73,8 @@ class Overlays:
         self._known: set[str] = set()  # networks all of whose holders were told
         self._macs: dict[str, dict[AnyAddress, str]] = {}  # network → the last MAC, also of who is gone
         self._news: list[Neighbour] = []
+        self._false: dict[str, set[AnyAddress]] = {}  # network → who has what is the gateway's
+        self._false_news: list[str] = []
         self._active: dict[str, int] = {}
         self._activations = 0
         self._underlay: Underlay | None = None
@@ -144,7 +147,15 @@ class Overlays:
                 if network in self._active and addresses and network == (only or network):
                     some = ", ".join(str(one) for one in sorted(addresses, key=int)[:3])
                     found.append(f"network {network}: {len(addresses)} addresses, such as {some}, are on {node}, {why}")
+        for network, false in sorted(self._false.items()):
+            if network == (only or network):
+                found += (self._say_false(network, one) for one in sorted(false, key=int)[:_SHOWN])
         return found
+
+    def take_false_news(self) -> list[str]:
+        """Who has what is the gateway's, and had it not at the last call; one sentence for each."""
+        news, self._false_news = self._false_news, []
+        return news
 
     def unreachable(self, node: str) -> str:
         """Why no tunnel can lead to a host, and the remedy; "" where one can, or could if the host were not down."""
@@ -154,7 +165,8 @@ class Overlays:
         if peer is None:
             return "of which no underlay address is known: start netd there"
         if rival := self._rival(peer):
-            return f"which claims the underlay address of {rival}: give one of them another"
+            remedy = "give one of them another, or remove the one that is gone (netloom node remove)"
+            return f"which claims the underlay address of {rival}: {remedy}"
         version = self._underlay.local[0].version
         if peer.address(version) is not None:
             return ""
@@ -241,6 +253,7 @@ class Overlays:
                 nodes.add(before.node)
             if holder is None:
                 del known[address]
+                self._false.get(network, set()).discard(address)
                 keys |= self._drop(_owner(network, str(address)))
                 continue
             known[address] = holder
@@ -290,6 +303,7 @@ class Overlays:
     def _forget(self, network: str) -> set[Key]:
         keys = self._drop(_owner(network, "")) | self._drop(_owner(network, _BRIDGE))
         self._macs.pop(network, None)
+        self._false.pop(network, None)
         for address in self._holders.pop(network, {}):
             keys |= self._drop(_owner(network, str(address)))
         for node, networks in self._by_node.items():
@@ -343,20 +357,39 @@ class Overlays:
         return self._desired.replace(_owner(network, _BRIDGE), entries)
 
     def _want_holder(self, network: str, holder: Holder) -> set[Key]:
+        false = self._false.setdefault(network, set())
+        gateways = self._defined[network].gateways
+        # ipamd gives nobody these; what else stands in etcd must not take the gateway away from every host.
+        is_false = holder.address in gateways or holder.mac in map(macs.of_address, gateways)
+        if not is_false or holder.node == self._own:
+            false.discard(holder.address)
+        elif holder.address not in false:
+            false.add(holder.address)
+            self._false_news.append(self._say_false(network, holder.address))
         return self._desired.replace(_owner(network, str(holder.address)), self._towards(network, holder))
 
     def _towards(self, network: str, holder: Holder) -> Iterator[Entry]:
         outer = self.outer(holder.node)
         if holder.node == self._own or outer is None:
             return
-        one = self._defined[network]
-        # ipamd gives nobody these; what else stands in etcd must not take the gateway away from every host.
-        if holder.address in one.gateways or holder.mac in map(macs.of_address, one.gateways):
+        if holder.address in self._false[network]:
             return
+        one = self._defined[network]
         name = device_name(one.vni)
         yield Neighbour(one.bridge, holder.address, holder.mac)
         yield Forward(name, holder.mac, outer)
         yield Bridged(name, holder.mac)
+
+    def _say_false(self, network: str, address: AnyAddress) -> str:
+        holder = self._holders[network][address]
+        if address in self._defined[network].gateways:
+            what, key = "is the gateway's own address", "addresses"
+        else:
+            what, key = f"has the gateway's MAC, {holder.mac}", "macs"
+        return (
+            f"network {network}: {address} on {holder.node} {what}, so nothing leads there: end its container there, or"
+            f" delete {key}/{network}#{address} in etcd where there is none"
+        )
 
     def _want_flood(self, network: str, node: str) -> set[Key]:
         one, outer = self._defined[network], self.outer(node)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from typing import cast
+from unittest.mock import Mock
 
 import pytest
 
 from cluster import layout
 from cluster.etcd import Etcd, Event, Pair
 from cluster.layout import MacRecord
-from netd.holders import _Network
+from netd.holders import _do, _Network
+from telemetry import log
 
 KEY = layout.MACS + layout.place("ov1", "10.9.0.2")
 
@@ -53,3 +55,15 @@ def test_a_mac_that_comes_while_the_holders_are_handed_on() -> None:
     network = _Network("ov1", cast("Etcd", None), ask)
     asyncio.run(run())
     assert asked == 2
+
+
+def test_what_is_left_out_is_said_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """What `tests/netd/test_overlays.py` shows the overlays to say."""
+    news = ["network ov1: 10.9.0.1 on b is the gateway's own address"]
+    reconciler = Mock()
+    reconciler.overlays.take_false_news.side_effect = lambda: [news.pop()] if news else []
+    for _ in range(2):
+        _do(reconciler, set())
+    assert [vars(record)[log._FIELDS]["error"] for record in caplog.records] == [
+        "network ov1: 10.9.0.1 on b is the gateway's own address"
+    ]

@@ -401,6 +401,25 @@ def test_nobody_takes_the_gateway_away(reconciler: Reconciler) -> None:
     reconciler.sync(reconciler.overlays.replace("ov1", [holder("10.9.0.1", "b"), stranger, holder("10.9.0.2", "b")]))
     assert neighbours() == {f"10.9.0.2 {macs.of_address(ip_address('10.9.0.2'))}"}
     assert fdb() == entries_of(("10.9.0.2", "10.0.0.2"))
+    # And it is said: by status for as long as it is so, in the log once.
+    texts = [
+        "network ov1: 10.9.0.1 on b is the gateway's own address, so nothing leads there: end its container there, or"
+        " delete addresses/ov1#10.9.0.1 in etcd where there is none",
+        "network ov1: 10.9.0.5 on b has the gateway's MAC, 02:42:0a:09:00:01, so nothing leads there: end its container"
+        " there, or delete macs/ov1#10.9.0.5 in etcd where there is none",
+    ]
+    assert reconciler.problems() == reconciler.overlays.problems("ov1") == texts
+    assert reconciler.overlays.problems("ov2") == []
+    assert reconciler.overlays.take_false_news() == texts
+    reconciler.sync(reconciler.overlays.replace("ov1", [holder("10.9.0.1", "b"), stranger]))
+    assert reconciler.overlays.take_false_news() == []
+    reconciler.sync(reconciler.overlays.put("ov1", {gateway: None, stranger.address: holder("10.9.0.5", "b")}))
+    assert reconciler.problems() == []
+    assert neighbours() == {f"10.9.0.5 {macs.of_address(stranger.address)}"}
+    reconciler.sync(reconciler.overlays.put("ov1", {stranger.address: stranger}))
+    assert (reconciler.overlays.take_false_news(), reconciler.problems()) == (texts[1:], texts[1:])
+    spaces.run("ip", "link", "delete", "nl-ov1")
+    reconciler.full()
     assert reconciler.problems() == []
 
 
