@@ -155,7 +155,8 @@ def _hosts(one: OverlayDocument) -> Iterator[Finding]:
                 f"{on}, as it is silent and does not answer", "is it up? what leads there comes back with it"
             )
         elif rival := _rival(one, host["name"]):
-            yield _problem(f"{on}, as it claims the underlay address of {rival}", "give one of them another")
+            remedy = "give one of them another, or remove the one that is gone: netloom node remove"
+            yield _problem(f"{on}, as it claims the underlay address of {rival}", remedy)
         else:
             yield _problem(
                 f"{on}, as its underlay addresses are of another family than tunnels have here",

@@ -31,9 +31,9 @@ class Refusal:
 
 def apply_devices(session: Session, found: Found, plan: Plan, late: Set[str]) -> tuple[list[Refusal], list[str]]:
     """The devices that are wanted, but none of `late` is brought up; what was refused, and the names of those that are
-    new and so empty."""
+    new and so empty, or have changed, and lack neighbours if it was the MAC."""
     refusals: list[Refusal] = []
-    made: list[str] = []
+    touched: list[str] = []
     for want, have in plan.devices:
         try:
             if have is not None and not needs_new_device(want, have):
@@ -45,14 +45,23 @@ def apply_devices(session: Session, found: Found, plan: Plan, late: Set[str]) ->
                 if have is not None:
                     link.delete(session, want.name)
                     found.forget_device(want.name)
+                for other in _in_the_way(found, want):
+                    link.delete(session, other)
+                    found.forget_device(other)
                 vxlan.add(session, _spec(want), up=want.up and want.name not in late)
-                made.append(want.name)
                 found.fresh.add(want.name)
             _finish(want)
         except KernelError as error:
             refusals.append(_device_refusal(session, found, want, error))
+        touched.append(want.name)
         found.read_device(session, want.name)
-    return refusals, made
+    return refusals, touched
+
+
+def _in_the_way(found: Found, want: Device) -> list[str]:
+    """Devices of ours with its VNI and port: somebody gave it another name."""
+    others = (found.get((DEVICE, name, b"")) for name in found.indexes)
+    return [one.name for one in others if isinstance(one, Device) and (one.vni, one.port) == (want.vni, want.port)]
 
 
 def apply_bridges(session: Session, found: Found, plan: Plan) -> tuple[list[Refusal], list[str]]:

@@ -65,17 +65,15 @@ class Found:
         for one in vxlan.all_vxlans(door):
             if one.vxlan is not None and one.vxlan.alias == ALIAS:
                 self._read_device(door, one)
-        for version in (4, 6):
-            for entry in route.all_routes(door, version, protocol=PROTOCOL):
-                if _counts(entry):
-                    self.put(self.route(door, entry))
+        self._read_routes(door)
 
     def read_device(self, door: Door, name: str) -> None:
-        """Read a device of ours anew, with what is on it; what was known of it and of routes over it is dropped."""
+        """Read a device of ours anew, with what is on it and the routes over it."""
         self.forget_device(name)
         one = vxlan.find(door, name)
         if one is not None and one.vxlan is not None and one.vxlan.alias == ALIAS:
             self._read_device(door, one)
+            self._read_routes(door, one.index)
 
     def read_bridge(self, door: Door, name: str) -> None:
         """Read an overlay's bridge anew, where it is there and ours."""
@@ -231,6 +229,12 @@ class Found:
             else:
                 self.drop(key)
         return changed
+
+    def _read_routes(self, door: Door, index: int = 0) -> None:
+        for version in (4, 6):
+            for entry in route.all_routes(door, version, index, PROTOCOL):
+                if _counts(entry):
+                    self.put(self.route(door, entry))
 
     def _read_neighbours(self, door: Door, name: str, index: int) -> None:
         for neighbour in neigh.all_neighbours(door, index):

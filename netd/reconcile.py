@@ -355,7 +355,8 @@ class Reconciler:
                 by_network.setdefault(self.network_of(subnet).name, []).append(subnet)
         if rival := self._rival(peer):
             self._problems[peer.name, "address"] = (
-                f"{peer.name} claims the underlay address of {rival}, and nothing leads there: give one of them another"
+                f"{peer.name} claims the underlay address of {rival}, and nothing leads there: give one of them"
+                " another, or remove the one that is gone (netloom node remove)"
             )
             by_network.clear()
         entries: list[Entry] = []

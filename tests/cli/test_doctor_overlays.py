@@ -249,7 +249,9 @@ def test_a_host_that_claims_anothers_underlay_address(joined: HostOfOne) -> None
     with spaces.inside(joined.space):
         joined.reconciler.sync(joined.reconciler.put_peer(replace(NODES["b"], name="e")))
     text = "ov1: 1 container on e cannot be reached, as it claims the underlay address of b: 10.0.0.2"
-    assert joined.problems() == [(text, "give one of them another")]
+    assert joined.problems() == [
+        (text, "give one of them another, or remove the one that is gone: netloom node remove")
+    ]
 
 
 def test_what_is_lost_on_the_way(hosts: tuple[HostOfOne, HostOfOne], joined: HostOfOne) -> None:

@@ -89,7 +89,8 @@ def test_two_hosts_with_one_address_are_both_named(settled: tuple[Reconciler, Ro
     thief = Node("thief", (ip_address("10.0.0.8"),), (ip_network("10.98.0.0/24"),), vtep_mac("thief"))
     reconciler.sync(reconciler.put_peer(thief))
     assert reconciler.problems() == [
-        "thief claims the underlay address of host7: 10.0.0.8, and nothing leads there: give one of them another"
+        "thief claims the underlay address of host7: 10.0.0.8, and nothing leads there: give one of them another, or"
+        " remove the one that is gone (netloom node remove)"
     ]
     assert "10.98.0.0" not in spaces.run("ip", "route")
     assert "10.2.7.0" in spaces.run("ip", "route"), "who had it keeps it"

@@ -93,6 +93,31 @@ def test_a_link_of_its_name_that_is_not_netds(reconciler: Reconciler) -> None:
     assert "nl-vx2" in routes()
 
 
+def test_a_tunnels_end_that_gets_another_name(reconciler: Reconciler) -> None:
+    """It would be in the way of the new one for as long as former ones stay."""
+    spaces.run("ip", "link", "set", "nl-vx1", "down")
+    spaces.run("ip", "link", "set", "nl-vx1", "name", "mine")
+    reconciler.full()
+    assert reconciler.problems() == []
+    assert "nl-vx1" in routes()
+    assert "mine" not in spaces.run("ip", "link")
+    assert reconciler.full() == 0
+    assert reconciler.next_s() is None
+
+
+@pytest.mark.parametrize("words", ["address 02:00:00:00:00:54", "mtu 1300"])
+def test_a_tunnels_end_that_somebody_changes(reconciler: Reconciler, words: str) -> None:
+    """The routes over it stay, and nobody else's are in their place."""
+    before = routes(), spaces.run("ip", "neigh", "show", "dev", "nl-vx1", "nud", "permanent")
+    spaces.run("ip", "link", "set", "nl-vx1", *words.split())
+    assert reconciler.full() > 0
+    assert reconciler.problems() == []
+    assert (routes(), spaces.run("ip", "neigh", "show", "dev", "nl-vx1", "nud", "permanent")) == before
+    assert reconciler.full() == 0
+    reconciler.sync(reconciler.drop_peer("b"))
+    assert routes() == ""
+
+
 def test_a_vni_that_another_device_has(reconciler: Reconciler) -> None:
     spaces.run("ip", "link", "add", "theirs", "type", "vxlan", "id", "3", "dstport", "4789", "local", "10.0.0.1")
     reconciler.configure(OWN, Choice("eth0"), (replace(DEFAULT, vni=3),))
