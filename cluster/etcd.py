@@ -54,6 +54,7 @@ __all__ = [
     "Event",
     "Get",
     "Lease",
+    "List",
     "Page",
     "Pair",
     "Put",
@@ -124,11 +125,20 @@ class Get(NamedTuple):
     key: str
 
 
+class List(NamedTuple):
+    prefix: str
+    limit: int  # how many pairs at most, by key
+
+
+Operation = Put | Delete | Get | List
+
+
 class TxnResult(NamedTuple):
     succeeded: bool
     revision: int
     pairs: tuple[Pair | None, ...] = ()  # one for each Get of the branch that was taken, in order
     deleted: int = 0  # keys, by all Deletes together
+    pages: tuple[Page, ...] = ()  # one for each List, in order
 
 
 class Lease(NamedTuple):
@@ -212,8 +222,8 @@ class Etcd:
     async def txn(
         self,
         compares: Iterable[Compare],
-        then: Sequence[Put | Delete | Get],
-        otherwise: Sequence[Put | Delete | Get] = (),
+        then: Sequence[Operation],
+        otherwise: Sequence[Operation] = (),
         *,
         repeatable: bool = False,
     ) -> TxnResult:
@@ -227,10 +237,11 @@ class Etcd:
             _fill_operation(request.success.add(), prefix, operation)
         for operation in otherwise:
             _fill_operation(request.failure.add(), prefix, operation)
-        changes = any(not isinstance(operation, Get) for operation in (*then, *otherwise))
+        changes = any(not isinstance(operation, Get | List) for operation in (*then, *otherwise))
         answer = await self._call("Txn", request, changes=changes, repeatable=repeatable)
         succeeded = answer.succeeded
         pairs: list[Pair | None] = []
+        pages: list[Page] = []
         deleted = 0
         for operation, one in zip(then if succeeded else otherwise, answer.responses, strict=False):
             if isinstance(operation, Get):
@@ -238,7 +249,11 @@ class Etcd:
                 pairs.append(pair_of(kvs[0], len(prefix)) if kvs else None)
             elif isinstance(operation, Delete):
                 deleted += one.response_delete_range.deleted
-        return TxnResult(succeeded, answer.header.revision, tuple(pairs), deleted)
+            elif isinstance(operation, List):
+                found = one.response_range
+                listed = [pair_of(kv, len(prefix)) for kv in found.kvs]
+                pages.append(Page(listed, answer.header.revision, found.more))
+        return TxnResult(succeeded, answer.header.revision, tuple(pairs), deleted, tuple(pages))
 
     async def put(self, key: str, value: bytes, lease: int = 0, *, repeatable: bool = False) -> int:
         """The revision. `repeatable`, as of `txn`: for keys that nobody else writes."""
@@ -345,7 +360,12 @@ def _fill_compare(message: pb.Compare, prefix: bytes, compare: Compare) -> None:
         message.value = value
 
 
-def _fill_operation(message: pb.RequestOp, prefix: bytes, operation: Put | Delete | Get) -> None:
+def _fill_operation(message: pb.RequestOp, prefix: bytes, operation: Operation) -> None:
+    if isinstance(operation, List):
+        listing = message.request_range
+        listing.key = prefix + operation.prefix.encode()
+        listing.range_end, listing.limit = prefix_end(listing.key), operation.limit
+        return
     key = prefix + operation.key.encode()
     if isinstance(operation, Put):
         put = message.request_put

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from cluster import layout
 from cluster.errors import EtcdError
-from cluster.etcd import Delete, Etcd, Event, Get, Pair, Put, TxnResult, absent, equals, unchanged
+from cluster.etcd import Delete, Etcd, Event, Get, List, Page, Pair, Put, TxnResult, absent, equals, unchanged
 from cluster.layout import BlockRecord, PoolRecord, ReservationRecord
 from ipamd.engine import Engine
 from ipamd.errors import CoolingError, ExhaustedError, IpamdError, NeedsBlockError, PreconditionError, UnavailableError
@@ -38,6 +38,7 @@ _logger = logging.getLogger("ipamd.member")
 
 _TRIES = 20
 _REREAD_AFTER = 3  # conflicts in a row: what is known of the others is too old
+_FEW_RESERVATIONS = 500  # of a pool: as many are read in one piece
 _GIVE_BACK_INTERVAL_S = 2.0
 _LOOK_AGAIN_S = 0.25
 
@@ -152,9 +153,9 @@ class Blocks:
                 self._refuse_wanted(pool, index, wanted)
             try:
                 self._claiming.update((name, cidr) for cidr in cidrs)
-                got = await self._try_claim(name, known, cidrs)
+                got, reserved = await self._try_claim(name, known, cidrs)
                 if got:
-                    await self._keep(name, got)
+                    await self._keep(name, got, reserved)
                     if not wanted:
                         self._flow(name, index).note(len(got), began)
                         # Where several are wanted at once they last no longer than one does else.
@@ -222,20 +223,22 @@ class Blocks:
                 f"pool {pool.name}: this node holds {limit} blocks, as many as blocks_per_node lets it"
             )
 
-    async def _try_claim(self, name: str, known: Known, cidrs: Sequence[str]) -> list[str]:
-        """The blocks that became ours; none where somebody was faster, who is known then."""
+    async def _try_claim(self, name: str, known: Known, cidrs: Sequence[str]) -> tuple[list[str], Page | None]:
+        """The blocks that became ours; none where somebody was faster, who is known then. And the pool's reservations
+        as of that moment, where they came along.
+        """
         pool_key = layout.POOLS + name
         keys = [layout.BLOCKS + layout.place(name, cidr) for cidr in cidrs]
         done = await self._etcd.txn(
             [unchanged(pool_key, known.revision), *map(absent, keys)],
-            [Put(key, self._record) for key in keys],
+            [*(Put(key, self._record) for key in keys), List(_reservations(name), _FEW_RESERVATIONS)],
             [Get(pool_key), *map(Get, keys)],
             repeatable=True,
         )
         if done.succeeded:
             for cidr in cidrs:
                 self.table.note_own(name, cidr, done.revision)
-            return list(cidrs)
+            return list(cidrs), done.pages[0]
         self._learn_pool(name, done)
         got = []
         for cidr, pair in zip(cidrs, done.pairs[1:], strict=True):
@@ -244,7 +247,7 @@ class Blocks:
                 # Ours: the answer to an earlier try was lost, or it is about to be given back.
                 if self.table.is_own(name, cidr) and await self._assert(name, cidr):
                     got.append(cidr)
-        return got
+        return got, None
 
     async def _assert(self, name: str, cidr: str) -> bool:
         """Writes our record of a block anew, so that no deletion that was sent before can meet it any more.
@@ -272,14 +275,19 @@ class Blocks:
         else:
             self._mirror.pools[name] = Known(layout.decode(PoolRecord, pair.key, pair.value), pair.mod_revision)
 
-    async def _keep(self, name: str, cidrs: Sequence[str]) -> None:
-        """Has the ledger hold blocks that etcd says are ours."""
-        reserved: list[Reservation] = []
-        prefix = layout.RESERVATIONS + layout.place(name, "")
-        async for page in self._etcd.walk(prefix):
-            for pair in page.pairs:
-                note = layout.decode(ReservationRecord, pair.key, pair.value).note
-                reserved.append(Reservation(name, pair.key.removeprefix(prefix), note))
+    async def _keep(self, name: str, cidrs: Sequence[str], known: Page | None = None) -> None:
+        """Has the ledger hold blocks that etcd says are ours. `known`: the pool's reservations, read since they are."""
+        prefix = _reservations(name)
+        if known is None or known.more:
+            pairs = [pair async for page in self._etcd.walk(prefix) for pair in page.pairs]
+        else:
+            pairs = known.pairs
+        reserved = [
+            Reservation(
+                name, pair.key.removeprefix(prefix), layout.decode(ReservationRecord, pair.key, pair.value).note
+            )
+            for pair in pairs
+        ]
         for cidr in cidrs:
             self._returns.pop((name, cidr), None)
         await self._engine.run(lambda: self._holdings.add(name, cidrs, reserved), grows=True)
@@ -474,3 +482,7 @@ class Blocks:
                           error=str(error))  # fmt: skip
                 continue
             log.event(_logger, "info", "a block of this node was not known here, and is now", pool=name, block=cidr)
+
+
+def _reservations(pool: str) -> str:
+    return layout.RESERVATIONS + layout.place(pool, "")

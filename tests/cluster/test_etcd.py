@@ -17,6 +17,7 @@ from cluster.etcd import (
     EtcdError,
     Event,
     Get,
+    List,
     Put,
     QuotaError,
     TooLargeError,
@@ -107,6 +108,15 @@ async def test_transactions(one: EtcdCluster, prefix: str) -> None:
         second = await etcd.txn([absent("a")], [Put("a", b"3")], [Get("b"), Get("none"), Get("a")])
         assert not second.succeeded
         assert [pair and pair.value for pair in second.pairs] == [b"2", None, b"1"]
+        # As it is when the transaction is over; what it changed is in it.
+        third = await etcd.txn([], [Put("l/2", b"y"), List("l/", 9), Put("l/1", b"x"), List("l/", 1), List("m/", 9)])
+        assert [[(pair.key, pair.value) for pair in page.pairs] for page in third.pages] == [
+            [("l/2", b"y")], [("l/1", b"x")], []
+        ]  # fmt: skip
+        assert [(page.revision, page.more) for page in third.pages] == [
+            (third.revision, False), (third.revision, True), (third.revision, False)
+        ]  # fmt: skip
+        assert await etcd.delete("l/", prefix=True) == 2
         assert second.pairs[0] is not None
         assert second.pairs[0].mod_revision == first.revision
         assert (await etcd.txn([present("a"), equals("b", b"2"), unchanged("a", first.revision)], [])).succeeded
