@@ -56,6 +56,7 @@ from kernel.nft_tables import (
     has_table,
     schema,
     shared_sets,
+    standing_sets,
     table,
 )
 from kernel.session import Session
@@ -76,6 +77,7 @@ __all__ = [
     "has_table",
     "schema",
     "shared_sets",
+    "standing_sets",
 ]
 
 _SUBSYSTEM = 10 << 8
@@ -88,6 +90,7 @@ _BATCH_BEGIN, _BATCH_END = 16, 17
 # In one message: an attribute's length has 16 bits, and the largest element with its comment takes under 240 bytes.
 _BATCH_ELEMENTS = 256
 _TRIES = 3
+ANYBODY = {4: "0.0.0.0/0", 6: "::/0"}
 CHAIN_PREFIX = "c_"  # of attachments' chains
 _BATCH_BODY = struct.pack(">BBH", 0, 0, 10)
 
@@ -178,12 +181,30 @@ def separate(bridge: str, *, isolated: bool = False) -> list[Element]:
 def keep_apart(network: str) -> Element:
     """What keeps everybody from beginning to talk to an address of a network ("10.2.0.0/16"), but for `join`."""
     version = ip_network(network).version
-    return Element(f"apart{version}", ("0.0.0.0/0" if version == 4 else "::/0", network))
+    return Element(f"apart{version}", (ANYBODY[version], network))
 
 
 def join(source: str, destination: str) -> Element:
     """What lets a network's addresses talk to those of one that is kept apart; a network is joined with itself, too."""
     return Element(f"joined{ip_network(source).version}", (source, destination))
+
+
+def remote(network: str) -> Element:
+    """What keeps everybody from being passed on to an address of a network, on any host, but for `among`, `local`, and
+    what was translated."""
+    whole = ip_network(network)
+    return Element(f"remote{whole.version}", (ANYBODY[whole.version], str(whole)))
+
+
+def among(source: str, destination: str) -> Element:
+    """What lets a network's addresses be passed on to those of one that is `remote`; also to its own."""
+    return Element(f"among{ip_network(source).version}", (str(ip_network(source)), str(ip_network(destination))))
+
+
+def local(subnet: str) -> Element:
+    """What leaves it to `keep_apart` who reaches a part of a `remote` network: one that is on this host."""
+    part = ip_network(subnet)
+    return Element(f"local{part.version}", (ANYBODY[part.version], str(part)))
 
 
 def bridged(bridge: str) -> Element:

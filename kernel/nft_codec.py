@@ -58,6 +58,39 @@ def contains(outer: Element, inner: Element) -> bool:
     return True
 
 
+def widest(elements: Iterable[Element]) -> list[Element]:
+    """Those that lie within no other. A network inside another network, or a network that grew while containers of its
+    smaller days live, wants an element that the larger one's already covers, and that the kernel would refuse."""
+    distinct = {(element.set, element.key): element for element in elements}
+    found: list[Element] = []
+    for name in dict.fromkeys(one.set for one in distinct.values()):
+        ours = [one for one in distinct.values() if one.set == name]
+        found += _widest_of_set(ours) if "network" in SETS[name].key else ours
+    return found
+
+
+def _widest_of_set(elements: Sequence[Element]) -> list[Element]:
+    """Looks for each what could be around it: as many pairs of lengths as there are, which are few."""
+    size = 8 * SETS[elements[0].set].size
+    boxes = {one: tuple(map(ip_network, one.key)) for one in elements}
+    there = {tuple((int(net.network_address), net.prefixlen) for net in box) for box in boxes.values()}
+    lengths = {tuple(net.prefixlen for net in box) for box in boxes.values()}
+    found = []
+    for one, box in boxes.items():
+        own = tuple(net.prefixlen for net in box)
+        around = (
+            tuple(
+                (int(net.network_address) >> (size - length) << (size - length), length)
+                for net, length in zip(box, wide, strict=True)
+            )
+            for wide in lengths
+            if wide != own and all(length <= mine for length, mine in zip(wide, own, strict=True))
+        )
+        if not any(key in there for key in around):
+            found.append(one)
+    return found
+
+
 def owner_of(element: Element) -> str:
     """The comment as it comes back from the kernel."""
     return text(_comment(element)) if element.comment else ""

@@ -20,7 +20,7 @@ from kernel.session import Session
 
 TABLE = "netloom"
 FLANNEL_TABLE = "netloom_flannel"  # netd's (netd/flannel_rules.py): what it marks is to pass, too
-SCHEMA = "schema7"  # raise the number with every change of _TABLES
+SCHEMA = "schema8"  # raise the number with every change of _TABLES
 
 # masq4, masq6: containers whose traffic leaves under the host's address.
 # nomasq4, nomasq6: (source network . destination network) where it does not. No element may lie within another: the
@@ -45,6 +45,11 @@ SCHEMA = "schema7"  # raise the number with every change of _TABLES
 #   (network . network) but for these. A published port is there for everybody. What leaves such a network through a
 #   tunnel of netd's (nl-vx…) keeps its source: the other host judges by it, and an address of the tunnel's end lies in
 #   some network of containers.
+# remote4, remote6: (any source . network): all networks of the cluster, whether they are on this host or not; among4,
+#   among6: (network . network) of who may begin to talk to whom; local4, local6: (any source . subnet): this host's own
+#   parts, for which apart4 speaks. What this host would pass on to others leaves under its own address where somebody
+#   masquerades, and they let the host in: so it is judged here. What DNAT led there is for a published port. Who has no
+#   conntrack entry has no `ct status` either.
 # bridged: (bridge . bridge), each with itself, of networks that are one segment over many hosts. br_netfilter has the
 #   frames from the others forwarded as packets, from sources that accept4 does not know.
 # internal: bridges, and host's ends, from which nothing goes to any other link than these, nor comes from there.
@@ -105,6 +110,10 @@ table inet {TABLE} {{
 	chain accepted {{
 		meta mark set meta mark | @MARK@
 	}}
+	chain strangers {{
+		ip saddr . ip daddr @remote4 ip saddr . ip daddr != @among4 ip saddr . ip daddr != @local4 drop
+		ip6 saddr . ip6 daddr @remote6 ip6 saddr . ip6 daddr != @among6 ip6 saddr . ip6 daddr != @local6 drop
+	}}
 	chain forward {{
 		type filter hook forward priority filter - 10; policy accept;
 		ct state new meta nfproto @hold drop
@@ -116,8 +125,10 @@ table inet {TABLE} {{
 		ct status dnat ct direction reply ip saddr . meta l4proto . th sport @published4 goto accepted
 		ct status dnat ip6 daddr . meta l4proto . th dport @published6 goto accepted
 		ct status dnat ct direction reply ip6 saddr . meta l4proto . th sport @published6 goto accepted
-		ct state new ip saddr . ip daddr @apart4 ip saddr . ip daddr != @joined4 drop
-		ct state new ip6 saddr . ip6 daddr @apart6 ip6 saddr . ip6 daddr != @joined6 drop
+		ct state invalid,new ip saddr . ip daddr @apart4 ip saddr . ip daddr != @joined4 drop
+		ct state invalid,new ip6 saddr . ip6 daddr @apart6 ip6 saddr . ip6 daddr != @joined6 drop
+		ct state new ct status ! dnat jump strangers
+		ct state invalid,untracked jump strangers
 		iifname @separated oifname @separated iifname . oifname != @same drop
 		ip saddr @accept4 goto accepted
 		ip6 saddr @accept6 goto accepted
@@ -198,6 +209,9 @@ def _per_family() -> dict[str, Set]:
             f"accept{version}": Set("inet", ("ip",), size),
             f"apart{version}": Set("inet", ("network", "network"), size, shared=True),
             f"joined{version}": Set("inet", ("network", "network"), size, shared=True),
+            f"remote{version}": Set("inet", ("network", "network"), size, shared=True),
+            f"among{version}": Set("inet", ("network", "network"), size, shared=True),
+            f"local{version}": Set("inet", ("network", "network"), size, shared=True),
         }
     return sets
 
@@ -237,6 +251,11 @@ def element_sets() -> list[str]:
 def shared_sets(families: Collection[str] = tuple(FAMILIES)) -> list[str]:
     """Those of them whose elements belong to networks, not to single attachments."""
     return [name for name, one in SETS.items() if one.shared and one.family in families]
+
+
+def standing_sets() -> list[str]:
+    """Those whose elements are wanted by the host as a whole, whatever is attached."""
+    return [f"{name}{version}" for name in ("remote", "among", "local") for version in (4, 6)]
 
 
 def ensure_tables(session: Session, families: Collection[str]) -> bool:

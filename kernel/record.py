@@ -8,6 +8,8 @@ Elements that several attachments of a network want together ("shared", such as 
 masquerade) are counted by markers, `<run dir>/shared/<hash>/<network>`, so that the last DEL of the last network that
 wants one removes it, in constant time. Of elements that lie within one another the kernel has the widest only.
 
+What the host wants as a whole, whatever is attached ("standing"), is in `<run dir>/standing/<who wants it>.json`.
+
 One lock for the host, `<run dir>/attachments.lock`:
 - shared, while a record is written, and while elements and their record are removed together;
 - exclusive, while the elements of a network's last attachment go, and while the tables are rebuilt.
@@ -31,6 +33,7 @@ import msgspec
 from kernel import foreign, nft
 from kernel.errors import KernelError
 from kernel.nft import Chain, Element
+from kernel.nft_codec import widest
 from kernel.session import Session
 
 _VERSION = 1
@@ -72,6 +75,7 @@ class Records:
     def __init__(self, run_dir: str) -> None:
         self._root = f"{run_dir}/attachments"
         self._shared = f"{run_dir}/shared"
+        self._standing = f"{run_dir}/standing"
         self._lock = f"{run_dir}/attachments.lock"
         self._run_dir = run_dir
 
@@ -227,6 +231,26 @@ class Records:
                 for element in record.shared:
                     self._mark(element, network)
 
+    def stand(self, session: Session, who: str, elements: Sequence[Element]) -> None:
+        """From now on somebody wants these standing elements for the host, and no others; they last as records do. With
+        none, everything of his goes."""
+        path = os.path.join(self._standing, f"{who}.json")
+        with self._locked(fcntl.LOCK_EX):
+            if elements:
+                _write(self._standing, path, msgspec.json.encode(elements))
+            else:
+                _unlink(path)
+            wanted = self._all_standing()
+            if nft.current(session, "inet"):
+                nft.converge(session, nft.standing_sets(), wanted)
+            elif wanted:
+                self._rebuild(session)
+
+    def standing(self, who: str = "") -> list[Element]:
+        """What somebody wants for the host; "": all of them."""
+        paths = [path for path in _entries(self._standing) if path.endswith(f"/{who}.json" if who else ".json")]
+        return [one for path in paths for one in _load_standing(path)]
+
     def rebuild(self, session: Session, *, anew: bool = False) -> tuple[int, int]:
         """Make our nftables tables hold exactly what the records want; where one is missing, or of another version, it
         comes with all of that, at once.
@@ -249,7 +273,8 @@ class Records:
         """Exclusive."""
         records = list(self.all())
         wanted = [element for record in records for element in record.elements]
-        wanted += _widest(element for record in records for element in record.shared)
+        wanted += widest(element for record in records for element in record.shared)
+        wanted += self._all_standing()
         chains = {chain.name: chain for record in records for chain in record.chains}
         written = self._write(session, wanted, list(chains.values()), anew=anew)
         refused: dict[str, KernelError] = {}
@@ -266,6 +291,9 @@ class Records:
         if refused:
             raise next(iter(refused.values()))
         return written + missing, stale
+
+    def _all_standing(self) -> list[Element]:
+        return widest(self.standing())
 
     @staticmethod
     def _write(session: Session, wanted: Sequence[Element], chains: Sequence[Chain], *, anew: bool) -> int:
@@ -365,7 +393,7 @@ class Records:
                         wanted.append(element)
         # What has an owner is an attachment's own, and not ours to judge.
         owned = [element for name in touched for element in nft.all_elements(session, name) if element.comment]
-        nft.converge(session, sorted(touched), [*owned, *_widest(wanted)])
+        nft.converge(session, sorted(touched), [*owned, *widest(wanted)])
 
 
 def _forwarded(record: Record) -> list[int]:
@@ -376,15 +404,6 @@ def _forwarded(record: Record) -> list[int]:
 
 def _asked(record: Record) -> tuple[str, ...]:
     return (record.admin_chain,) if record.admin_chain else ()
-
-
-def _widest(elements: Iterable[Element]) -> list[Element]:
-    """Those that lie within no other. A network inside another network, or a network that grew while containers of its
-    smaller days live, wants an element that the larger one's already covers, and that the kernel would refuse."""
-    distinct = {(element.set, element.key): element for element in elements}.values()
-    return [
-        inner for inner in distinct if not any(outer is not inner and nft.contains(outer, inner) for outer in distinct)
-    ]
 
 
 def _write(top: str, path: str, data: bytes) -> None:
@@ -452,6 +471,17 @@ def _has_others(path: str) -> bool:
             return any(entry.name != name for entry in entries)
     except FileNotFoundError:
         return False
+
+
+def _load_standing(path: str) -> list[Element]:
+    """Nothing where it cannot be read: whoever wants it says so again at its next start."""
+    try:
+        with open(path, "rb") as file:
+            found = msgspec.json.decode(file.read(), type=list[Element])
+    except (OSError, msgspec.MsgspecError):
+        return []
+    known = nft.standing_sets()
+    return [element for element in found if element.set in known]
 
 
 def _load(path: str) -> Record | None:

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.setup(config.log_level, config.log_format)
     try:
         if arguments.remove:
-            sys.stdout.write(f"removed {remove(config.socket)} routes and tunnels\n")
+            sys.stdout.write(f"removed {remove(config.socket, config.run_dir)} routes and tunnels\n")
         else:
             asyncio.run(_run(config, read))
     except (StartError, KernelError) as error:

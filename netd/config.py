@@ -38,6 +38,7 @@
     mtu = 0
     tx_checksum = true
     udp_checksum = false
+    open = false                      # true: who is in no network may reach it through this host
 
     [etcd]                            # where peers and networks come from, beside this file; as ipamd's
     endpoints = ["10.0.0.1:2379"]
@@ -63,7 +64,7 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address, ip_network
 
 from cluster.config import EtcdConfig
@@ -90,7 +91,7 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
 }
 _LISTS: Mapping[str, tuple[str, ...]] = {
     "peer": ("name", "address", "subnets", "mac"),
-    "network": ("name", "subnets", *_WAY),
+    "network": ("name", "subnets", *_WAY, "open"),
 }
 _OTHERS = ("ipamd", "store", "pools", "reclaim", "docker", "cni")
 # What a flag sets, under the name that `load` takes it by.
@@ -256,7 +257,8 @@ def _networks(found: Settings) -> tuple[Network, ...]:
                     found.refuse(
                         f"{entry}.subnets", f"{one} overlaps a subnet of {other.name}; each network has its own"
                     )
-        networks.append(_way(found, entry, default, name, subnets))
+        is_open = found.take(f"{entry}.open", settings.boolean) or False
+        networks.append(replace(_way(found, entry, default, name, subnets), open=is_open))
     if all(one.name != DEFAULT_NETWORK for one in networks):
         networks.append(default)
     else:

@@ -77,7 +77,8 @@ class Firewall:
             log.event(_logger, "info", "put back the rule that lets packets pass another firewall")
 
     def _rebuild(self, session: Session, *, anew: bool) -> None:
-        if not any(record.elements or record.shared for record in self._records.all()):
+        attached = any(record.elements or record.shared for record in self._records.all())
+        if not attached and not self._records.standing():
             return
         missing, stale = self._records.rebuild(session, anew=anew)
         if missing or stale or anew:

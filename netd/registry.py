@@ -107,6 +107,10 @@ class Registry(Source):
         except (EtcdError, ValueError) as error:  # LayoutError is one
             raise UnknownHolderError(f"etcd has not said who has {address}: {error}") from None
 
+    def definitions(self) -> dict[str, NetworkRecord]:
+        """Of the networks, as far as they are known; before etcd has told, those on the disk."""
+        return self._view.definitions()
+
     def problems(self) -> list[str]:
         found = [self._member.problem] if self._member.problem else []
         found += [f"etcd: {key} is left out: {why}" for key, why in list(self._view.broken.items())[:5]]

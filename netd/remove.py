@@ -7,11 +7,11 @@ import socket
 from ipamd.errors import StartError
 from kernel import link, route
 from kernel.session import Session
-from netd import flannel_rules
+from netd import flannel_rules, strangers
 from netd.found import PROTOCOL, Found
 
 
-def remove(socket_path: str) -> int:
+def remove(socket_path: str, run_dir: str) -> int:
     """Every route of our protocol and every device with our alias; how many those were.
 
     Raises StartError while a netd serves on that socket, which would put all of it back.
@@ -19,6 +19,7 @@ def remove(socket_path: str) -> int:
     if _serves(socket_path):
         raise StartError("netd runs, and would put everything back; stop it first: systemctl stop netloom-netd")
     flannel_rules.converge(None)
+    strangers.remove(run_dir)
     with Session() as session:
         routes = [one for version in (4, 6) for one in route.all_routes(session, version, protocol=PROTOCOL)]
         for one in routes:

@@ -33,6 +33,7 @@ from netd.overlay_status import holders_by_place
 from netd.reconcile import Reconciler
 from netd.registry import Registry
 from netd.service import Service, Source
+from netd.strangers import Strangers
 from protos.node.v1 import node_pb2
 from protos.node.v1.node_pb2_grpc import add_NodeServicer_to_server
 from telemetry import log
@@ -94,14 +95,17 @@ class _Daemon:
         self._news = asyncio.Event()  # the snapshot is old
         self._attached = Attached(config.run_dir, config.resync_s)
         self._bridges = Bridges(agent, config.run_dir)
+        self._strangers = Strangers(agent, config.run_dir, config.networks)
         self._local = LocalNetworks(config, agent, self._hear) if registry is None else None
         if registry is not None:
             registry.changed = self._hear
+            self._strangers.presume(registry.definitions())
             registry.bridges_changed = self._bridges.nudge
 
     def _hear(self, networks: Mapping[str, NetworkRecord]) -> None:
         self._attached.want(networks)
         self._bridges.want(networks)
+        self._strangers.want(networks)
         self._flannel.nudge()
         self._news.set()
 
@@ -139,7 +143,7 @@ class _Daemon:
         """Peers and networks; without that following, nothing is up to date, and the daemon had better start again."""
         source = self._registry or self._local
         try:
-            work = [self._attached.run(), self._flannel.run(), self._bridges.run()]
+            work = [self._attached.run(), self._flannel.run(), self._bridges.run(), self._strangers.run()]
             work += [source.run()] if source is not None else []
             await asyncio.gather(*work)
         except Exception as error:  # noqa: BLE001 - whatever it was
@@ -173,6 +177,7 @@ class _Daemon:
         if self._local is not None:
             self._local.reload(config)
         self._flannel.reload(config)
+        self._strangers.reload(config.networks)
         log.event(_logger, "info", "the configuration was read again", changed=changed)
 
     async def _look(self) -> None:

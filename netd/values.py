@@ -43,7 +43,8 @@ class Underlay:
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """A network of containers over several hosts. `mtu` 0: worked out from the underlay."""
+    """A network of containers over several hosts. `mtu` 0: worked out from the underlay. `open`: everybody may reach
+    it; said of the configuration's own only, what others are stands in their records."""
 
     name: str
     subnets: tuple[AnyNetwork, ...]
@@ -53,6 +54,7 @@ class Network:
     mtu: int
     tx_checksum: bool
     udp_checksum: bool
+    open: bool = False
 
     def holds(self, subnet: AnyNetwork) -> bool:
         """Whether the subnet lies in this network."""

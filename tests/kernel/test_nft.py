@@ -266,3 +266,24 @@ def test_without_the_right_nothing_is_written(home: Space) -> None:
     assert done.stdout.startswith("denied:"), done
     assert ruleset() == []
     assert Denied("x", 1).errno == 1
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 7), st.integers(29, 32), st.integers(0, 7), st.integers(29, 32)),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_what_lies_in_another_is_left_out(boxes: list[tuple[int, int, int, int]]) -> None:
+    from ipaddress import IPv4Network  # noqa: PLC0415
+
+    elements = [nft.masquerade("10.0.0.1", "o"), nft.no_masquerade("10.0.0.0/8")]
+    for one, length, other, its in boxes:
+        source, target = IPv4Network((one, length), strict=False), IPv4Network((other, its), strict=False)
+        elements.append(nft.join(str(source), str(target)))
+    distinct = list(dict.fromkeys(elements))
+    wanted = {a for a in distinct if not any(b is not a and nft.contains(b, a) for b in distinct)}
+    found = nft_codec.widest(elements)
+    assert len(found) == len(set(found))
+    assert set(found) == wanted

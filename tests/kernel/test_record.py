@@ -446,3 +446,41 @@ def test_elements_of_a_record_keep_their_order(records: Records) -> None:
     found = records.read(record().key)
     assert found is not None
     assert found.elements == elements
+
+
+@pytest.mark.kernel
+def test_what_the_host_wants_stands_whatever_is_attached(records: Records, session: Session, tmp_path: Path) -> None:
+    whole, part = nft.remote("10.0.0.0/8"), nft.remote("10.1.0.0/16")
+    among, local = nft.among("10.1.0.0/16", "10.2.0.0/16"), nft.local("fd00::/64")
+
+    def found() -> set[Element]:
+        return {one for name in nft.standing_sets() for one in nft.all_elements(session, name)}
+
+    records.stand(session, "one", [])
+    assert nft.chains(session) == []
+    records.stand(session, "one", [part, among])
+    records.stand(session, "two", [whole, local])
+    assert found() == {whole, among, local}
+    assert set(records.standing()) == {part, whole, among, local}
+    assert records.standing("one") == [part, among]
+    # Beside attachments that come and go, and tables that go.
+    records.write(record(subnet="10.1.0.0/16"))
+    records.apply(session, record(subnet="10.1.0.0/16"))
+    assert records.rebuild(session) == (0, 0)
+    libnftables.run("flush ruleset", "somebody's reload")
+    records.write(record(container_id="c2", address="10.1.0.3"))
+    records.apply(session, record(container_id="c2", address="10.1.0.3"))
+    assert found() == {whole, among, local}
+    for container_id in ("c1", "c2"):
+        there = records.read(record(container_id=container_id).key)
+        assert there is not None
+        records.remove(session, there)
+    assert found() == {whole, among, local}
+    # Of what cannot be read nothing is wanted; nor of what is no standing element.
+    (tmp_path / "run/standing/three.json").write_text("[{")
+    (tmp_path / "run/standing/four.json").write_text('[{"set": "masq4", "key": ["10.1.0.9"]}, {"set": "x", "key": []}]')
+    assert records.rebuild(session) == (0, 0)
+    records.stand(session, "two", [])
+    assert found() == {part, among}
+    records.stand(session, "one", [])
+    assert found() == set()
