@@ -13,6 +13,7 @@ import ipaddress
 import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -57,6 +58,9 @@ class Shared(Protocol):
 
     async def change(self, changes: Sequence[tuple[NetworkRecord, NetworkRecord]]) -> None:
         """Keeps other definitions of what is there, (before, after); UnavailableError where one is not as before."""
+
+    async def gone(self, name: str) -> tuple[bool, bool]:
+        """Whether there is no such network, and no such pool, now."""
 
     async def delete(self, name: str) -> Sequence[NetworkRecord]:
         """Removes it with its pool, both or none; what is not there is no error.
@@ -218,7 +222,7 @@ class Directory:
                     with contextlib.suppress(IpamdError):  # left over, it harms nobody
                         await self._delete_pool(record.name)
                     raise
-            await self._engine.run(lambda: self._networks.keep([record]), grows=True)
+            await self._keep(record)
             return record
 
     async def _create_overlay(self, record: NetworkRecord, spec: PoolSpec) -> NetworkRecord:
@@ -237,10 +241,27 @@ class Directory:
 
             made, its_pool = await desk.networks.create_overlay(record, spec, choose)
             # etcd has both; this node is not to wait until it hears of them.
-            if made.name not in self._ledger.pools:
-                await self._create_pool(made.name, its_pool)
-            await self._engine.run(lambda: self._networks.keep([made]), grows=True)
+            await self._engine.run(lambda: self._ledger.create_pool(made.name, its_pool), grows=True)
+            await self._keep(made)
             return made
+
+    async def _keep(self, *records: NetworkRecord) -> None:
+        """Keeps what was just defined, unless another node deleted it since and this one has heard of that already."""
+        await self._engine.run(lambda: self._networks.keep(records), grows=True)
+        if self._shared is None:
+            return
+        for record in records:
+            with contextlib.suppress(UnavailableError):  # it was there a moment ago
+                network_gone, pool_gone = await self._shared.gone(record.name)
+                if network_gone:
+                    await self._engine.run(partial(self._forget, record.name, pool=pool_gone))
+
+    def _forget(self, name: str, *, pool: bool) -> None:
+        there = self._ledger.pools.get(name)
+        if pool and there is not None and there.spec.mode != "local":
+            with contextlib.suppress(PreconditionError):  # in use: it is put there again
+                self._ledger.delete_pool(name)
+        self._networks.keep((), without=[name])
 
     async def _taken_here(self) -> list[Network]:
         """Where no subnet is to be chosen: this node's own pools, and what the host reaches."""
@@ -279,7 +300,7 @@ class Directory:
             if self._overlays is None:
                 await self._engine.run(lambda: self._networks.get(name))
             record = await self._desk("docker: hosts share overlay networks only").networks.share(name, docker)
-            await self._engine.run(lambda: self._networks.keep([record]), grows=True)
+            await self._keep(record)
             return record
 
     async def set_mac(self, pool: str, address: str, mac: str) -> None:
@@ -337,7 +358,7 @@ class Directory:
             changed = [change(first, other), change(second, one)]
             if self._shared is not None:
                 await self._shared.change(list(zip((first, second), changed, strict=True)))
-            await self._engine.run(lambda: self._networks.keep(changed))
+            await self._keep(*changed)
         return changed
 
 

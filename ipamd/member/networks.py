@@ -292,6 +292,12 @@ class SharedNetworks:
             if not done.succeeded:
                 raise _late(changes[start][0].name)
 
+    async def gone(self, name: str) -> tuple[bool, bool]:
+        """See `ipamd.networks.Shared`. Raises UnavailableError."""
+        with _told():
+            pairs = (await self._etcd.txn([], [Get(layout.NETWORKS + name), Get(layout.POOLS + name)])).pairs
+        return pairs[0] is None, pairs[1] is None
+
     async def delete(self, name: str) -> list[NetworkRecord]:
         """See `ipamd.networks.Shared`. The definition, its pool and what other networks say of it end in one change."""
         changed: list[NetworkRecord] = []

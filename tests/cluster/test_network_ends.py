@@ -108,6 +108,40 @@ async def test_two_who_delete_it_at_once(one: EtcdCluster, tmp_path: Path) -> No
                 await a.directory.delete(name)
 
 
+@pytest.mark.parametrize("what", ["create", "share", "connect"])
+@looped
+async def test_one_that_another_node_deletes_before_this_one_has_kept_it(
+    one: EtcdCluster, tmp_path: Path, what: str
+) -> None:
+    """Who follows etcd has heard of its end by then, and nobody would tell it again."""
+    async with worlds(one, tmp_path) as (a, b):
+        for world in (a, b) if what != "create" else (b,):
+            await world.create("blue", "198.18.1.0/24", "" if what == "connect" else "overlay")
+            await world.create("web", "198.18.2.0/24", "")
+        change = "create_overlay" if what == "create" else "change" if what == "connect" else "share"
+        done = getattr(a.shared, change)
+
+        async def late(*arguments: Any) -> Any:
+            answer = await done(*arguments)
+            if what == "share":
+                await b.shared.share("blue", "")
+            await b.directory.delete("blue")
+            # As the follower hears of it.
+            await a.shared._take([], {"blue"})
+            await a.mirror._list_pools((await a.etcd.range(layout.POOLS)).pairs, 1 << 40)
+            return answer
+
+        setattr(a.shared, change, late)
+        match what:
+            case "create":
+                await a.create("blue", "198.18.1.0/24")
+            case "share":
+                await a.directory.share("blue", "x")
+            case "connect":
+                await a.directory.connect("blue", "web", False)
+        assert await a.in_etcd("blue") == await a.here("blue") == ""
+
+
 @looped
 async def test_wherever_etcd_goes_away_both_are_there_or_none(one: EtcdCluster, tmp_path: Path) -> None:
     """Each time one step further; what was asked for is done, and its answer lost."""

@@ -41,6 +41,10 @@ class Elsewhere:
         await self._wait()
         self.records.update({after.name: after for _, after in changes})
 
+    async def gone(self, name: str) -> tuple[bool, bool]:
+        await self._wait()
+        return name not in self.records, False
+
     async def delete(self, name: str) -> Sequence[NetworkRecord]:
         await self._wait()
         assert self.end_pool is not None
