@@ -60,6 +60,7 @@ class Found:
     def read(self, door: Door) -> None:
         """Read all of it."""
         self.entries, self.indexes, self._names = {}, {}, {}
+        self.fresh.clear()  # of their making nothing may have been heard
         for name in self.bridges:  # first: ports name them
             self.read_bridge(door, name)
         for one in vxlan.all_vxlans(door):
@@ -130,11 +131,10 @@ class Found:
     def _note_link(self, door: Door, name: str, change: LinkChange | AddressChange) -> set[Key] | None:
         if isinstance(change, AddressChange):
             return None if change.gone else set()
-        if name in self.fresh:  # its own making is told step by step
-            if change.up:
-                self.fresh.discard(name)
-            return set()
-        if change.gone or not change.up or change.name != name:
+        fresh = name in self.fresh  # its own making is told step by step
+        if change.up:
+            self.fresh.discard(name)
+        if change.gone or change.name != name or not (change.up or fresh):
             return None
         known = self.entries.get((DEVICE, name, b""))
         one = vxlan.find(door, name)

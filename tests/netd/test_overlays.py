@@ -392,6 +392,28 @@ def test_a_former_tunnels_end_that_somebody_deletes(reconciler: Reconciler, monk
     wait_until(lambda: reconciler.sync(reconciler.outstayed()) == 0 and reconciler.next_s() is None, "the wait's end")
 
 
+def test_a_device_that_waits_for_holders_and_is_deleted(reconciler: Reconciler) -> None:
+    """Etcd may take its time: what becomes of it meanwhile is seen as ever."""
+    bridge()
+    with contextlib.closing(RouteEvents()) as events:
+        reconciler.full()
+        events.watched = reconciler.watched()
+        assert reconciler.note(events.read()) == set(), "its own making"
+        spaces.run("ip", "link", "set", "nl-vx256", "nomaster")
+        keys = reconciler.note(events.read())
+        assert keys == {(PORT, "nl-vx256", b"")}
+        reconciler.sync(keys)
+        spaces.run("ip", "link", "delete", "nl-vx256")
+        assert reconciler.note(events.read()) is None
+        reconciler.full()
+        assert reconciler.note(events.read()) == set()
+        assert "master nl-ov1" in spaces.run("ip", "link", "show", "nl-vx256")
+        reconciler.sync(reconciler.overlays.replace("ov1", [holder("10.9.0.2", "b")]))
+        assert reconciler.note(events.read()) == set()
+    assert "LOWER_UP" in spaces.run("ip", "link", "show", "nl-vx256")
+    assert reconciler.full() == 0
+
+
 def test_nobody_takes_the_gateway_away(reconciler: Reconciler) -> None:
     """As etcd could say after somebody wrote there by hand."""
     bridge()

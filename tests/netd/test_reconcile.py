@@ -118,6 +118,21 @@ def test_a_tunnels_end_that_somebody_changes(reconciler: Reconciler, words: str)
     assert routes() == ""
 
 
+def test_a_change_right_after_a_making_that_nobody_heard_of(reconciler: Reconciler) -> None:
+    """What came before it meant that everything had to be read."""
+    with contextlib.closing(RouteEvents()) as events:
+        events.watched = reconciler.watched()
+        spaces.run("ip", "link", "delete", "nl-vx1")
+        spaces.run("ip", "address", "add", "10.0.0.99/24", "dev", "eth0")
+        reconciler.full()
+        assert reconciler.note(events.read()) is None
+        reconciler.full()
+        spaces.run("ip", "link", "set", "nl-vx1", "down")
+        assert reconciler.note(events.read()) is None
+        reconciler.full()
+    assert "nl-vx1" in routes()
+
+
 def test_a_vni_that_another_device_has(reconciler: Reconciler) -> None:
     spaces.run("ip", "link", "add", "theirs", "type", "vxlan", "id", "3", "dstport", "4789", "local", "10.0.0.1")
     reconciler.configure(OWN, Choice("eth0"), (replace(DEFAULT, vni=3),))
