@@ -129,15 +129,17 @@ def test_docker_rm(docker: Docker) -> None:
 
 
 def test_docker_network_rm(docker: Docker) -> None:
+    subnets = [("--subnet", f"10.83.{number}.0/24") for number in range(len(DELETE))]
     for number, place in enumerate(DELETE):
-        subnet = ("--subnet", f"10.83.{number}.0/24")
-        docker.network("web", *subnet)
-        docker.start("one", "--network", "web")
+        docker.network(f"n{number}", *subnets[number])
+        docker.start("one", "--network", f"n{number}")
         docker.docker("rm", "-f", "one")
         with killed(docker, place):
-            done = docker.docker("network", "rm", "web", check=False)
+            done = docker.docker("network", "rm", f"n{number}", check=False)
         if done.returncode != 0:
-            docker.docker("network", "rm", "web")
-        wait_until(lambda: not any(docker.state().values()), f"all to go after {place}", docker.shim_log)
+            docker.docker("network", "rm", f"n{number}")
+    # What Docker has forgotten goes after the grace, which is waited for once.
+    wait_until(lambda: not any(docker.state().values()), "all to go", docker.shim_log)
+    for subnet in subnets:
         docker.network("web", *subnet)
         docker.docker("network", "rm", "web")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.docker.engine import Docker, settled
-from tests.hosts import wait_until
-from tests.runtimes import images
+from tests.docker.engine import DOCKER, Docker, settled
+from tests.hosts import PATIENCE_S, wait_until
+from tests.runtimes import cgroups, images
 from tests.runtimes.runtime_host import HOST_OUTSIDE
 
 pytestmark = pytest.mark.kernel
@@ -22,6 +23,21 @@ pytestmark = pytest.mark.kernel
 def shared(launcher: Path) -> Iterator[Docker]:
     with settled("loss", launcher, grace_s=3) as docker:
         yield docker
+
+
+@pytest.fixture(scope="module", autouse=True)
+def deserted(launcher: Path) -> Iterator[tuple[Docker, subprocess.Popen[str]]]:
+    """A host where a container is being removed, and the shim is away. Docker gives up on each of its four calls after
+    15 s: so this begins before the other tests, which need not wait for it."""
+    with settled("deserted", launcher, grace_s=3) as docker:
+        docker.network("web", "--subnet", "10.51.0.0/24")
+        docker.start("one", "--network", "web")
+        docker.stop_shim(signal.SIGKILL)
+        removal = docker.host.popen([DOCKER, "rm", "-f", "one"], stdin=subprocess.DEVNULL, env=docker.environment)
+        wait_until(lambda: not cgroups.found(), "the end of the container")  # of all hosts: they are looked at together
+        yield docker, removal
+        docker.remove_all()
+        docker.assert_clean()
 
 
 @pytest.fixture
@@ -45,17 +61,6 @@ def test_the_shim_is_killed_and_nobody_notices(docker: Docker) -> None:
     docker.inside("two", "ping", "-c1", "one")
     docker.docker("rm", "-f", "one")
     assert docker.silent(HOST_OUTSIDE, 8080, netns=docker.outside)
-
-
-def test_a_container_that_went_while_the_shim_was_away(docker: Docker) -> None:
-    docker.network("web", "--subnet", "10.51.0.0/24")
-    docker.start("one", "--network", "web")
-    docker.stop_shim(signal.SIGKILL)
-    docker.docker("rm", "-f", "one")  # gives up on the plugin after a while
-    assert docker.state()["endpoints"]
-    docker.start_shim()
-    wait_until(lambda: not docker.state()["endpoints"], "the endpoint to go", docker.shim_log)
-    wait_until(lambda: docker.held() == ["10.51.0.1/24"], "its address to come back", docker.shim_log)
 
 
 def test_dockerd_is_killed_with_running_containers(docker: Docker) -> None:
@@ -150,3 +155,12 @@ def test_netloom_gc_has_it_compared_at_once(docker: Docker) -> None:
     gc()
     wait_until(lambda: not docker.state()["pools"], "the pool to go", docker.shim_log)
     assert gc() == {**told, "removed": [], "suspected": []}
+
+
+def test_a_container_that_went_while_the_shim_was_away(deserted: tuple[Docker, subprocess.Popen[str]]) -> None:
+    docker, removal = deserted
+    assert removal.wait(2 * PATIENCE_S) == 0
+    assert docker.state()["endpoints"]
+    docker.start_shim()
+    wait_until(lambda: not docker.state()["endpoints"], "the endpoint to go", docker.shim_log)
+    wait_until(lambda: docker.held() == ["10.51.0.1/24"], "its address to come back", docker.shim_log)
