@@ -111,6 +111,11 @@ async def test_a_look_puts_no_older_one_back(one: EtcdCluster, tmp_path: Path) -
                     await asyncio.sleep(0.005)
                 return found
 
+            async def _put(self, *arguments: Any) -> bool:
+                done = await super()._put(*arguments)
+                await asyncio.sleep(0.3)  # the answer takes its time
+                return done
+
         slow = Slow(address.etcd, address.world.engine, address.world.transaction, "id-a")
         await slow.set("blue", address.ip, FIRST)
         await address.etcd.delete(layout.MACS, prefix=True)
