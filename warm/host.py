@@ -60,6 +60,7 @@ _MODULES = (
     "ipamd.client",
     "kernel.liveness",
     "kernel.nft",
+    "kernel.nft_write",
     "kernel.record",
     "protos.ipam.v1.ipam_pb2",
 )
