@@ -250,9 +250,11 @@ def add(session: Session, elements: Sequence[Element], write: Callable[[], None]
         try:
             _change(session, there, elements)
         except NotFound:
-            if write is not None:
+            families = {element.family for element in elements}
+            # Where they are there, it was somebody who removed one meanwhile.
+            if write is not None and not all(current(session, family) for family in families):
                 write()
-            ensure_tables(session, {element.family for element in elements})
+            ensure_tables(session, families)
         except Exists:
             pass
         else:
