@@ -34,7 +34,7 @@ def ask(one):
         try:
             connection.request("GET", "/")
             said = connection.getresponse().read().decode().strip()
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             said = str(error)
         finally:
             connection.close()
