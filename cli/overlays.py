@@ -39,6 +39,9 @@ class OverlayDocument(TypedDict):
     wanted: int  # entries of the kernel
     present: int
     problems: list[str]
+    fast_path: bool
+    fast: int
+    fast_problem: str
 
 
 def document(one: pb.Overlay) -> OverlayDocument:
@@ -70,6 +73,9 @@ def document(one: pb.Overlay) -> OverlayDocument:
         wanted=one.wanted,
         present=one.present,
         problems=list(one.problems),
+        fast_path=one.fast_path,
+        fast=one.fast,
+        fast_problem=one.fast_problem,
     )
 
 
@@ -114,11 +120,19 @@ def counted(number: int) -> str:
     return f"{number} container{'' if number == 1 else 's'}"
 
 
+def _fast(one: OverlayDocument) -> str:
+    if not one["fast_path"]:
+        return "off"
+    problem = f"; {one['fast_problem']}" if one["fast_problem"] else ""
+    return f"{one['fast']} of {counted(containers_here(one))} here{problem}"
+
+
 def facts(one: OverlayDocument) -> list[tuple[str, str]]:
     """What this host knows of one, beside its definition."""
     found = [("device", f"{one['device']}, MTU {one['mtu']}, UDP port {one['port']}"), ("this host", state(one))]
     if one["here"]:
         found.append(("entries", f"{one['present']} of {one['wanted']} in this host's kernel"))
+        found.append(("fast path", _fast(one)))
     for host in one["hosts"]:
         where = f", {host['outer']}" if host["outer"] else ""
         found.append(("host", f"{host['name']} ({host['state']}{where}): {counted(host['containers'])}"))

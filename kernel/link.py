@@ -8,11 +8,12 @@ drivers/net/macvlan.c, drivers/net/ifb.c.
 
 from __future__ import annotations
 
+import errno
 import struct
 from dataclasses import dataclass
 
 from kernel import netlink
-from kernel.errors import NotFound
+from kernel.errors import KernelError, NotFound
 from kernel.netlink import Message, attr, attributes, nested, string, text, u32
 from kernel.session import Door
 
@@ -23,7 +24,7 @@ _NEWLINK, _DELLINK, _GETLINK, _SETLINK = 16, 17, 18, 19
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_MASTER = 1, 3, 4, 5, 10
 _IFLA_TXQLEN, _IFLA_OPERSTATE, _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_NET_NS_FD = 13, 16, 18, 20, 28
 _IFLA_EXT_MASK, _IFLA_PROMISCUITY, _IFLA_LINK_NETNSID, _IFLA_ALLMULTI = 29, 30, 37, 61
-_IFLA_NUM_TX_QUEUES, _IFLA_NUM_RX_QUEUES = 31, 32
+_IFLA_NUM_TX_QUEUES, _IFLA_NUM_RX_QUEUES, _IFLA_TARGET_NETNSID = 31, 32, 46
 _INFO_KIND, _INFO_DATA, _INFO_SLAVE_KIND, _INFO_SLAVE_DATA = 1, 2, 4, 5
 _VETH_INFO_PEER = 1
 _MACVLAN_MODE, _MACVLAN_BC_QUEUE_LEN = 1, 7
@@ -126,6 +127,23 @@ def by_index(door: Door, index: int) -> Link:
     """
     body = _IFINFO.pack(0, 0, index, 0, 0) + u32(_IFLA_EXT_MASK, _SKIP_STATISTICS)
     return _parse(door.rtnl.get(Message(_GETLINK, 0, body, f"look up link {index}")))
+
+
+def other_end(door: Door, veth: Link) -> Link:
+    """The other end of a veth pair, in whichever namespace it is.
+
+    Raises:
+        NotFound: it is gone, or in a namespace that this one has no number for.
+    """
+    body = _IFINFO.pack(0, 0, veth.peer, 0, 0) + u32(_IFLA_EXT_MASK, _SKIP_STATISTICS)
+    if veth.peer_netnsid >= 0:
+        body += u32(_IFLA_TARGET_NETNSID, veth.peer_netnsid)
+    try:
+        return _parse(door.rtnl.get(Message(_GETLINK, 0, body, f"look up the other end of link {veth.name}")))
+    except KernelError as error:
+        if error.errno == errno.EINVAL:
+            raise NotFound(error.operation, error.errno, error.detail) from None
+        raise
 
 
 def all_links(door: Door, master: int = 0) -> list[Link]:

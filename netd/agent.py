@@ -59,11 +59,13 @@ class Agent:
         resync_s: float,
         *,
         may_drop: bool = True,
+        fast_path: bool = True,
     ) -> None:
-        """`may_drop`: False where these are not all peers; see `Reconciler`."""
+        """`may_drop`: False where these are not all peers; see `Reconciler`. `fast_path`: whether overlays have one."""
         self._node, self._choice, self._networks, self._peers = node, choice, networks, peers
         self._resync_s = resync_s
         self._may_drop = may_drop
+        self._fast_path = fast_path
         self._asked: queue.SimpleQueue[Callable[[Reconciler], None]] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stopping = False
@@ -108,6 +110,7 @@ class Agent:
             with Session() as session, contextlib.closing(RouteEvents()) as events:
                 reconciler = Reconciler(session, self._node, self._choice, self._networks)
                 reconciler.may_drop = self._may_drop
+                reconciler.fast.enable(self._fast_path)
                 for peer in self._peers:
                     reconciler.put_peer(peer)
                 self._full(reconciler)
@@ -137,7 +140,7 @@ class Agent:
         events.watched = reconciler.watched()
         lingering_s = reconciler.next_s()
         now = time.monotonic()
-        due = min(max(self._rest_until, min(self._dirty_at, self._full_at)), self._retry_at)
+        due = min(max(self._rest_until, min(self._dirty_at, self._full_at)), self._retry_at, reconciler.fast.due)
         if lingering_s is not None:
             due = min(due, now + lingering_s)
         poll = select.poll()
@@ -180,6 +183,8 @@ class Agent:
             self._plan_retry(reconciler)
         if outstayed := reconciler.outstayed():
             reconciler.sync(outstayed)
+        if now >= reconciler.fast.due:
+            reconciler.fast.look()
 
     def _full(self, reconciler: Reconciler) -> None:
         began = time.monotonic()

@@ -19,6 +19,7 @@
     mtu = 0                           # of the containers' packets; 0: as large as the underlay allows
     tx_checksum = true                # false where the network card spoils checksums inside tunnels
     udp_checksum = false              # of the tunnels' outer packets
+    fast_path = true                  # overlays: frames between containers pass by the bridge, by BPF programs
     resync_s = 60                     # how often everything is read and compared, beside all events
     flannel_network = "pods"          # whose part of this host /run/flannel tells; absent: none
     flannel_masquerade = true         # whether netd masquerades what leaves that network
@@ -82,7 +83,7 @@ _WAY = ("backend", "vni", "port", "mtu", "tx_checksum", "udp_checksum")
 _KEYS: Mapping[str, tuple[str, ...]] = {
     "netd": (
         *("socket", "socket_mode", "socket_owner", "socket_group", "node", "http_listen", "http_allow_remote"),
-        *("interface", "interface_regex", "can_reach", "public_ip", "subnets", *_WAY, "resync_s"),
+        *("interface", "interface_regex", "can_reach", "public_ip", "subnets", *_WAY, "fast_path", "resync_s"),
         *("flannel_network", "flannel_masquerade"),
     ),
     "etcd": ETCD_KEYS,
@@ -130,6 +131,7 @@ class Config:
     node: Node
     networks: tuple[Network, ...]
     peers: tuple[Node, ...]
+    fast_path: bool
     resync_s: float
     flannel_network: str  # "": none
     flannel_masquerade: bool
@@ -205,6 +207,7 @@ def load(path: str | None, overrides: Mapping[str, object], environment: Mapping
         choice = Choice(public_ip=own.addresses)
     allow_remote = found.take("netd.http_allow_remote", settings.boolean) or False
     mode = found.take("netd.socket_mode", settings.socket_mode("whoever opens the socket sees all hosts"))
+    fast_path = found.take("netd.fast_path", settings.boolean)
     resync_s = found.take("netd.resync_s", settings.seconds)
     masquerade = found.take("netd.flannel_masquerade", settings.boolean)
     return Config(
@@ -219,6 +222,7 @@ def load(path: str | None, overrides: Mapping[str, object], environment: Mapping
         node=Node(name, choice.public_ip, own_subnets, own.mac if own else vtep_mac(name)),
         networks=networks,
         peers=peers,
+        fast_path=True if fast_path is None else fast_path,
         resync_s=60.0 if resync_s is None else resync_s,
         flannel_network=found.take("netd.flannel_network", _defined_name) or "",
         flannel_masquerade=True if masquerade is None else masquerade,

@@ -49,6 +49,9 @@ def _message(reconciler: Reconciler, overlay: Overlay, peer_state: Callable[[str
         hosts=hosts,
         wanted=len(keys),
         present=sum(reconciler.found.get(key) == reconciler.desired.get(key) for key in keys),
+        fast_path=reconciler.fast.enabled,
+        fast=reconciler.fast.ports(overlay.name),
+        fast_problem=reconciler.fast.problem(overlay.name),
         problems=[*reconciler.refusals(keys), *overlays.problems(overlay.name), *overlays.disputes(keys)],
     )
 

@@ -23,6 +23,7 @@ from netd.apply import Refusal, apply_bridges, apply_devices, apply_entries, bri
 from netd.desired import OWN, Desired
 from netd.fabric.base import Place, UnreachableError
 from netd.fabric.registry import BACKENDS
+from netd.fastpath import FastPath
 from netd.found import Found
 from netd.overlays import Overlays, is_bridges_own, is_owner
 from netd.plan import Plan, plan
@@ -85,6 +86,7 @@ class Reconciler:
         self.found = Found()
         self.desired = Desired()
         self.overlays = Overlays(self.desired, self.found, self._rival)
+        self.fast = FastPath(session, self.found, self.overlays, lambda: self.node.name)
         self.counts = Counts()
         self.settled = False  # whether there was a full one
         self.may_drop = True  # False while it is not known yet who the peers are: nothing is taken away
@@ -189,6 +191,7 @@ class Reconciler:
         self.overlays.place(self.underlay, self.node, self.peers, anew=before is None)
         self._note_active()
         changed = self.sync({*self.desired.keys(), *self.found.entries})
+        self.fast.look_anew()
         self.settled = True
         self.counts.full += 1
         self.counts.full_s = time.monotonic() - began
@@ -219,6 +222,7 @@ class Reconciler:
         refusals += bring_up(self.session, self.found, late)
         for one in refusals:
             self._refused[one.entry.key] = self._explained(one)
+        self.fast.synced(todo)
         changed = (
             len(devices.devices)
             + len(changed_bridges)
@@ -236,6 +240,8 @@ class Reconciler:
         """Take over what events tell: the keys that are not as they should be, or None where `full` is due."""
         dirty: set[Key] = set()
         for change in changes:
+            if isinstance(change, LinkChange):
+                self.fast.links_changed()
             if self._note_bridge(change):
                 continue
             keys = None if self._shakes(change) else self.found.note(self.session, change)

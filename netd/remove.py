@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 
 from ipamd.errors import StartError
-from kernel import link, route
+from kernel import fastpath, link, route
 from kernel.session import Session
 from netd import flannel_rules, strangers
 from netd.found import PROTOCOL, Found
@@ -21,6 +21,7 @@ def remove(socket_path: str, run_dir: str) -> int:
     flannel_rules.converge(None)
     strangers.remove(run_dir)
     with Session() as session:
+        fastpath.detach_all(session, places=True)
         routes = [one for version in (4, 6) for one in route.all_routes(session, version, protocol=PROTOCOL)]
         for one in routes:
             route.delete(session, one)

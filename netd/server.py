@@ -53,7 +53,13 @@ async def serve(
     """Serves until `stop` is set; reads the configuration again when `changed` is. Raises StartError before the first
     request only."""
     agent = Agent(
-        config.node, config.choice, config.networks, config.peers, config.resync_s, may_drop=config.etcd is None
+        config.node,
+        config.choice,
+        config.networks,
+        config.peers,
+        config.resync_s,
+        may_drop=config.etcd is None,
+        fast_path=config.fast_path,
     )
     loop = asyncio.get_running_loop()
     try:
@@ -238,6 +244,7 @@ def _take(reconciler: Reconciler, config: Config, all_peers: bool) -> int:
     for peer in wanted.values():
         if reconciler.peers.get(peer.name) != peer:
             reconciler.put_peer(peer)
+    reconciler.fast.enable(config.fast_path)
     return reconciler.full()
 
 

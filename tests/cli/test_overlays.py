@@ -208,6 +208,7 @@ def test_facts_of_network_show() -> None:
         ("device", "nl-vx256, MTU 1450, UDP port 4789"),
         ("this host", "here"),
         ("entries", "8 of 9 in this host's kernel"),
+        ("fast path", "off"),
         ("host", "a (here): 1 container"),
         ("host", "b (up, 10.0.0.2): 2 containers"),
         ("host", "e (unknown): 1 container"),
@@ -217,6 +218,14 @@ def test_facts_of_network_show() -> None:
     waits = overlays.document(OV1)
     waits["known"] = False
     assert overlays.state(waits) == "waits for etcd"
+
+
+def test_facts_of_the_fast_path() -> None:
+    found = overlays.document(OV1)
+    found["fast_path"], found["fast"] = True, 1
+    assert ("fast path", "1 of 1 container here") in overlays.facts(found)
+    found["fast"], found["fast_problem"] = 0, "the kernel refuses the fast path: no"
+    assert ("fast path", "0 of 1 container here; the kernel refuses the fast path: no") in overlays.facts(found)
 
 
 def test_a_routed_network_has_nothing_of_an_overlay(ipamd: Ipamd, netloom: Netloom) -> None:

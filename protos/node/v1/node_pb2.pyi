@@ -213,6 +213,9 @@ class Overlay(_message.Message):
     WANTED_FIELD_NUMBER: _builtins.int
     PRESENT_FIELD_NUMBER: _builtins.int
     PROBLEMS_FIELD_NUMBER: _builtins.int
+    FAST_PATH_FIELD_NUMBER: _builtins.int
+    FAST_FIELD_NUMBER: _builtins.int
+    FAST_PROBLEM_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     vni: _builtins.int
     bridge: _builtins.str
@@ -233,6 +236,12 @@ class Overlay(_message.Message):
     wanted: _builtins.int
     """Entries of the kernel that it needs on this host, and how many of them are there."""
     present: _builtins.int
+    fast_path: _builtins.bool
+    """Whether frames between containers may pass by the bridge here, of how many containers of this host they do, and why
+    not of all, where that is not as it should be.
+    """
+    fast: _builtins.int
+    fast_problem: _builtins.str
     @_builtins.property
     def subnets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -261,10 +270,13 @@ class Overlay(_message.Message):
         wanted: _builtins.int = ...,
         present: _builtins.int = ...,
         problems: _abc.Iterable[_builtins.str] | None = ...,
+        fast_path: _builtins.bool = ...,
+        fast: _builtins.int = ...,
+        fast_problem: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "bridge", b"bridge", "containers", b"containers", "device", b"device", "flood", b"flood", "here", b"here", "hosts", b"hosts", "internal", b"internal", "known", b"known", "mtu", b"mtu", "name", b"name", "port", b"port", "present", b"present", "problems", b"problems", "subnets", b"subnets", "vni", b"vni", "wanted", b"wanted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "bridge", b"bridge", "containers", b"containers", "device", b"device", "fast", b"fast", "fast_path", b"fast_path", "fast_problem", b"fast_problem", "flood", b"flood", "here", b"here", "hosts", b"hosts", "internal", b"internal", "known", b"known", "mtu", b"mtu", "name", b"name", "port", b"port", "present", b"present", "problems", b"problems", "subnets", b"subnets", "vni", b"vni", "wanted", b"wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,276 @@
+"""The fast path of an overlay: frames between containers pass by the bridge, and what hangs on it.
+
+A program at the tunnel's end hands what comes for a container of this host right to the container; one at each
+container's port sends what is for another host right into the tunnel, and what is for a neighbour right to it. Both
+look into one hash, MAC to where it is. Whatever they do not know, and all that is no unicast IP, goes on as if they
+were not there: to the bridge. So nothing depends on them, and an old entry that leads to a link that is gone does no
+harm.
+
+- What leaves a port has that container's own MAC, or goes the long way.
+- A link is asked for before a frame is sent to it (bpf_check_mtu says when it is gone, or when the frame is too large).
+- Frames pass neither netfilter's hooks for bridges nor, with br_netfilter, those of the host.
+
+- Programs are filters of traffic control, at an ingress qdisc. The newer way (bpf_link, tcx) needs none, but waits for
+  RCU under the lock of all links whenever one comes or goes, some 20 ms.
+
+Sources: net/core/filter.c (bpf_redirect_peer, bpf_check_mtu), net/sched/cls_bpf.c, drivers/net/veth.c.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from contextlib import suppress
+from typing import Literal
+
+from kernel import netlink, qdisc
+from kernel.bpf import (
+    CHECK_MTU,
+    MAP_LOOKUP,
+    R0,
+    R1,
+    R2,
+    R3,
+    R4,
+    R5,
+    R6,
+    R7,
+    R8,
+    R10,
+    REDIRECT,
+    REDIRECT_PEER,
+    SKB_DATA,
+    SKB_DATA_END,
+    SKB_PROTOCOL,
+    SKB_VLAN_PRESENT,
+    Assembler,
+    HashMap,
+    load_classifier,
+)
+from kernel.errors import Exists, KernelError, NotFound
+from kernel.link import packed_mac
+from kernel.netlink import Message, attributes, nested, string, text, u32
+from kernel.session import Door
+
+NAME = "netloom"  # of our filters, by which they are known again
+TUNNEL = 0  # where a MAC of another host leads
+
+_KEY_BYTES, _VALUE_BYTES = 8, 4
+_ETHER_BYTES, _SOURCE_AT = 14, 6
+_IPV4, _IPV6 = (socket.htons(kind) for kind in (0x0800, 0x86DD))
+_ON = -1  # TC_ACT_UNSPEC: as if the program were not there
+_MAC_AT, _LENGTH_AT = -8, -16  # on the stack
+
+_NEWQDISC, _NEWTFILTER, _DELTFILTER, _GETTFILTER = 36, 44, 45, 46
+_TCMSG = struct.Struct("=BxxxiIII")
+_KIND, _OPTIONS = 1, 2
+_BPF_FD, _BPF_NAME, _BPF_FLAGS = 6, 7, 8
+_DIRECT_ACTION = 1
+_PREFERENCE, _ETH_P_ALL, _HANDLE = 1, 0x0003, 1
+_INFO = _PREFERENCE << 16 | socket.htons(_ETH_P_ALL)
+_INGRESS, _INGRESS_HANDLE, _FILTERS = "ingress", 0xFFFF0000, 0xFFFFFFF2
+
+
+class Places:
+    """Where the MACs of an overlay are: 0 is the tunnel, all else the index of a port, whose other end has the MAC."""
+
+    def __init__(self, entries: int) -> None:
+        """At most `entries` of them. Raises KernelError."""
+        self._map = HashMap("netloom_macs", _KEY_BYTES, _VALUE_BYTES, entries)
+
+    @property
+    def fd(self) -> int:
+        """The map."""
+        return self._map.fd
+
+    def put(self, mac: str, where: int) -> bool:
+        """A MAC is there from now on; False: the map is full, and it is looked for on the long way."""
+        try:
+            self._map.put(_key(mac), struct.pack("=I", where))
+        except KernelError as error:
+            if error.errno not in (errno.E2BIG, errno.ENOMEM):
+                raise
+            self._map.drop(_key(mac))  # what it said before is wrong
+            return False
+        return True
+
+    def drop(self, mac: str) -> None:
+        """Nobody has this MAC any more."""
+        self._map.drop(_key(mac))
+
+    def all(self) -> dict[str, int]:
+        """As the kernel has them."""
+        found = self._map.items().items()
+        return {key[:6].hex(":"): struct.unpack("=I", value)[0] for key, value in found}
+
+    def close(self) -> None:
+        """The programs keep it."""
+        self._map.close()
+
+
+def load_inward(places: Places) -> int:
+    """The program of a tunnel's end; its descriptor, which the caller closes: filters keep it. Raises KernelError: this
+    kernel has no such programs."""
+    return load_classifier("netloom_in", _inward(places.fd))
+
+
+def load_outward(places: Places, tunnel: int, mac: str) -> int:
+    """The program of the port of the container with this MAC; as `load_inward`. `tunnel` is the index of the tunnel's
+    end."""
+    return load_classifier("netloom_out", _outward(places.fd, tunnel, packed_mac(mac)))
+
+
+def prepare(door: Door, index: int) -> None:
+    """Make the place where a program sees what enters a link, if there is none. While that comes or goes, the kernel
+    drops what leaves by a link that is up (net/sched/sch_api.c, qdisc_graft): a few packets within some 100 µs."""
+    with suppress(Exists):
+        body = _TCMSG.pack(0, index, _INGRESS_HANDLE, qdisc.INGRESS, 0) + string(_KIND, _INGRESS) + nested(_OPTIONS)
+        what = f"add an ingress qdisc to link {index}"
+        door.rtnl.execute([Message(_NEWQDISC, netlink.CREATE | netlink.EXCL, body, what)])
+
+
+def attach(door: Door, index: int, program: int) -> bool:
+    """Have a program see what enters a link, in the place of an earlier one of ours; False: somebody else does, and
+    nothing was done. Raises KernelError."""
+    found = state(door, index)
+    if found == "foreign":
+        return False
+    if found == "none":
+        prepare(door, index)
+    options = nested(_OPTIONS, u32(_BPF_FD, program), string(_BPF_NAME, NAME), u32(_BPF_FLAGS, _DIRECT_ACTION))
+    flags = netlink.CREATE | (netlink.REPLACE if found == "ours" else netlink.EXCL)
+    body = _TCMSG.pack(0, index, _HANDLE, _FILTERS, _INFO) + string(_KIND, "bpf") + options
+    door.rtnl.execute([Message(_NEWTFILTER, flags, body, f"have a program see what enters link {index}")])
+    return True
+
+
+def detach(door: Door, index: int) -> bool:
+    """Take our program away from a link, without a packet that is lost; False: there is none, or no such link."""
+    if state(door, index) != "ours":
+        return False
+    body = _TCMSG.pack(0, index, _HANDLE, _FILTERS, _INFO) + string(_KIND, "bpf")
+    with suppress(NotFound):
+        door.rtnl.execute([Message(_DELTFILTER, 0, body, f"have no program see what enters link {index}")])
+    return True
+
+
+def detach_all(door: Door, *, places: bool = False) -> int:
+    """Take our programs away from all links of the namespace, and with `places` what `prepare` made for them; from how
+    many."""
+    links = [one.index for one in qdisc.all_qdiscs(door) if one.kind == _INGRESS]
+    gone = [index for index in links if detach(door, index)]
+    if places:
+        for index in gone:
+            qdisc.delete(door, index, qdisc.INGRESS)
+    return len(gone)
+
+
+def state(door: Door, index: int) -> Literal["ours", "none", "empty", "foreign"]:
+    """Who sees what enters a link; "empty": nobody, and the place for it is there."""
+    entrance = qdisc.get(door, index, qdisc.INGRESS)
+    if entrance is None:
+        return "none"
+    what = f"list filters at the entrance of link {index}"
+    message = Message(_GETTFILTER, 0, _TCMSG.pack(0, index, 0, _FILTERS, 0), what)
+    try:
+        found = [attributes(body, _TCMSG.size) for body in door.rtnl.dump(message)]
+    except NotFound:
+        return "none"
+    if entrance.kind != _INGRESS:
+        return "foreign"
+    # Each list begins with the filter's kind alone.
+    names = {text(attributes(one[_OPTIONS]).get(_BPF_NAME)) for one in found if _OPTIONS in one}
+    if not found:
+        return "empty"
+    return "ours" if names == {NAME} else "foreign"
+
+
+def _inward(places: int) -> Assembler:
+    """Of the tunnel's end: what comes for a container here goes right to it."""
+    one = Assembler()
+    _begin(one)
+    _look_up(one, places)
+    one.jump_if(R8, "==", TUNNEL, "on")  # another host's, once more: the bridge knows what to do
+    _to_port(one)
+    _end(one)
+    return one
+
+
+def _outward(places: int, tunnel: int, mac: bytes) -> Assembler:
+    """Of a container's port: what is for a MAC that is known goes where that is."""
+    one = Assembler()
+    _begin(one)
+    high, low = struct.unpack("=iH", mac)
+    one.load(R1, R7, _SOURCE_AT, 4)
+    one.jump_if(R1, "!=", high, "on", bits=32)
+    one.load(R1, R7, _SOURCE_AT + 4, 2)
+    one.jump_if(R1, "!=", low, "on")
+    _look_up(one, places)
+    one.jump_if(R8, "==", TUNNEL, "tunnel")
+    _to_port(one)
+    one.label("tunnel")
+    # What is too large for it is sent in fragments.
+    one.set(R1, tunnel)
+    one.set(R2, 0)
+    one.call(REDIRECT)
+    one.exit()
+    _end(one)
+    return one
+
+
+def _begin(one: Assembler) -> None:
+    """R6 is the frame, R7 where it begins. All but untagged IP goes on."""
+    one.move(R6, R1)
+    one.load(R1, R6, SKB_VLAN_PRESENT, 4)
+    one.jump_if(R1, "!=", 0, "on")
+    one.load(R1, R6, SKB_PROTOCOL, 4)
+    one.jump_if(R1, "==", _IPV4, "ip")
+    one.jump_if(R1, "!=", _IPV6, "on")
+    one.label("ip")
+    one.load(R7, R6, SKB_DATA, 4)
+    one.load(R2, R6, SKB_DATA_END, 4)
+    one.move(R3, R7)
+    one.add(R3, _ETHER_BYTES)
+    one.jump_if_registers(R3, ">", R2, "on")
+
+
+def _look_up(one: Assembler, places: int) -> None:
+    """R8 is where the frame's destination is; on where it is not known."""
+    one.load(R1, R7, 0, 4)
+    one.load(R2, R7, 4, 2)
+    one.store(R10, _MAC_AT, R1, 4)
+    one.store(R10, _MAC_AT + 4, R2, 4)
+    one.set_map(R1, places)
+    one.move(R2, R10)
+    one.add(R2, _MAC_AT)
+    one.call(MAP_LOOKUP)
+    one.jump_if(R0, "==", 0, "on")
+    one.load(R8, R0, 0, 4)
+
+
+def _to_port(one: Assembler) -> None:
+    """To the other end of the port in R8; on where that is gone, or the frame is too large for it."""
+    one.store_constant(R10, _LENGTH_AT, 0, 4)
+    one.move(R1, R6)
+    one.move(R2, R8)
+    one.move(R3, R10)
+    one.add(R3, _LENGTH_AT)
+    one.set(R4, 0)
+    one.set(R5, 0)
+    one.call(CHECK_MTU)
+    one.jump_if(R0, "!=", 0, "on")
+    one.move(R1, R8)
+    one.set(R2, 0)
+    one.call(REDIRECT_PEER)
+    one.exit()
+
+
+def _end(one: Assembler) -> None:
+    one.label("on")
+    one.set(R0, _ON)
+    one.exit()
+
+
+def _key(mac: str) -> bytes:
+    return packed_mac(mac) + bytes(_KEY_BYTES - 6)
