@@ -136,6 +136,7 @@ def test_one_host_has_one_name(tmp_path: Path) -> None:
             '[[network]]\nname = "x"\nsubnets = "10.2.0.0/16"\n[[network]]\nname = "y"\nsubnets = "10.2.7.0/24"\n',
             ":6: network.2.subnets: 10.2.7.0/24 overlaps a subnet of x",
         ),
+        ('[[network]]\nname = "x"\nsubnets = "10.2.0.0/16"\nopen = 1\n', ":4: network.1.open: found 1"),
         (
             '[[network]]\nname = "x"\nsubnets = "10.2.0.0/16"\nport = 9999\n',
             "default and x share vni 1, but not port and checksums; give one of them another vni",
@@ -144,6 +145,12 @@ def test_one_host_has_one_name(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_refusals_name_line_key_value_and_remedy(tmp_path: Path, text: str, said: str) -> None:
     assert said in refusal(tmp_path, text)
+
+
+def test_who_may_reach_a_network(tmp_path: Path) -> None:
+    for words, wanted in (("", False), ("open = false\n", False), ("open = true\n", True)):
+        file = write(tmp_path, f'[[network]]\nname = "x"\nsubnets = "10.2.0.0/16"\n{words}')
+        assert [one.open for one in load(file, {}, {}).networks] == [wanted, False]
 
 
 def test_a_flag_is_named_where_it_is_wrong(tmp_path: Path) -> None:
