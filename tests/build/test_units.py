@@ -237,7 +237,7 @@ class TestDockersSocketActivation:
         return answer
 
     def test_a_container_is_attached_by_the_bundled_program(self, activated: Host) -> None:
-        assert self.call(activated, "Plugin.Activate") == {"Implements": ["NetworkDriver", "IpamDriver"]}
+        assert self.call(activated, "Plugin.Activate") == {"Implements": ["NetworkDriver", "IpamDriver", "authz"]}
         pool = self.call(activated, "IpamDriver.RequestPool", Pool="10.71.0.0/24")["PoolID"]
         gateway = {"RequestAddressType": "com.docker.network.gateway"}
         assert (
