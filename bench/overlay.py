@@ -3,7 +3,8 @@
 - Two hosts with all of Netloom and containers, beside two with a bridge and a VXLAN device made by hand with `ip`, as
   people write them: learning, unknown and broadcast frames to the other host, and a rule that masquerades on the way
   out. Both have the same MTU, the same kind of underlay and the same settings for bridges. Where br_netfilter is
-  loaded, what is bridged goes through the host's netfilter, too: that has rows of its own.
+  loaded, what is bridged goes through the host's netfilter, too: that has rows of its own. So has a host without any
+  rule, from which nothing gets out.
 - An ADD is launcher and warm worker. The container that waits asks all the time.
 - Frames are those that both hosts send on the underlay while a container asks for others, as ARP does, by broadcast.
 - Many: a real netd and a real etcd, in which hosts and their containers are but records.
@@ -53,18 +54,31 @@ HOSTS, CONTAINERS = 100, 10_000
 REQUESTS = 1000
 _LIMIT = 0.97
 _NOTE = "between two hosts; peer: bridge, VXLAN and masquerade made by hand"
-_BRIDGED = "br_netfilter shows netfilter what is bridged, here and there; no limit: see docs/adr/0020-overlay.md"
+_BRIDGED = "br_netfilter shows netfilter what is bridged, here and there"
+_BARE = "between two hosts; peer: made by hand without any rule, so without a way out; docs/adr/0022-fast-path.md"
 _WAITS = 4  # ADDs of a round
 _ASKED = 4  # containers that are asked for
 _FILLS, _CHANGES = 5, 15
 _IDLE_S = 12.0
+_TABLE = "byhand"
 _WAY_OUT = "{ type nat hook postrouting priority srcnat; }"
 
 STREAM = Spec("TCP through an overlay", "Gbit/s", "higher", _LIMIT, note=_NOTE)
 TRIPS = Spec("round trips through an overlay", "1/s", "higher", _LIMIT, note=_NOTE)
-STREAM_NF = Spec("TCP through an overlay, br_netfilter", "Gbit/s", "higher", note=f"{_NOTE}; {_BRIDGED}")
-TRIPS_NF = Spec("round trips through an overlay, br_netfilter", "1/s", "higher", note=f"{_NOTE}; {_BRIDGED}")
-_TRAFFIC = (STREAM, TRIPS, STREAM_NF, TRIPS_NF)
+STREAM_NF = Spec("TCP through an overlay, br_netfilter", "Gbit/s", "higher", _LIMIT, note=f"{_NOTE}; {_BRIDGED}")
+TRIPS_NF = Spec("round trips through an overlay, br_netfilter", "1/s", "higher", _LIMIT, note=f"{_NOTE}; {_BRIDGED}")
+STREAM_BARE = Spec("TCP through an overlay, bare peer", "Gbit/s", "higher", note=_BARE)
+TRIPS_BARE = Spec("round trips through an overlay, bare peer", "1/s", "higher", note=_BARE)
+STREAM_BARE_NF = Spec(
+    "TCP through an overlay, bare peer, br_netfilter", "Gbit/s", "higher", note=f"{_BARE}; {_BRIDGED}"
+)
+TRIPS_BARE_NF = Spec(
+    "round trips through an overlay, bare peer, br_netfilter", "1/s", "higher", note=f"{_BARE}; {_BRIDGED}"
+)
+_TRAFFIC = (STREAM, TRIPS, STREAM_NF, TRIPS_NF, STREAM_BARE, TRIPS_BARE, STREAM_BARE_NF, TRIPS_BARE_NF)
+_OF_BRIDGED = (STREAM_NF, TRIPS_NF, STREAM_BARE_NF, TRIPS_BARE_NF)
+_OF_BARE = (STREAM_BARE, TRIPS_BARE, STREAM_BARE_NF, TRIPS_BARE_NF)
+_OF_STREAMS = (STREAM, STREAM_NF, STREAM_BARE, STREAM_BARE_NF)
 REACHED = Spec("overlay: ADD to the first ping", "ms", "lower", 150, None, "from another host, where one asks already")
 ASKED = Spec(
     f"overlay: frames for {REQUESTS:,} ARP requests",
@@ -124,7 +138,11 @@ def _between(plan: Plan, place: Path, stack: ExitStack, mine: list[Spec]) -> Ite
         hand = by_hand(hosts, under)
         helper = paths.measurer(stack, hosts[0])
         ways = [one.way(stack) for one in (ours, hand)]
+        until_on_fast_path(pods)
         for spec in [spec for spec in _TRAFFIC if spec in mine]:
+            if spec in _OF_BARE:
+                for host in hosts:
+                    host.run(["sh", "-c", f"nft delete table ip {_TABLE} 2>/dev/null || true"])
             yield _traffic(plan, spec, [*ours.hosts, *hand.hosts], helper, ways)
         if ASKED in mine:
             yield row(
@@ -141,12 +159,12 @@ def _between(plan: Plan, place: Path, stack: ExitStack, mine: list[Spec]) -> Ite
 
 
 def _traffic(plan: Plan, spec: Spec, hosts: Iterable[Host], helper: Helper, ways: Sequence[paths.Way]) -> Row:
-    bridged = spec in (STREAM_NF, TRIPS_NF)
+    bridged = spec in _OF_BRIDGED
     if not bridge_netfilter(hosts, on=bridged) and bridged:
         return absent(spec, "this kernel has not loaded br_netfilter", excused=True)
     if spec.limit is None:
         plan = replace(plan, rounds=3, budget=Budget(0))  # for the record only
-    return paths.compared(helper, plan, spec, "stream" if spec in (STREAM, STREAM_NF) else "trips", *ways)
+    return paths.compared(helper, plan, spec, "stream" if spec in _OF_STREAMS else "trips", *ways)
 
 
 def bridge_netfilter(hosts: Iterable[Host], *, on: bool) -> bool:
@@ -176,6 +194,11 @@ def of_overlay(pods: Pods) -> Pair:
     return Pair(pods.hosts, near.netns, far[0].netns, near.ipv4, [one.ipv4 for one in far])
 
 
+def until_on_fast_path(pods: Pods) -> None:
+    """All containers, as they are a moment after their start."""
+    wait_until(lambda: [netd.status().overlays[0].fast for netd in pods.netds] == [1, _ASKED], "the fast path")
+
+
 def by_hand(hosts: Sequence[Host], under: Underlay) -> Pair:
     """What people write who have two hosts: each sends what it has not learned to the other."""
     spaces = []
@@ -185,8 +208,8 @@ def by_hand(hosts: Sequence[Host], under: Underlay) -> Pair:
         script = "sysctl -qw net.ipv4.ip_forward=1; ip link add br0 mtu 1450 up type bridge; "
         script += f"ip link add vx0 mtu 1450 type vxlan id {VNI} local {own} dev eth0 dstport 4789; "
         script += f"bridge fdb append 00:00:00:00:00:00 dev vx0 dst {there}; ip link set vx0 up master br0; "
-        script += f"nft add table ip byhand; nft add chain ip byhand out '{_WAY_OUT}'; "
-        script += f"nft add rule ip byhand out ip saddr {SUBNET} ip daddr != {SUBNET} masquerade"
+        script += f"nft add table ip {_TABLE}; nft add chain ip {_TABLE} out '{_WAY_OUT}'; "
+        script += f"nft add rule ip {_TABLE} out ip saddr {SUBNET} ip daddr != {SUBNET} masquerade"
         host.run(["sh", "-ec", script])
         for address in mine:
             spaces.append(host.netns(address))

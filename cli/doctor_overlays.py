@@ -31,6 +31,11 @@ def examine(status: NetdDocument) -> Iterator[Finding]:
                 text = f"{one['name']}: {held}, all {one['wanted']} entries are in the kernel"
                 yield Finding(_CHECK, "ok", text)
             yield from found
+            if one["fast_problem"]:
+                remedy = (
+                    "it works by the bridge; netd's log says when. If it is to be so: fast_path = false under [netd]"
+                )
+                yield Finding(_CHECK, "warning", f"{one['name']}: {one['fast_problem']}", remedy)
 
 
 def _device(host: Session, one: OverlayDocument, other: str) -> Iterator[Finding]:

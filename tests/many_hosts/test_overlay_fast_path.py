@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import pytest
 from tests.cni.chained.test_firewall import bridge_netfilter
 from tests.cni.chained.traffic import ask, no_answer
 from tests.hosts import Host, wait_until
-from tests.many_hosts.fleet import CONFIG, Container, Pinger, settle
+from tests.many_hosts.fleet import CONFIG, Container, Netd, Pinger, settle
 from tests.many_hosts.overlays import assert_reach, at_port_80, web
 from tests.many_hosts.pods import Pods
 
@@ -188,6 +189,38 @@ def test_what_somebody_takes_away_or_adds(fleet: Pods, device: str, pods: list[C
 def _reaches_none(pods: list[Container]) -> bool:
     answers = [no_answer(one.netns, ("tcp", pods[2].ipv4, 80)) for one in pods[:2]]
     return [""] in answers
+
+
+class ConfinedNetd(Netd):
+    """One that may not load programs."""
+
+    def spawn(self) -> None:
+        argv = ["setpriv", "--bounding-set=-bpf,-sys_admin", sys.executable, "-m", "netd", "--config", CONFIG]
+        with self._log.open("a", encoding="utf-8") as log:
+            self._process = self.host.popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+
+def test_a_kernel_that_refuses(fleet: Pods, pods: list[Container]) -> None:
+    """All goes by the bridge, and it is said once, and by doctor."""
+    fleet.netd(2).stop()
+    confined = ConfinedNetd(fleet.host(2))
+    confined.start()
+    try:
+        late = fleet.pod(2, "ov1")
+
+        def problem() -> str:
+            return next(one.fast_problem for one in confined.status().overlays if one.name == "ov1")
+
+        wait_until(lambda: "Operation not permitted" in problem(), "what the kernel says", confined.log)
+        with web(*pods, late):
+            assert_reach([*pods, late])
+        done = fleet.try_netloom(2, "doctor")
+        assert "the kernel refuses the fast path: make BPF map netloom_macs: Operation not permitted" in done.stdout
+        assert confined.log().count("no fast path") == 1
+    finally:
+        confined.stop()
+        fleet.netd(2).start()
+    until_on_it(fleet, 2, 2)
 
 
 def test_nothing_is_left(fleet: Pods, device: str) -> None:
