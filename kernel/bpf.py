@@ -14,6 +14,7 @@ import errno
 import os
 import platform
 import struct
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ _ATTR_BYTES = 144  # of the kernel's union, as of 6.6; what is zero may be longe
 R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10 = range(11)
 
 # Helpers, by their numbers.
-MAP_LOOKUP, REDIRECT, REDIRECT_PEER, CHECK_MTU = 1, 23, 155, 163
+MAP_LOOKUP, REDIRECT, CHANGE_TYPE, REDIRECT_PEER, CHECK_MTU = 1, 23, 32, 155, 163
 
 # Fields of struct __sk_buff.
 SKB_PROTOCOL, SKB_VLAN_PRESENT, SKB_IFINDEX, SKB_DATA, SKB_DATA_END = 16, 20, 40, 76, 80
@@ -119,7 +120,9 @@ class Assembler:
     def _packed(self) -> Iterator[bytes]:
         for at, one in enumerate(self._instructions):
             offset = self._labels[one.label] - at - 1 if one.label else one.offset
-            yield struct.pack("=BBhi", one.code, one.dst | one.src << 4, offset, one.constant)
+            # Two fields of bits, whose order is the machine's, too.
+            registers = one.dst | one.src << 4 if sys.byteorder == "little" else one.dst << 4 | one.src
+            yield struct.pack("=BBhi", one.code, registers, offset, one.constant)
 
     def _add(self, code: int, dst: int = 0, src: int = 0, offset: int = 0, constant: int = 0, label: str = "") -> None:
         self._instructions.append(_Instruction(code, dst, src, offset, constant, label))

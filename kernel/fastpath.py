@@ -26,6 +26,7 @@ from typing import Literal
 
 from kernel import netlink, qdisc
 from kernel.bpf import (
+    CHANGE_TYPE,
     CHECK_MTU,
     MAP_LOOKUP,
     R0,
@@ -61,6 +62,7 @@ _ETHER_BYTES, _SOURCE_AT = 14, 6
 _IPV4, _IPV6 = (socket.htons(kind) for kind in (0x0800, 0x86DD))
 _ON = -1  # TC_ACT_UNSPEC: as if the program were not there
 _MAC_AT, _LENGTH_AT = -8, -16  # on the stack
+_PACKET_HOST = 0
 
 _NEWQDISC, _NEWTFILTER, _DELTFILTER, _GETTFILTER = 36, 44, 45, 46
 _TCMSG = struct.Struct("=BxxxiIII")
@@ -103,6 +105,11 @@ class Places:
         """As the kernel has them."""
         found = self._map.items().items()
         return {key[:6].hex(":"): struct.unpack("=I", value)[0] for key, value in found}
+
+    def clear(self) -> None:
+        """Nobody is anywhere: all goes the long way, whatever programs there are. Raises KernelError."""
+        for key in self._map.items():
+            self._map.drop(key)
 
     def close(self) -> None:
         """The programs keep it."""
@@ -210,7 +217,11 @@ def _outward(places: int, tunnel: int, mac: bytes) -> Assembler:
     one.jump_if(R8, "==", TUNNEL, "tunnel")
     _to_port(one)
     one.label("tunnel")
-    # What is too large for it is sent in fragments.
+    # Made anew it has another index, and to one that nobody has frames would be lost. What is too large for it is sent
+    # in fragments.
+    one.set(R2, tunnel)
+    _check(one)
+    one.jump_if(R0, "==", -errno.ENODEV, "on")
     one.set(R1, tunnel)
     one.set(R2, 0)
     one.call(REDIRECT)
@@ -251,19 +262,29 @@ def _look_up(one: Assembler, places: int) -> None:
 
 def _to_port(one: Assembler) -> None:
     """To the other end of the port in R8; on where that is gone, or the frame is too large for it."""
+    one.move(R2, R8)
+    _check(one)
+    one.jump_if(R0, "!=", 0, "on")
+    # At the host's end a frame is for another MAC than the link's, and kernels from before the summer of 2025 keep that
+    # in mind when it changes its link: the container would drop it as another host's.
+    one.move(R1, R6)
+    one.set(R2, _PACKET_HOST)
+    one.call(CHANGE_TYPE)
+    one.move(R1, R8)
+    one.set(R2, 0)
+    one.call(REDIRECT_PEER)
+    one.exit()
+
+
+def _check(one: Assembler) -> None:
+    """R0 is 0 where the link with the index in R2 is there, and takes a frame as large as this one."""
     one.store_constant(R10, _LENGTH_AT, 0, 4)
     one.move(R1, R6)
-    one.move(R2, R8)
     one.move(R3, R10)
     one.add(R3, _LENGTH_AT)
     one.set(R4, 0)
     one.set(R5, 0)
     one.call(CHECK_MTU)
-    one.jump_if(R0, "!=", 0, "on")
-    one.move(R1, R8)
-    one.set(R2, 0)
-    one.call(REDIRECT_PEER)
-    one.exit()
 
 
 def _end(one: Assembler) -> None:
