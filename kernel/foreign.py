@@ -52,7 +52,7 @@ _HOOK_FORWARD = 2
 _SUBSYSTEM = 10 << 8
 _GETCHAIN, _NEWRULE, _GETRULE, _DELRULE, _GETGEN = (_SUBSYSTEM | number for number in (4, 6, 7, 8, 16))
 _BATCH_BEGIN, _BATCH_END = 16, 17
-_CHAIN_TABLE, _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_POLICY, _CHAIN_USE = 1, 3, 4, 5, 6
+_CHAIN_TABLE, _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_POLICY, _CHAIN_USE, _CHAIN_KIND = 1, 3, 4, 5, 6, 7
 _HOOK_NUMBER = 1
 _RULE_TABLE, _RULE_CHAIN, _RULE_HANDLE, _RULE_EXPRESSIONS, _RULE_USERDATA = 1, 2, 3, 4, 7
 _EXPRESSION, _EXPRESSION_NAME, _EXPRESSION_DATA = 1, 1, 2
@@ -169,6 +169,17 @@ def missing(session: Session, versions: Iterable[int] = (4, 6)) -> str:
 def legacy_in_use() -> bool:
     """Whether iptables-legacy filters here, which no event tells of."""
     return any(legacy.in_use(version, FILTER) for version in legacy.PROGRAMS)
+
+
+def translates(session: Session) -> bool:
+    """Whether anybody but us translates addresses here, so that what is forwarded may leave with another source."""
+    if any(legacy.in_use(version, "nat") for version in legacy.PROGRAMS):
+        return True
+    for body in session.netfilter.dump(Message(_GETCHAIN, 0, _HEADER.pack(0, 0, 0), "list nftables chains")):
+        parts = attributes(body, _HEADER.size)
+        if text(parts.get(_CHAIN_KIND)) == "nat" and text(parts.get(_CHAIN_TABLE)) != nft.TABLE:
+            return True
+    return False
 
 
 def droppers(session: Session) -> list[Dropper]:

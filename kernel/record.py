@@ -233,7 +233,11 @@ class Records:
 
     def stand(self, session: Session, who: str, elements: Sequence[Element]) -> None:
         """From now on somebody wants these standing elements for the host, and no others; they last as records do. With
-        none, everything of his goes."""
+        none, everything of his goes.
+
+        They are about what leaves with another source than its own. Where nobody translates addresses there is no need
+        for a table, which has every packet tracked: they wait for one, or for `attend`.
+        """
         path = os.path.join(self._standing, f"{who}.json")
         with self._locked(fcntl.LOCK_EX):
             if elements:
@@ -243,8 +247,15 @@ class Records:
             wanted = self._all_standing()
             if nft.current(session, "inet"):
                 nft.converge(session, nft.standing_sets(), wanted)
-            elif wanted:
+            elif wanted and foreign.translates(session):
                 self._rebuild(session)
+
+    def attend(self, session: Session) -> bool:
+        """Write the tables where they are missing, and standing elements are needed by now; True: they were."""
+        if nft.current(session, "inet") or not self.standing() or not foreign.translates(session):
+            return False
+        self.rebuild(session)
+        return True
 
     def standing(self, who: str = "") -> list[Element]:
         """What somebody wants for the host; "": all of them."""

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from kernel import nft
 from kernel.errors import KernelError
 from kernel.events import Change, Events
 from kernel.record import Records
@@ -78,8 +79,10 @@ class Firewall:
 
     def _rebuild(self, session: Session, *, anew: bool) -> None:
         attached = any(record.elements or record.shared for record in self._records.all())
-        if not attached and not self._records.standing():
-            return
+        if not attached:
+            self._records.attend(session)
+            if not nft.current(session, "inet"):
+                return
         missing, stale = self._records.rebuild(session, anew=anew)
         if missing or stale or anew:
             log.event(

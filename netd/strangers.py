@@ -6,6 +6,9 @@ to talk to a network's addresses: the network itself, and those that it is conne
 everybody's. This host's own parts of networks are left to those who attach containers to them: the plugins, by their
 records.
 
+- Where nobody translates addresses, nothing leaves with another source, and no table is made for it alone: it would
+  have every packet tracked, those of tunnels twice, which takes a quarter of what they carry. Whether somebody else
+  translates is looked at again every 2 s; the first table of our own plugins has the elements from the start.
 - The elements stay when netd ends, as all that it made; `netd --remove` takes them away.
 - Those of the configuration and those of the networks that etcd, or ipamd, tells are kept apart: while nobody tells,
   what was known before holds.
@@ -95,11 +98,11 @@ class Strangers:
 
     def _stand(self, wanted: Mapping[str, list[Element]]) -> None:
         changed = {who: elements for who, elements in wanted.items() if self._done.get(who) != elements}
-        if changed:
-            with Session() as session:
-                for who, elements in changed.items():
-                    self._records.stand(session, who, elements)
-                    self._done[who] = elements
+        with Session() as session:
+            for who, elements in changed.items():
+                self._records.stand(session, who, elements)
+                self._done[who] = elements
+            self._records.attend(session)
 
 
 def remove(run_dir: str) -> None:

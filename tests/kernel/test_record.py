@@ -459,6 +459,12 @@ def test_what_the_host_wants_stands_whatever_is_attached(records: Records, sessi
     records.stand(session, "one", [])
     assert nft.chains(session) == []
     records.stand(session, "one", [part, among])
+    assert not records.attend(session)
+    assert not nft.current(session, "inet")  # nobody translates addresses
+    libnftables.run("table ip6 x { chain y { type nat hook prerouting priority 0; }; }", "somebody's table")
+    assert records.attend(session)
+    assert not records.attend(session)
+    assert found() == {part, among}
     records.stand(session, "two", [whole, local])
     assert found() == {whole, among, local}
     assert set(records.standing()) == {part, whole, among, local}

@@ -66,12 +66,17 @@ def test_networks_of_the_configuration() -> None:
     assert strangers.of_configuration([configured("10.1.0.0/16", is_open=True), DEFAULT]) == []
 
 
+# Somebody else's, who makes strangers look like this host.
+TRANSLATES = "table ip docker { chain out { type nat hook postrouting priority srcnat; }; }"
+
+
 @pytest.fixture
 def session() -> Iterator[Session]:
     with spaces.fresh() as space, spaces.inside(space), Session() as opened:
         spaces.run("ip", "link", "set", "lo", "up")
         spaces.run("ip", "link", "add", "eth0", "up", "type", "bridge")
         spaces.run("ip", "address", "add", "10.0.0.1/24", "dev", "eth0")
+        spaces.run("nft", TRANSLATES)
         yield opened
 
 
@@ -128,6 +133,37 @@ def test_what_was_known_holds_until_somebody_tells(
     strangers.remove(str(tmp_path))
     assert in_kernel(session) == set()
     assert list((tmp_path / "standing").iterdir()) == []
+
+
+@pytest.mark.kernel
+def test_nothing_is_tracked_where_nobody_translates(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table of ours would cost tunnels a quarter. As soon as somebody translates it is there."""
+    monkeypatch.setattr(strangers, "_EVERY_S", 0.02)
+    spaces.run("nft", "flush ruleset")
+    agent = Agent(Node("host1", (), (), vtep_mac("host1")), Choice("eth0"), (DEFAULT,), (), 0, may_drop=False)
+    one = Strangers(agent, str(tmp_path), [DEFAULT])
+    one.want({"b": record("b", "10.2.0.0/16")})
+    wanted = {nft.remote("10.2.0.0/16"), nft.among("10.2.0.0/16", "10.2.0.0/16")}
+
+    async def run() -> None:
+        task = asyncio.create_task(one.run())
+        try:
+            await asyncio.to_thread(wait_until, lambda: set(Records(str(tmp_path)).standing()) == wanted, "the records")
+            await asyncio.sleep(0.1)
+            assert spaces.run("nft", "list", "ruleset") == ""
+            spaces.run("nft", TRANSLATES)
+            await asyncio.to_thread(wait_until, lambda: in_kernel(session) == wanted, "the elements")
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    agent.start()
+    try:
+        asyncio.run(run())
+    finally:
+        agent.stop()
 
 
 @pytest.mark.kernel
