@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,24 @@ def in_kernel(session: Session) -> set[Element]:
     return {element for name in nft.standing_sets() for element in nft.all_elements(session, name)}
 
 
+def beside(agent: Agent, one: Strangers, steps: Callable[[], Coroutine[object, object, None]]) -> None:
+    """Takes the steps while it runs."""
+
+    async def run() -> None:
+        task = asyncio.create_task(one.run())
+        try:
+            await steps()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    agent.start()
+    try:
+        asyncio.run(run())
+    finally:
+        agent.stop()
+
+
 @pytest.mark.kernel
 def test_what_was_known_holds_until_somebody_tells(
     session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -108,24 +126,15 @@ def test_what_was_known_holds_until_somebody_tells(
             wait_until, lambda: in_kernel(session) == set(wanted), str(wanted), lambda: str(in_kernel(session))
         )
 
-    async def run() -> None:
-        task = asyncio.create_task(one.run())
-        try:
-            await until([old_own, new_own, *old, *mine])
-            one.want({"b": record("b", "10.2.0.0/16")})
-            await until([old_own, new_own, *now, *mine])
-            await asyncio.wrap_future(agent.call(lambda reconciler: setattr(reconciler, "may_drop", True)))
-            one.reload([DEFAULT])
-            await until([new_own, *now])
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+    async def steps() -> None:
+        await until([old_own, new_own, *old, *mine])
+        one.want({"b": record("b", "10.2.0.0/16")})
+        await until([old_own, new_own, *now, *mine])
+        await asyncio.wrap_future(agent.call(lambda reconciler: setattr(reconciler, "may_drop", True)))
+        one.reload([DEFAULT])
+        await until([new_own, *now])
 
-    agent.start()
-    try:
-        asyncio.run(run())
-    finally:
-        agent.stop()
+    beside(agent, one, steps)
     # It outlives netd, until somebody wants it gone.
     libnftables.run("delete table inet netloom", "somebody's mistake")
     records.rebuild(session)
@@ -147,23 +156,14 @@ def test_nothing_is_tracked_where_nobody_translates(
     one.want({"b": record("b", "10.2.0.0/16")})
     wanted = {nft.remote("10.2.0.0/16"), nft.among("10.2.0.0/16", "10.2.0.0/16")}
 
-    async def run() -> None:
-        task = asyncio.create_task(one.run())
-        try:
-            await asyncio.to_thread(wait_until, lambda: set(Records(str(tmp_path)).standing()) == wanted, "the records")
-            await asyncio.sleep(0.1)
-            assert spaces.run("nft", "list", "ruleset") == ""
-            spaces.run("nft", TRANSLATES)
-            await asyncio.to_thread(wait_until, lambda: in_kernel(session) == wanted, "the elements")
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+    async def steps() -> None:
+        await asyncio.to_thread(wait_until, lambda: set(Records(str(tmp_path)).standing()) == wanted, "the records")
+        await asyncio.sleep(0.1)
+        assert spaces.run("nft", "list", "ruleset") == ""
+        spaces.run("nft", TRANSLATES)
+        await asyncio.to_thread(wait_until, lambda: in_kernel(session) == wanted, "the elements")
 
-    agent.start()
-    try:
-        asyncio.run(run())
-    finally:
-        agent.stop()
+    beside(agent, one, steps)
 
 
 @pytest.mark.kernel
