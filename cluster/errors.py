@@ -44,6 +44,10 @@ class CompactedError(EtcdError):
         self.revision = revision  # the oldest that is left; 0: etcd did not say
 
 
+class AnotherHistoryError(CompactedError):
+    """etcd is behind what it said before: it was restored from a backup, or begun anew."""
+
+
 class Verdict(enum.Enum):
     """What to do after a call that failed."""
 

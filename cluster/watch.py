@@ -22,7 +22,15 @@ import msgspec
 from grpc import aio
 
 from cluster.endpoints import Endpoint, Endpoints, Metadata, ended
-from cluster.errors import CompactedError, DeniedError, TooLargeError, UnavailableError, Verdict, judge
+from cluster.errors import (
+    AnotherHistoryError,
+    CompactedError,
+    DeniedError,
+    TooLargeError,
+    UnavailableError,
+    Verdict,
+    judge,
+)
 from protos.etcd.v3 import kv_pb2
 from protos.etcd.v3 import rpc_pb2 as pb
 
@@ -228,7 +236,7 @@ class _Stream:
         except UnavailableError as error:
             raise _LostError(str(error)) from None
         if found.header.revision < revision:
-            raise CompactedError(
+            raise AnotherHistoryError(
                 found.header.revision,
                 f"etcd is at revision {found.header.revision}, and was at {revision} before: it was restored from a "
                 "backup, or begun anew; the state has to be read anew",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
 from ipaddress import ip_address
 
 from msgspec import Struct
@@ -66,12 +66,28 @@ class Holders:
         self._etcd = etcd
         self._ask = ask
         self._wanted: Mapping[str, int] = {}
+        self._networks: dict[str, _Network] = {}
         self._changed = asyncio.Event()
 
     def want(self, active: Mapping[str, int]) -> None:
         """These from now on, as `Overlays.active` has them."""
         self._wanted = active
         self._changed.set()
+
+    @property
+    def kept(self) -> int:
+        """How many addresses have a holder here although etcd lost them."""
+        return sum(len(one.kept) for one in self._networks.values())
+
+    def again(self) -> None:
+        """etcd lost its data: what is there is read anew, and what is not there any more stays until `settle`."""
+        for one in self._networks.values():
+            one.again()
+
+    async def settle(self, over: Set[str]) -> None:
+        """Drops what is kept and on these hosts."""
+        for one in list(self._networks.values()):
+            await one.settle(over)
 
     async def run(self) -> None:
         """Never returns."""
@@ -82,11 +98,12 @@ class Holders:
                 self._changed.clear()
                 for name, (number, task) in list(following.items()):
                     if self._wanted.get(name) != number:
-                        del following[name]
+                        del following[name], self._networks[name]
                         await _cancel(task)
                 for name, number in self._wanted.items():
                     if name not in following:
-                        task = asyncio.create_task(_Network(name, self._etcd, self._ask).run())
+                        self._networks[name] = _Network(name, self._etcd, self._ask)
+                        task = asyncio.create_task(self._networks[name].run())
                         following[name] = number, task
         finally:
             for _number, task in following.values():
@@ -97,6 +114,7 @@ class _Network:
     """The holders of one overlay."""
 
     def __init__(self, name: str, etcd: Etcd, ask: Ask) -> None:
+        self.kept: set[AnyAddress] = set()  # of the holders, those that etcd lost
         self._name = name
         self._ask = ask
         self._records: dict[AnyAddress, _Record] = {}
@@ -110,11 +128,27 @@ class _Network:
         """Never returns."""
         await asyncio.gather(self._mac_follower.run(), self._follower.run())
 
+    def again(self) -> None:
+        self._mac_follower.again()
+        self._follower.again()
+
+    async def settle(self, over: Set[str]) -> None:
+        going = [address for address in self.kept if self._records[address].node in over]
+        for address in going:
+            del self._records[address]
+            self.kept.discard(address)
+        await self._put(going)
+
     async def _listed(self, pairs: Sequence[Pair], _revision: int) -> None:
         await self._mac_follower.synced.wait()
-        self._records = {}
+        before, self._records = self._records, {}
+        lacking = {*before} if self._follower.went_back else self.kept
+        self.kept = set()
         for pair in pairs:
             self._take(pair)
+        # One that is there again, and cannot be read, is not lost.
+        self.kept = lacking - {_address(pair.key) for pair in pairs}
+        self._records |= {address: before[address] for address in self.kept}
         holders = [self._holder(address) for address in self._records]
         network = self._name
         self._told = True  # at once: a MAC may come while they are handed on
@@ -127,11 +161,13 @@ class _Network:
                 addresses.append(self._take(event.pair))
             elif (address := _address(event.pair.key)) is not None:
                 self._records.pop(address, None)
+                self.kept.discard(address)
                 addresses.append(address)
         await self._put(one for one in addresses if one is not None)
 
     async def _macs_listed(self, pairs: Sequence[Pair], _revision: int) -> None:
-        before, self._macs = self._macs, {}
+        before = self._macs
+        self._macs = {one: mac for one, mac in before.items() if self._mac_follower.went_back or one in self.kept}
         for pair in pairs:
             self._take_mac(pair)
         await self._put({*before, *self._macs})
@@ -162,6 +198,7 @@ class _Network:
         address = _address(pair.key)
         if address is None:
             return None
+        self.kept.discard(address)
         try:
             record = layout.decode(_Record, pair.key, pair.value)
             for one in record.allocation.addresses:

@@ -39,13 +39,22 @@ class Member:
         self._alive = alive.encode()
         self._lease_s = lease_s
         self._record = record
+        self.missing: Callable[[], None] = lambda: (
+            None
+        )  # hears that etcd no longer has what was said, which is permanent
         self._said: NetdRecord | None = None
+        self._anew = False
         self._keeper: LeaseKeeper | None = None
         self._nudged = asyncio.Event()
 
     def nudge(self) -> None:
         """Something changed that others may have to know: look now."""
         self._nudged.set()
+
+    def again(self) -> None:
+        """etcd may have lost what was said, or have something older: say it again."""
+        self._anew = True
+        self.nudge()
 
     async def run(self) -> None:
         """Never returns; when it is cancelled, the lease lives on for its time."""
@@ -63,7 +72,7 @@ class Member:
         try:
             record = await self._record()
             lost = self._keeper is None or self._keeper.is_lost
-            if record is not None and (lost or record != self._said):
+            if record is not None and (lost or self._anew or record != self._said):
                 await self._say(record, lost)
         except (EtcdError, LayoutError) as error:
             log.event(_logger, "debug", "etcd cannot be told of this host", error=str(error))
@@ -83,6 +92,8 @@ class Member:
                 if self._keeper is None:
                     await self._etcd.revoke(lease.id)
                 return
+            if pairs[0] is None and self._said is not None:
+                self.missing()
             wanted = dict(zip(keys, pairs, strict=True))
             puts = [
                 Put(keys[0], layout.encode(record)),
@@ -98,7 +109,7 @@ class Member:
             self._keeper = LeaseKeeper(self._etcd, lease, lambda _: self._nudged.set())
         log.event(_logger, "info", "the cluster knows this host", addresses=",".join(record.addresses),
                   subnets=",".join(record.subnets), takes_vxlan=record.takes_vxlan)  # fmt: skip
-        self._said = record
+        self._said, self._anew = record, False
 
     def _refuse(self, record: NetdRecord, pairs: tuple[Pair | None, ...]) -> None:
         """Sets `problem` where another host has the name or an address."""

@@ -5,6 +5,7 @@
 - A peer whose lease is lost is silent, not gone. Its entries go only when it does not answer probes either, PROBES
   times in a row, and at most a fifth of all peers (but one at least) in WINDOW_S: when many are silent at once, it is
   rather this host or etcd that is cut off.
+- What etcd lost is not withdrawn either: netd/lost.py.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from netd.config import Config
 from netd.disk import Directory
 from netd.fabric.registry import TUNNELS
 from netd.holders import Holders, ask
+from netd.lost import Loss
 from netd.member import Member
 from netd.reconcile import Reconciler
 from netd.service import Source, UnknownHolderError
@@ -69,9 +71,13 @@ class Registry(Source):
         self._version = version
         self._lease_s = lease_s
         self._id = _id_on_disk(self._disk)
-        self._view = View(_state_on_disk(self._disk))
+        known = _state_on_disk(self._disk) or State()
+        self._view = View(known)
+        self._loss = Loss(lease_s, self._lost)
         self._member = Member(self._etcd, config.node.name, f"{self._id} {_boot_id()}", lease_s, self._own_record)
+        self._member.missing = self._loss.begin
         self._followers = {prefix: self._follower(prefix) for prefix in PREFIXES}
+        self._followers[NETD].reached = known.revision
         self.changed: Callable[[Mapping[str, NetworkRecord]], None] = lambda _: None  # hears of all networks
         self.bridges_changed: Callable[[], None] = lambda: None  # an overlay's bridge came or went
         self._confirmed = False
@@ -114,6 +120,8 @@ class Registry(Source):
     def problems(self) -> list[str]:
         found = [self._member.problem] if self._member.problem else []
         found += [f"etcd: {key} is left out: {why}" for key, why in list(self._view.broken.items())[:5]]
+        if kept := self._kept():
+            found.append(f"etcd lost its data: {kept}")
         if self._excess:
             found.append(
                 f"{self._excess} more hosts are silent and do not answer; their entries are kept for now, as it may be"
@@ -159,7 +167,16 @@ class Registry(Source):
 
     def _follower(self, prefix: str) -> Follower:
         async def listed(pairs: Sequence[Pair], _revision: int) -> None:
-            await self._take(prefix, self._view.listed(prefix, pairs))
+            if prefix != NETD:
+                await self._followers[NETD].synced.wait()  # whether anything was lost is seen there first
+            elif self._lacks_own(pairs):
+                self._followers[NETD].went_back = True
+            lost, before = self._followers[prefix].went_back, len(self._view.kept)
+            if lost:
+                self._loss.begin()
+            await self._take(prefix, self._view.listed(prefix, pairs, lost=lost))
+            if len(self._view.kept) > before:
+                log.event(_logger, "warning", f"etcd lost its data: {self._kept()}")
             others = [other for end, other in self._followers.items() if end != prefix]
             if not self._confirmed and all(other.synced.is_set() for other in others):
                 self._confirmed = True
@@ -169,6 +186,34 @@ class Registry(Source):
             await self._take(prefix, self._view.changed(events))
 
         return Follower(self._etcd, prefix, listed, changed)
+
+    def _lacks_own(self, pairs: Sequence[Pair]) -> bool:
+        """Whether this host's record, which is permanent, is not there any more."""
+        own = self._config.node.name
+        return own in self._view.records and all(pair.key != NETD + own for pair in pairs)
+
+    def _lost(self) -> None:
+        """etcd lost its data: all of it is read anew, and this host says again who it is."""
+        for follower in self._followers.values():
+            follower.again()
+        self._overlay_holders.again()
+        self._member.again()
+
+    def _kept(self) -> str:
+        """What is there although etcd no longer has it, in words; "" where there is none."""
+        kept, holders = self._view.kept - {NETD + self._config.node.name}, self._overlay_holders.kept
+        if not kept and not holders:
+            return ""
+        hosts, blocks, networks = (
+            sum(key.startswith(one) for key in kept) for one in (NETD, layout.BLOCKS, layout.NETWORKS)
+        )
+        what = f"{hosts} hosts, {blocks} blocks, {networks} networks and {holders} addresses of overlays"
+        if self._loss.active:
+            return f"this host keeps {what} until {self._loss.until}; then hosts that do not answer go"
+        return (
+            f"this host still keeps {what}, as long as their hosts answer: start netd and ipamd there, or restore"
+            " etcd's data"
+        )
 
     async def _take(self, prefix: str, concerned: set[str]) -> None:
         own = self._config.node.name
@@ -258,7 +303,7 @@ class Registry(Source):
         if not self._confirmed:
             return
         try:
-            self._disk.write(_PEERS, msgspec.json.encode(self._view.state()))
+            self._disk.write(_PEERS, msgspec.json.encode(self._view.state(self._followers[NETD].reached)))
         except OSError as error:
             log.event(_logger, "error", "what is known of other hosts cannot be kept on the disk", error=str(error))
 
@@ -267,9 +312,36 @@ class Registry(Source):
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(self._lease_s / 3)
-            # Without etcd nobody knows who is alive.
-            if self._confirmed and self._etcd.state.connected:
+            # Without etcd nobody knows who is alive; nor where it has only begun to hear that again.
+            if self._confirmed and self._etcd.state.connected and not self._loss.active:
                 await self._look_at_silent()
+                if self._view.kept or self._overlay_holders.kept:
+                    await self._settle()
+
+    async def _settle(self) -> None:
+        """Gives up what etcd lost and nobody puts back; see netd/lost.py."""
+        try:
+            alive = {
+                pair.key.removeprefix(layout.ALIVE)
+                async for page in self._etcd.walk(layout.ALIVE, keys_only=True)
+                for pair in page.pairs
+            }
+        except EtcdError:
+            return  # another time
+        told = self._loss.told(alive)
+        gone = {name for name in self._down if NETD + name in self._view.kept}
+        await self._overlay_holders.settle(gone | told)
+        before = set(self._view.kept)
+        concerned = self._view.settle(gone, told)
+        if self._view.kept == before:
+            return
+        for name in gone:
+            self._down.discard(name)
+            self._failed.pop(name, None)
+            log.event(_logger, "warning", "a host that etcd lost did not come back; it is forgotten", host=name)
+        await self._push(concerned - {self._config.node.name}, networks=True)
+        self.changed(self._view.definitions())
+        self._changed.set()
 
     async def _look_at_silent(self) -> None:
         own = self._config.node.name

@@ -12,7 +12,7 @@ A record that this version cannot read is as if it were not there, and is told.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from ipaddress import ip_address, ip_network
 
 import msgspec
@@ -52,6 +52,8 @@ class State(Struct, frozen=True):
     records: dict[str, NetdRecord] = {}
     blocks: dict[str, str] = {}  # key's end → node
     networks: dict[str, NetworkRecord] = {}
+    kept: tuple[str, ...] = ()
+    revision: int = 0  # etcd's
 
 
 class View:
@@ -63,22 +65,29 @@ class View:
         self.records: dict[str, NetdRecord] = dict(kept.records)
         self.alive: set[str] = set()
         self.broken: dict[str, str] = {}  # key → why it cannot be used
+        self.kept: set[str] = set()  # keys that etcd lost; what they said counts until `settle`
         self._blocks: dict[str, str] = dict(kept.blocks)
         self._networks: dict[str, NetworkRecord] = dict(kept.networks)
         self._blocks_of: dict[str, set[AnyNetwork]] = {}
         for place, node in self._blocks.items():
             self._blocks_of.setdefault(node, set()).add(_cidr(place))
+        self.kept = {key for prefix in PREFIXES for key in self._keys(prefix)} & {*kept.kept}
 
-    def state(self) -> State:
+    def state(self, revision: int = 0) -> State:
         """For the disk."""
-        return State(dict(self.records), dict(self._blocks), dict(self._networks))
+        return State(dict(self.records), dict(self._blocks), dict(self._networks), tuple(sorted(self.kept)), revision)
 
-    def listed(self, prefix: str, pairs: Sequence[Pair]) -> set[str]:
-        """All that is there under a prefix; what is known beyond that is gone."""
+    def listed(self, prefix: str, pairs: Sequence[Pair], *, lost: bool = False) -> set[str]:
+        """All that is there under a prefix; what is known beyond that is gone, or, where etcd `lost` its data, kept.
+        But not who lives: that counts only under a lease."""
         there = {pair.key for pair in pairs}
         concerned: set[str] = set()
-        for key in [key for key in self._keys(prefix) if key not in there]:
-            concerned |= self._drop(key)
+        missing = [key for key in self._keys(prefix) if key not in there]
+        if lost and prefix != NETD_ALIVE:
+            self.kept.update(key for key in missing if key not in self.broken)
+        for key in missing:
+            if key not in self.kept:
+                concerned |= self._drop(key)
         for pair in pairs:
             concerned |= self._put(pair)
         return concerned
@@ -88,6 +97,23 @@ class View:
         concerned: set[str] = set()
         for event in events:
             concerned |= self._put(event.pair) if event.kind == "put" else self._drop(event.pair.key)
+        return concerned
+
+    def settle(self, gone: Set[str], told: Set[str]) -> set[str]:
+        """Drops what is kept of hosts that are `gone`, and what would be back by now where ipamd has `told` all that is
+        in use there; a network may be in use anywhere. Returns the nodes that it concerns."""
+        concerned: set[str] = set()
+        rest = self.records.keys() - gone
+        for key in sorted(self.kept):
+            prefix, end = _split(key)
+            if prefix == NETD:
+                over = end in gone
+            elif prefix == layout.BLOCKS:
+                over = self._blocks[end] in gone or self._blocks[end] in told
+            else:
+                over = rest <= told
+            if over:
+                concerned |= self._drop(key)
         return concerned
 
     def subnets(self, name: str) -> tuple[AnyNetwork, ...]:
@@ -153,6 +179,7 @@ class View:
 
     def _put(self, pair: Pair) -> set[str]:
         self.broken.pop(pair.key, None)
+        self.kept.discard(pair.key)
         try:
             return self._take(pair)
         except (LayoutError, ValueError) as error:
@@ -189,6 +216,7 @@ class View:
 
     def _drop(self, key: str) -> set[str]:
         self.broken.pop(key, None)
+        self.kept.discard(key)
         prefix, end = _split(key)
         if prefix == NETD_ALIVE:
             self.alive.discard(end)

@@ -441,7 +441,7 @@ class Blocks:
         return sum((":" in cidr) == six and (len(alike) == 1 or pool.home(cidr) == index) for cidr in others)
 
     async def _listed(self, pairs: Sequence[Pair], revision: int) -> None:
-        self.table.replace(pairs, revision)
+        self.table.replace(pairs, revision, went_back=self.follower.went_back)
         for held in self._holdings.all():
             if (held.pool, held.cidr) not in self._claiming:
                 await self._settling.settle(held.pool, held.cidr)

@@ -232,10 +232,11 @@ class Member:
         limit_s = 2.0 * self._config.lease_s
         await identities.wait_for_ghost(self.etcd, self.identity, self._clock.boot_id, limit_s)
 
-    async def _register(self) -> None:
+    async def _register(self) -> bool:
+        """Whether the node's record was not there."""
         node = self.identity
         fresh = NodeRecord(node.node_id, platform.node(), self._clock.unix_s(), self.draining)
-        await identities.register(self.etcd, node, fresh)
+        return await identities.register(self.etcd, node, fresh) is fresh
 
     # --- being alive
 
@@ -256,7 +257,9 @@ class Member:
                 await self._keeper.lost()
             try:
                 await identities.refuse_newer(self.etcd)
-                await self._register()
+                if await self._register():  # it is permanent: etcd lost its data, or the node was removed
+                    for follower in self.followers:
+                        follower.again()
                 await self._wait_for_ghost()
                 await self._say_alive()
             except JoinError as error:

@@ -81,8 +81,9 @@ class Mirror:
 
     async def _list_pools(self, pairs: Sequence[Pair], revision: int) -> None:
         found = {pair.key.removeprefix(layout.POOLS): pair for pair in pairs}
-        # What this node did meanwhile is newer than the list.
-        for name in [name for name, known in self.pools.items() if known.revision <= revision]:
+        # What this node did meanwhile is newer than the list; revisions of another history say nothing.
+        went_back = self.followers[0].went_back
+        for name in [name for name, known in self.pools.items() if known.revision <= revision or went_back]:
             del self.pools[name]
         for name, pair in found.items():
             await self._take_pool(name, pair)

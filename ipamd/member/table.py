@@ -79,8 +79,10 @@ class Table:
         if cidr in known and known[cidr].revision <= revision:
             del known[cidr]
 
-    def replace(self, pairs: Sequence[Pair], revision: int, pool: str = "") -> None:
-        """All records (of one pool) were read, as of a revision."""
+    def replace(self, pairs: Sequence[Pair], revision: int, pool: str = "", *, went_back: bool = False) -> None:
+        """All records (of one pool) were read, as of a revision; `went_back`: of another history, so none is newer."""
+        if went_back:
+            self._claims.clear()
         for name in [pool] if pool else list(self._claims):
             known = self._claims.get(name, {})
             self._claims[name] = {cidr: claim for cidr, claim in known.items() if claim.revision > revision}

@@ -187,3 +187,56 @@ async def test_a_key_that_is_no_text_is_left_out(
 
 def test_a_key_as_it_is_shown() -> None:
     assert shown(b"/netloom/n/\xff\x1b[1m\n") == r"/netloom/n/\xff\x1b[1m\x0a"
+
+
+@looped
+async def test_a_history_that_went_back_is_said_and_listed_once_more(three: EtcdCluster, prefix: str) -> None:
+    """By another who noticed: here etcd goes on, so that this follower cannot notice."""
+    async with connected(three.sockets, prefix) as etcd:
+        await etcd.put("n/a", b"")
+        async with following(etcd) as seen:
+            said: list[bool] = []
+            listed = seen.follower._listed
+
+            async def noting(pairs: Sequence[Pair], revision: int) -> None:
+                said.append(seen.follower.went_back)
+                await listed(pairs, revision)
+
+            seen.follower._listed = noting
+            seen.follower.again()
+
+            async def again() -> bool:
+                return len(seen.lists) == 2
+
+            await until(again, "a second list")
+            await etcd.put("n/b", b"")
+            await seen.until("put n/b")
+            assert (said, seen.follower.went_back, len(seen.lists)) == ([True], False, 2)
+
+
+@looped
+async def test_a_history_that_went_back_is_noticed() -> None:
+    with EtcdCluster(1) as cluster:
+        async with connected(cluster.sockets) as etcd:
+            for number in range(9):
+                await etcd.put(f"n/{number}", b"")
+            async with following(etcd) as seen:
+                said: list[bool] = []
+                listed = seen.follower._listed
+
+                async def noting(pairs: Sequence[Pair], revision: int) -> None:
+                    said.append(seen.follower.went_back)
+                    await listed(pairs, revision)
+
+                seen.follower._listed = noting
+                cluster.kill("m1")
+                cluster.members["m1"].host.run(["rm", "-r", "/run/etcd/member"])
+                cluster.start("m1")
+
+                async def again() -> bool:
+                    return len(seen.lists) == 2
+
+                await until(again, "a second list")
+                await etcd.put("n/new", b"")
+                await seen.until("put n/new")
+                assert (said, seen.follower.went_back, seen.lists[1]) == ([True], False, [])

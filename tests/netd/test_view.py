@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from ipaddress import ip_network
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from cluster import layout
 from cluster.etcd import Event, Pair
 from netd.values import Network
-from netd.view import NETD, NETD_ALIVE, State, View, read_state
+from netd.view import NETD, NETD_ALIVE, PREFIXES, State, View, read_state
 
 DEFAULT = Network("default", (), "vxlan", 1, 4789, 0, True, False)
 
@@ -76,6 +77,51 @@ def test_what_is_listed_anew_replaces_what_was_known() -> None:
     view.listed(NETD_ALIVE, [pair("netd-alive/b")])
     assert view.listed(NETD_ALIVE, []) == {"b"}
     assert view.alive == set()
+
+
+def full() -> View:
+    """Two hosts with a block each, and a network."""
+    view = View()
+    for prefix, pairs in (
+        (NETD, [pair("netd/a", record("10.0.0.1")), pair("netd/b", record())]),
+        (NETD_ALIVE, [pair("netd-alive/a"), pair("netd-alive/b")]),
+        (layout.BLOCKS, [pair("blocks/p#10.2.1.0/24", block("a")), pair("blocks/p#10.2.2.0/24", block("b"))]),
+        (layout.NETWORKS, [pair("networks/p", {"name": "p", "subnets": ["10.2.0.0/16"]})]),
+    ):
+        view.listed(prefix, pairs)
+    return view
+
+
+def test_what_etcd_lost_is_kept_until_it_is_settled() -> None:
+    view = full()
+    before = [view.node(name) for name in "ab"]
+    for prefix in PREFIXES:
+        view.listed(prefix, [], lost=True)
+    assert view.alive == set(), "but not who lives"
+    assert ([view.node(name) for name in "ab"], [*view.definitions()]) == (before, ["p"])
+    assert view.listed(layout.BLOCKS, []) == set(), "the next list lacks it, too"
+    view.changed([put("netd/a", record("10.0.0.1")), put("blocks/p#10.2.1.0/24", block("a"))])
+    assert view.kept == {"netd/b", "blocks/p#10.2.2.0/24", "networks/p"}
+    assert view.settle(set(), {"a"}) == set(), "b was not heard of"
+    assert [view.node(name) for name in "ab"] == before
+    again = View(read_state(msgspec.json.encode(view.state())))
+    assert again.settle({"b"}, {"a"}) == {"b"}
+    assert (again.kept, [*again.records], [*again.definitions()]) == (set(), ["a"], [])
+    assert again.subnets("b") == ()
+    assert view.settle(set(), {"a", "b"}) == {"b"}, "its ipamd did not put the block back"
+    assert view.subnets("b") == ()
+    assert view.kept == {"netd/b"}
+
+
+def test_what_is_deleted_or_comes_back_is_kept_no_longer() -> None:
+    view = full()
+    view.listed(NETD, [], lost=True)
+    assert view.changed([gone("netd/b")]) == {"b"}
+    assert view.node("b") is None
+    view.listed(NETD, [pair("netd/a", record("10.0.0.1"))])
+    assert view.kept == set()
+    view.listed(NETD, [])
+    assert view.node("a") is None, "what is not lost is gone"
 
 
 def test_the_disk_keeps_all_but_who_lives() -> None:
