@@ -153,8 +153,9 @@ def attach(door: Door, index: int, program: int) -> bool:
 
 
 def detach(door: Door, index: int) -> bool:
-    """Take our program away from a link, without a packet that is lost; False: there is none, or no such link."""
-    if state(door, index) != "ours":
+    """Take our program away from a link, without a packet that is lost; False: there is none, or no such link. What
+    somebody else has there stays."""
+    if NAME not in (_filters(door, index) or ()):
         return False
     body = _TCMSG.pack(0, index, _HANDLE, _FILTERS, _INFO) + string(_KIND, "bpf")
     with suppress(NotFound):
@@ -169,7 +170,8 @@ def detach_all(door: Door, *, places: bool = False) -> int:
     gone = [index for index in links if detach(door, index)]
     if places:
         for index in gone:
-            qdisc.delete(door, index, qdisc.INGRESS)
+            if state(door, index) == "empty":
+                qdisc.delete(door, index, qdisc.INGRESS)
     return len(gone)
 
 
@@ -178,19 +180,30 @@ def state(door: Door, index: int) -> Literal["ours", "none", "empty", "foreign"]
     entrance = qdisc.get(door, index, qdisc.INGRESS)
     if entrance is None:
         return "none"
+    found = _filters(door, index)
+    if found is None:
+        return "none"
+    if entrance.kind != _INGRESS:
+        return "foreign"
+    if not found:
+        return "empty"
+    return "ours" if set(found) == {NAME} else "foreign"
+
+
+def _filters(door: Door, index: int) -> list[str] | None:
+    """The names of the filters at a link's entrance, "" of those that are no programs; None: there is no entrance."""
     what = f"list filters at the entrance of link {index}"
     message = Message(_GETTFILTER, 0, _TCMSG.pack(0, index, 0, _FILTERS, 0), what)
     try:
         found = [attributes(body, _TCMSG.size) for body in door.rtnl.dump(message)]
     except NotFound:
-        return "none"
-    if entrance.kind != _INGRESS:
-        return "foreign"
+        return None
     # Each list begins with the filter's kind alone.
-    names = {text(attributes(one[_OPTIONS]).get(_BPF_NAME)) for one in found if _OPTIONS in one}
-    if not found:
-        return "empty"
-    return "ours" if names == {NAME} else "foreign"
+    return [
+        text(attributes(one[_OPTIONS]).get(_BPF_NAME)) if text(one.get(_KIND)) == "bpf" else ""
+        for one in found
+        if _OPTIONS in one
+    ]
 
 
 def _inward(places: int) -> Assembler:

@@ -7,7 +7,10 @@ fast path goes by the bridge.
 A container is not on it
 - whose traffic is limited, or that has any other queue or filter at its port: it would pass by these;
 - whose port is isolated from others;
-- whose MAC is not the one that its address stands for here, or that another port has, too.
+- whose MAC is not the one that its address stands for here, or that the bridge knows at another port, or another port
+  has, too: a container may set its MAC as it likes.
+
+Programs that an earlier netd left know what was then: those that this one does not take over are taken away.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from kernel import fastpath, link, qdisc
+from kernel import fastpath, fdb, link, macs, qdisc
 from kernel.errors import KernelError, NotFound
 from kernel.fastpath import TUNNEL, Places
 from kernel.leftovers import NETD_MARK
@@ -35,7 +38,7 @@ _logger = logging.getLogger("netd")
 _AFTER_S = 1.0  # after links changed
 _AGAIN_S = 3.0  # for ports that do not qualify yet
 _TRIES = 5
-_PORTS, _REST_S = 64, 0.05  # joined at once, and then
+_PORTS, _REST_S = 32, 0.05  # joined or looked at closely at once, and then
 _LEAST, _MOST = 256, 1 << 17  # entries of a map
 
 
@@ -44,11 +47,17 @@ class _Path:
     """Of one overlay."""
 
     places: Places
+    bridge: int  # index
     tunnel: int  # index of the tunnel's end
     here: dict[int, str] = field(default_factory=dict)  # port → MAC
     there: set[str] = field(default_factory=set)  # MACs on other hosts
     seen: dict[int, int] = field(default_factory=dict)  # ports that are not on it → how often they were looked at
+    unsure: set[int] = field(default_factory=set)  # ports that are on it and are to be looked at closely
     full: bool = False
+
+    def fits(self, mac: str, index: int) -> bool:
+        """Whether no other port, and no other host, has the MAC."""
+        return mac not in self.there and all(mac != other for at, other in self.here.items() if at != index)
 
 
 class FastPath:
@@ -64,8 +73,16 @@ class FastPath:
         self._by_device: dict[str, str] = {}
         self._refusal = self._logged = ""
         self._cleared = False
+        self._anew = False
+        self._earlier: set[int] | None = None  # links that may have a program of an earlier netd; None: not known yet
+        self._foreign: set[str] = set()  # networks at whose tunnel's end somebody else has filters
         self.enabled = True
-        self.due = float("inf")
+        self._look_at_s = self._check_at_s = float("inf")
+
+    @property
+    def due(self) -> float:
+        """When `look` is to be called."""
+        return min(self._look_at_s, self._check_at_s)
 
     def enable(self, enabled: bool) -> None:
         """Whether there are to be any."""
@@ -75,14 +92,17 @@ class FastPath:
     def links_changed(self) -> None:
         """Some link came, went or changed."""
         if self.enabled and (self._paths or self._overlays.active()):
-            self.due = min(self.due, time.monotonic() + _AFTER_S)
+            self._look_at_s = min(self._look_at_s, time.monotonic() + _AFTER_S)
 
     def look_anew(self) -> None:
         """Whatever was seen before may be otherwise."""
         self._refusal = ""
+        self._anew = True
         for path in self._paths.values():
             path.seen.clear()
-        self.due = 0.0
+            path.unsure = {path.tunnel, *path.here}
+        self._check_at_s = 0.0
+        self._look_at_s = 0.0
 
     def synced(self, keys: Iterable[Key]) -> None:
         """The entries of these keys were put or dropped."""
@@ -96,21 +116,14 @@ class FastPath:
                     return
 
     def look(self) -> None:
-        """Bring ports and programs up to date."""
-        self.due = float("inf")
-        active = self._overlays.active() if self.enabled and not self._refusal else {}
+        """Bring ports and programs up to date, as far as that is due."""
         try:
-            if not self.enabled and not self._cleared:
-                fastpath.detach_all(self._session)  # an earlier netd's
-                self._cleared = True
-            for name in self._paths.keys() - active.keys():
-                self._end(name)
-            wanted = [one for one in self._overlays.defined() if one.name in active]
-            queues = _queues(self._session) if wanted else {}
-            for one in wanted:
-                self._look_at(one, queues)
+            if time.monotonic() >= self._look_at_s:
+                self._look()
+            if time.monotonic() >= self._check_at_s:
+                self._check()
         except NotFound:  # a link that went meanwhile
-            self.due = time.monotonic() + _AFTER_S
+            self._look_at_s = time.monotonic() + _AFTER_S
         except KernelError as error:
             self._give_up(str(error))
 
@@ -123,6 +136,8 @@ class FastPath:
         """Why a network has none, or one that lacks somebody; "": nothing is wrong."""
         if self._refusal:
             return f"the kernel refuses the fast path: {self._refusal}"
+        if network in self._foreign:
+            return "there is no fast path: somebody else's filters are at the entrance of the tunnel's end"
         if (path := self._paths.get(network)) is not None and path.full:
             return "the fast path has no room for all containers; the others are reached by the bridge"
         return ""
@@ -138,66 +153,149 @@ class FastPath:
 
     # Inside
 
-    def _look_at(self, one: Overlay, queues: Mapping[int, list[qdisc.Qdisc]]) -> None:
+    def _look(self) -> None:
+        self._look_at_s = float("inf")
+        active = self._overlays.active() if self.enabled and not self._refusal else {}
+        if not self.enabled and not self._cleared:
+            fastpath.detach_all(self._session)  # an earlier netd's
+            self._cleared = True
+        for name in self._paths.keys() - active.keys():
+            self._end(name)
+        if self._anew:
+            self._compare()
+        wanted = [one for one in self._overlays.defined() if one.name in active]
+        queues = _queues(self._session) if wanted else {}
+        if wanted and self._earlier is None:
+            self._earlier = {index for index, held in queues.items() if _has_entrance(held)}
+        self._foreign.clear()
+        done = [self._look_at(one, queues) for one in wanted]
+        if done and all(done):
+            self._sweep()
+
+    def _look_at(self, one: Overlay, queues: Mapping[int, list[qdisc.Qdisc]]) -> bool:
+        """False: there is more to do."""
         bridge, tunnel = self._found.indexes.get(one.bridge), self._found.indexes.get(device_name(one.vni))
         path = self._paths.get(one.name)
-        if path is not None and path.tunnel != tunnel:
+        if path is not None and (path.tunnel, path.bridge) != (tunnel, bridge):
             self._end(one.name)
             path = None
         if bridge is None or tunnel is None or not self._overlays.known(one.name):
-            self.due = min(self.due, time.monotonic() + _AFTER_S)
-            return
-        first = path is None
-        path = path or self._begin(one, tunnel)
+            self._look_at_s = min(self._look_at_s, time.monotonic() + _AFTER_S)
+            return False
+        path = path or self._begin(one, bridge, tunnel)
+        if path is None:
+            return True
         ports = {port.index: port for port in link.all_links(self._session, bridge) if port.index != tunnel}
         own = {holder.mac for holder in self._overlays.holders(one.name).values() if holder.node == self._own()}
+        own -= set(map(macs.of_address, one.gateways))
         for index, mac in list(path.here.items()):
             if not _stays(ports.get(index), mac, own, queues):
                 self._leave(path, index)
         path.seen = {index: count for index, count in path.seen.items() if index in ports}
-        left = _PORTS
+        return self._join_all(path, ports, own, queues)
+
+    def _join_all(
+        self, path: _Path, ports: Mapping[int, Link], own: set[str], queues: Mapping[int, list[qdisc.Qdisc]]
+    ) -> bool:
+        """False: there are more."""
+        left, earlier = _PORTS, self._earlier or set()
         for index, port in ports.items():
             if index in path.here:
                 continue
             if not left:  # others wait for this thread, too
-                self.due = min(self.due, time.monotonic() + _REST_S)
-                break
+                self._look_at_s = min(self._look_at_s, time.monotonic() + _REST_S)
+                return False
             count = path.seen[index] = path.seen.get(index, 0) + 1
             if count > _TRIES:
                 continue
-            # An earlier netd's program knows what was.
-            old = any(held.parent == qdisc.INGRESS for held in queues.get(index, ()))
-            if count == 1 and not (first and old):
-                self.due = min(self.due, time.monotonic() + _AFTER_S)
-            elif self._join(path, port, own, queues):
+            if count == 1 and index not in earlier:
+                self._look_at_s = min(self._look_at_s, time.monotonic() + _AFTER_S)
+                continue
+            joined = self._join(path, port, own, queues)
+            if not joined:
+                self._look_at_s = min(self._look_at_s, time.monotonic() + _AGAIN_S)
+                if index in earlier:
+                    fastpath.detach(self._session, index)
+            if joined or index in earlier:
                 left -= 1
-            else:
-                self.due = min(self.due, time.monotonic() + _AGAIN_S)
+            earlier.discard(index)
+        return True
 
-    def _begin(self, one: Overlay, tunnel: int) -> _Path:
+    def _check(self) -> None:
+        """Look closely at some that are on it."""
+        self._check_at_s = float("inf")
+        left = _PORTS
+        for name, path in list(self._paths.items()):
+            path.unsure &= {path.tunnel, *path.here}
+            while path.unsure:
+                if not left:
+                    self._check_at_s = time.monotonic() + _REST_S
+                    return
+                left -= 1
+                index = path.unsure.pop()
+                if self._is_alone(path, index):
+                    continue
+                if index == path.tunnel:
+                    self._look_at_s = 0.0
+                    self._end(name)
+                    break
+                self._look_at_s = min(self._look_at_s, time.monotonic() + _AGAIN_S)
+                self._leave(path, index)
+
+    def _is_alone(self, path: _Path, index: int) -> bool:
+        """Whether ours is still the only filter at a link, and the MAC of a port there; of neither an event tells."""
+        if (mac := path.here.get(index)) and fdb.port_of(self._session, path.bridge, mac) not in (0, index):
+            return False
+        return fastpath.state(self._session, index) == "ours"
+
+    def _compare(self) -> None:
+        """What was missed of what is on other hosts: a step that failed in its middle, or events that were lost."""
+        self._anew = False
+        for device, name in self._by_device.items():
+            path = self._paths[name]
+            there = {key[2].decode() for key in self._found.entries if key[:2] == (BRIDGED, device)}
+            for mac in path.there ^ there:
+                self._follow(path, mac, there=mac in there)
+
+    def _sweep(self) -> None:
+        """Take an earlier netd's programs from links that are on no path."""
+        used = {index for path in self._paths.values() for index in (path.tunnel, *path.here)}
+        for index in (self._earlier or set()) - used:
+            fastpath.detach(self._session, index)
+        self._earlier = set()
+
+    def _begin(self, one: Overlay, bridge: int, tunnel: int) -> _Path | None:
+        if fastpath.state(self._session, tunnel) == "foreign":
+            self._foreign.add(one.name)
+            return None
         room = sum(subnet.num_addresses for subnet in one.subnets)
-        path = _Path(Places(min(max(_LEAST, 2 * room), _MOST)), tunnel)
+        path = _Path(Places(min(max(_LEAST, 2 * room), _MOST)), bridge, tunnel)
         device = device_name(one.vni)
         try:
             for key in [key for key in self._found.entries if key[:2] == (BRIDGED, device)]:
                 self._follow(path, key[2].decode(), there=True)
-            mine = self._attach(tunnel, fastpath.load_inward(path.places))
+            if not self._attach(tunnel, fastpath.load_inward(path.places)):
+                raise NotFound(f"take the entrance of {device}", 0, "it changed meanwhile")
         except KernelError:
             path.places.close()
             raise
-        if not mine:
-            path.places.close()
-            raise KernelError(f"take the entrance of {device}", 0, "somebody else's filters are there")
         self._paths[one.name] = path
         self._by_device[device] = one.name
         return path
 
     def _end(self, name: str) -> None:
         path = self._paths.pop(name)
+        if self._earlier is not None:  # they need not wait, should there be one again
+            self._earlier.update(path.here)
         self._by_device = {device: other for device, other in self._by_device.items() if other != name}
-        for index in [path.tunnel, *path.here]:
-            fastpath.detach(self._session, index)
-        path.places.close()
+        try:
+            for index in [path.tunnel, *path.here]:
+                fastpath.detach(self._session, index)
+        except KernelError:
+            path.places.clear()  # programs that stay do nothing
+            raise
+        finally:
+            path.places.close()
 
     def _attach(self, index: int, program: int) -> bool:
         try:
@@ -211,33 +309,38 @@ class FastPath:
             return False
         try:
             mac = link.other_end(self._session, port).mac
-            if mac not in own or mac in path.there or mac in path.here.values():
+            if mac not in own or not path.fits(mac, port.index):
+                # One of the two that have it is not whom it belongs to, maybe the one that is on it.
+                path.unsure.update(index for index, other in path.here.items() if other == mac)
+                self._check_at_s = 0.0
+                return False
+            if fdb.port_of(self._session, path.bridge, mac) not in (0, port.index):
                 return False
             if not self._attach(port.index, fastpath.load_outward(path.places, path.tunnel, mac)):
                 return False
         except NotFound:  # gone meanwhile
             return False
-        path.full |= not path.places.put(mac, port.index)
         path.here[port.index] = mac
+        path.full |= not path.places.put(mac, port.index)
         path.seen.pop(port.index, None)
         return True
 
     def _leave(self, path: _Path, index: int) -> None:
         mac = path.here.pop(index)
-        fastpath.detach(self._session, index)
         if mac not in path.there:
             path.places.drop(mac)
+        fastpath.detach(self._session, index)
 
     def _follow(self, path: _Path, mac: str, *, there: bool) -> None:
         """A MAC is on another host, or is not any more."""
-        if there:
+        if there and mac not in path.there:
             path.there.add(mac)
             path.full |= not path.places.put(mac, TUNNEL)
-        elif mac in path.there:
+        elif not there and mac in path.there:
             path.there.discard(mac)
             path.places.drop(mac)
             # Who has it now, here, is looked for.
-            self.due = min(self.due, time.monotonic() + _AFTER_S)
+            self._look_at_s = min(self._look_at_s, time.monotonic() + _AFTER_S)
 
     def _give_up(self, reason: str) -> None:
         """All goes by the bridge, until everything is looked at anew."""
@@ -249,6 +352,12 @@ class FastPath:
                 self._end(name)
             except KernelError as error:
                 log.event(_logger, "error", "a fast path cannot be taken away", network=name, error=str(error))
+        try:
+            fastpath.detach_all(self._session)  # also an earlier netd's: nobody tells them what changes
+            self._earlier = set()
+        except KernelError as error:
+            log.event(_logger, "error", "programs of the fast path cannot be taken away", error=str(error))
+            self._earlier = None
 
 
 def _qualifies(port: Link) -> bool:
@@ -258,8 +367,13 @@ def _qualifies(port: Link) -> bool:
 def _stays(port: Link | None, mac: str, own: set[str], queues: Mapping[int, list[qdisc.Qdisc]]) -> bool:
     """Whether one that is on it stays."""
     held = queues.get(port.index, ()) if port is not None else ()
-    entrance = any(one.parent == qdisc.INGRESS for one in held)  # without it, somebody took the program away
-    return port is not None and _qualifies(port) and mac in own and entrance and _is_free(held)
+    # Without an entrance, somebody took the program away.
+    return port is not None and _qualifies(port) and mac in own and _has_entrance(held) and _is_free(held)
+
+
+def _has_entrance(held: Iterable[qdisc.Qdisc]) -> bool:
+    """Whether a program may see what enters a port."""
+    return any(one.parent == qdisc.INGRESS for one in held)
 
 
 def _is_free(held: Iterable[qdisc.Qdisc]) -> bool:

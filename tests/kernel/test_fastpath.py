@@ -275,6 +275,18 @@ def test_filters_of_somebody_else_are_left_alone(stage: Stage) -> None:
     assert fastpath.detach_all(stage.session, places=True) == 0
 
 
+def test_what_is_beside_ours_stays_when_ours_goes(stage: Stage) -> None:
+    assert stage.outward("one")
+    theirs = ("u32", "match", "u32", "0", "0")
+    run("tc", "filter", "add", "dev", "one", "parent", "ffff:", "protocol", "all", "pref", "9", *theirs)
+    assert fastpath.state(stage.session, stage.index["one"]) == "foreign"
+    assert fastpath.detach_all(stage.session, places=True) == 1
+    left = run("tc", "filter", "show", "dev", "one", "ingress")
+    assert "u32" in left
+    assert fastpath.NAME not in left
+    assert not fastpath.detach(stage.session, stage.index["one"])
+
+
 def test_ours_is_exchanged_and_taken_away(stage: Stage) -> None:
     where = stage.index["one"]
     assert fastpath.state(stage.session, where) == "none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -186,6 +187,71 @@ def test_what_somebody_takes_away_or_adds(fleet: Pods, device: str, pods: list[C
         wait_until(partial(_reaches_none, pods), "a port that left the bridge leaves the fast path")
 
 
+def test_a_filter_that_comes_later_is_asked(fleet: Pods, device: str, pods: list[Container]) -> None:
+    """No event tells of it: it is seen when everything is compared. It stays, and ours beside it goes."""
+    host = fleet.host(1)
+    port = min(set(programs(host)) - {device})
+    for link, on_path in ((port, [1, 1]), (device, [0, 1])):
+        place = ["dev", link, "parent", "ffff:", "pref", "9", "protocol", "all"]
+        host.run(["tc", "filter", "add", *place, "u32", "match", "u32", "0", "0"])
+        try:
+            fleet.netd(1).reload()
+            until_on_it(fleet, *on_path)
+            wait_until(partial(_is_free_of_ours, host, link), f"no program of ours at {link}")
+            assert "u32" in host.run(["tc", "filter", "show", "dev", link, "ingress"]).stdout
+            if link == device:
+                wait_until(lambda: "somebody else's filters" in problem(fleet.netd(1)), "what is in the way")
+            with web(*pods):
+                assert_reach(pods)
+        finally:
+            host.run(["tc", "filter", "delete", *place])
+        fleet.netd(1).reload()
+        until_on_it(fleet, 2, 1)
+
+
+def problem(netd: Netd) -> str:
+    """What is wrong with the fast path of the network ov1."""
+    return next(one.fast_problem for one in netd.status().overlays if one.name == "ov1")
+
+
+def _is_free_of_ours(host: Host, link: str) -> bool:
+    return link not in programs(host)
+
+
+def test_who_takes_the_mac_of_another_gets_nothing(fleet: Pods, pods: list[Container]) -> None:
+    """A container may set its own: what is at whose port the bridge knows."""
+    thief, other = pods[0], pods[1]
+    fleet.netd(1).kill()
+    try:
+        mac = link_of(other)["address"]
+        thief.netns.run(["ip", "link", "set", "eth0", "address", mac])
+        other.ping(pods[2].ipv4)
+    finally:
+        fleet.netd(1).start()
+    until_on_it(fleet, 1, 1)
+    with web(other, pods[2]), closed(fleet):
+        assert_reach([other, pods[2]])
+
+
+def link_of(pod: Container) -> dict[str, str]:
+    """Its interface."""
+    found: list[dict[str, str]] = json.loads(pod.netns.run(["ip", "-json", "link", "show", "eth0"]).stdout)
+    return found[0]
+
+
+def test_programs_of_an_earlier_netd_go_from_who_is_off_it(fleet: Pods, device: str, pods: list[Container]) -> None:
+    """They know what was, and nobody tells them what is."""
+    host = fleet.host(1)
+    first, second = sorted(set(programs(host)) - {device})
+    fleet.netd(1).kill()
+    host.run(["tc", "qdisc", "add", "dev", second, "root", "tbf", "rate", "1gbit", "burst", "100k", "latency", "10ms"])
+    fleet.netd(1).start()
+    until_on_it(fleet, 1, 1)
+    wait_until(lambda: sorted(programs(host)) == sorted([device, first]), "the programs of who is on it alone")
+    with web(*pods):
+        assert_reach(pods)
+
+
 def _reaches_none(pods: list[Container]) -> bool:
     answers = [no_answer(one.netns, ("tcp", pods[2].ipv4, 80)) for one in pods[:2]]
     return [""] in answers
@@ -207,11 +273,8 @@ def test_a_kernel_that_refuses(fleet: Pods, pods: list[Container]) -> None:
     confined.start()
     try:
         late = fleet.pod(2, "ov1")
-
-        def problem() -> str:
-            return next(one.fast_problem for one in confined.status().overlays if one.name == "ov1")
-
-        wait_until(lambda: "Operation not permitted" in problem(), "what the kernel says", confined.log)
+        wait_until(lambda: "Operation not permitted" in problem(confined), "what the kernel says", confined.log)
+        assert programs(fleet.host(2)) == []  # those of an earlier netd: nobody tells them what changes
         with web(*pods, late):
             assert_reach([*pods, late])
         done = fleet.try_netloom(2, "doctor")
