@@ -38,7 +38,10 @@ _logger = logging.getLogger("netd")
 _AFTER_S = 1.0  # after links changed
 _AGAIN_S = 3.0  # for ports that do not qualify yet
 _TRIES = 5
-_PORTS, _REST_S = 32, 0.05  # joined or looked at closely at once, and then
+_CHECKED, _REST_S = 16, 0.05  # looked at closely at once, and then
+# Ports join for so long, but one at least, and then others have their turn: the first program of a port waits for RCU,
+# 20 to 90 ms, and each later one is some 8 ms of work.
+_JOIN_S, _JOIN_REST_S = 0.03, 0.1
 _LEAST, _MOST = 256, 1 << 17  # entries of a map
 
 
@@ -198,12 +201,12 @@ class FastPath:
         self, path: _Path, ports: Mapping[int, Link], own: set[str], queues: Mapping[int, list[qdisc.Qdisc]]
     ) -> bool:
         """False: there are more."""
-        left, earlier = _PORTS, self._earlier or set()
+        until, earlier = time.monotonic() + _JOIN_S, self._earlier or set()
         for index, port in ports.items():
             if index in path.here:
                 continue
-            if not left:  # others wait for this thread, too
-                self._look_at_s = min(self._look_at_s, time.monotonic() + _REST_S)
+            if time.monotonic() >= until:  # others wait for this thread, too
+                self._look_at_s = min(self._look_at_s, time.monotonic() + _JOIN_REST_S)
                 return False
             count = path.seen[index] = path.seen.get(index, 0) + 1
             if count > _TRIES:
@@ -216,15 +219,13 @@ class FastPath:
                 self._look_at_s = min(self._look_at_s, time.monotonic() + _AGAIN_S)
                 if index in earlier:
                     fastpath.detach(self._session, index)
-            if joined or index in earlier:
-                left -= 1
             earlier.discard(index)
         return True
 
     def _check(self) -> None:
         """Look closely at some that are on it."""
         self._check_at_s = float("inf")
-        left = _PORTS
+        left = _CHECKED
         for name, path in list(self._paths.items()):
             path.unsure &= {path.tunnel, *path.here}
             while path.unsure:
