@@ -252,7 +252,7 @@ class Records:
 
     def attend(self, session: Session) -> bool:
         """Write the tables where they are missing, and standing elements are needed by now; True: they were."""
-        if nft.current(session, "inet") or not self.standing() or not foreign.translates(session):
+        if nft.current(session, "inet") or not foreign.translates(session) or not self.standing():
             return False
         self.rebuild(session)
         return True
