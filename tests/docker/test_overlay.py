@@ -123,7 +123,8 @@ def refusal(docker: Docker, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def shared(launcher: Path) -> Iterator[Pair]:
-    with clustered(launcher, {"host1": [], "host2": ["--live-restore"]}, grace="3") as cluster:
+    # With 3 s a shim took endpoints away whose containers were still starting, on a machine with other work.
+    with clustered(launcher, {"host1": [], "host2": ["--live-restore"]}, grace="10") as cluster:
         yield Pair(*cluster.dockers.values())
 
 
