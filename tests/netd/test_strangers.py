@@ -175,18 +175,9 @@ def test_after_a_boot_what_is_on_the_disk_holds_until_somebody_tells(session: Se
     def until(wanted: set[Element], what: str) -> None:
         wait_until(lambda: in_kernel(session) == wanted, what, lambda: str(in_kernel(session)))
 
-    async def run() -> None:
-        task = asyncio.create_task(one.run())
-        try:
-            for name, subnet in (("old", "10.7.0.0/16"), ("new", "10.6.0.0/16")):
-                await asyncio.to_thread(until, {nft.remote(subnet), nft.among(subnet, subnet)}, name)
-                one.want({"new": record("new", "10.6.0.0/16")})
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+    async def steps() -> None:
+        for name, subnet in (("old", "10.7.0.0/16"), ("new", "10.6.0.0/16")):
+            await asyncio.to_thread(until, {nft.remote(subnet), nft.among(subnet, subnet)}, name)
+            one.want({"new": record("new", "10.6.0.0/16")})
 
-    agent.start()
-    try:
-        asyncio.run(run())
-    finally:
-        agent.stop()
+    beside(agent, one, steps)
