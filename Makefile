@@ -13,6 +13,9 @@ place = tests/$(if $(filter hosts,$(1)),many_hosts,$(1))
 CORE := $(foreach group,$(GROUPS),--ignore=$(call place,$(group))) tests
 # For example: make test-unit ARGS='-k allocator -x'
 ARGS :=
+# Tests wait more than they reckon, so their files run side by side, in this many processes; 0: in one, as a debugger wants.
+WORKERS := $(shell n=$$(nproc 2>/dev/null || echo 2); if [ "$$n" -gt 4 ]; then echo 8; else echo $$((2 * n)); fi)
+BESIDE := $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS) --dist loadscope)
 
 .PHONY: help venv lint format test test-unit test-kernel $(addprefix test-,$(GROUPS)) \
 	demo bench bench-check protos protos-check update-pins clean
@@ -31,13 +34,13 @@ format: ## let ruff format the code and repair what it can
 	@$(RUN) plain $(PYTHON) -m ruff check --fix .
 
 test: ## the suite for contributors: unit and kernel tests, as root, under 15 minutes
-	@$(RUN) test $(PYTEST) $(CORE) $(ARGS)
+	@$(RUN) test $(PYTEST) $(BESIDE) $(CORE) $(ARGS)
 
 test-unit: ## tests that need neither root nor a network namespace
-	@$(RUN) plain $(PYTEST) -m "not kernel" $(CORE) $(ARGS)
+	@$(RUN) plain $(PYTEST) $(BESIDE) -m "not kernel" $(CORE) $(ARGS)
 
 test-kernel: ## tests in real network namespaces (root)
-	@$(RUN) test $(PYTEST) -m kernel $(CORE) $(ARGS)
+	@$(RUN) test $(PYTEST) $(BESIDE) -m kernel $(CORE) $(ARGS)
 
 test-peers: ## the same configurations through Debian's reference plugins, compared (root)
 test-runtimes: ## podman, containerd and other real clients (root)
@@ -46,7 +49,7 @@ test-docker: ## dockerd with the Docker shim (root)
 test-hosts: ## several hosts, joined by an underlay (root)
 test-vm: ## what needs a kernel that this machine lacks, in a virtual machine (root)
 # A cache for each: which tests failed last (pytest --last-failed) is a question to one group.
-$(addprefix test-,$(GROUPS)): suite = $(PYTEST) -o cache_dir=.pytest_cache/$(@:test-%=%) "$(call place,$(@:test-%=%))"
+$(addprefix test-,$(GROUPS)): suite = $(PYTEST) $(BESIDE) -o cache_dir=.pytest_cache/$(@:test-%=%) "$(call place,$(@:test-%=%))"
 test-vm: suite = sh tests/vm/suite
 $(addprefix test-,$(GROUPS)):
 	@if test -d "$(call place,$(@:test-%=%))"; then $(RUN) $(@:test-%=%) $(suite) $(ARGS); \
