@@ -17,7 +17,6 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +104,10 @@ class Endpoint:
             self._bind(self._channel)
         return self._channel
 
+    def uses(self, channel: aio.Channel) -> bool:
+        """Whether calls go by this connection: it was not forgotten since."""
+        return self._channel is channel
+
     def ready(self) -> bool:
         return self._channel is not None and self._channel.get_state() is grpc.ChannelConnectivity.READY
 
@@ -184,6 +187,32 @@ class Endpoint:
             return answer
         finally:
             call.cancel()
+
+
+class Line:
+    """What one stream goes by, and how the others hear of what it meets."""
+
+    __slots__ = ("_channel", "_endpoints", "endpoint", "metadata")
+
+    def __init__(self, endpoints: Endpoints, endpoint: Endpoint, metadata: Metadata) -> None:
+        self._endpoints = endpoints
+        self._channel = endpoint.open()
+        self.endpoint = endpoint
+        self.metadata = metadata
+
+    def answered(self) -> None:
+        """The endpoint took the stream."""
+        self._endpoints.note_answer(self.endpoint)
+
+    def failed(self, reason: str, *, forget: bool = False) -> None:
+        """The stream ended; `forget`: and nothing else will come by this connection.
+
+        Where somebody else had the connection forgotten, its end says nothing about the one after it.
+        """
+        if self.endpoint.uses(self._channel):
+            self._endpoints.turn_from(self.endpoint, reason)
+            if forget:
+                self.endpoint.forget()
 
 
 class _Tries:
@@ -313,14 +342,13 @@ class Endpoints:
         except aio.AioRpcError as error:
             raise judge(error)[1] from None
 
-    @contextlib.asynccontextmanager
-    async def stream(self, limit_s: float = 0.0) -> AsyncIterator[tuple[Endpoint, Metadata, Callable[[str], None]]]:
-        """A connected endpoint for a stream, its metadata, and what to call when the stream failed there."""
+    async def stream(self, limit_s: float = 0.0) -> Line:
+        """A connected endpoint for a stream."""
         deadline = time.monotonic() + (limit_s or self._config.timeout_s)
         endpoint = await self._next(_Tries(deadline))
         if not self._logged_in:
             await self._renew_token(self._metadata, deadline)
-        yield endpoint, self._metadata, lambda reason: self._turn_from(endpoint, reason)
+        return Line(self, endpoint, self._metadata)
 
     async def renew_token(self, used: Metadata) -> None:
         """For a stream whose token was refused."""
@@ -366,11 +394,12 @@ class Endpoints:
         # The last round may have been too short for an answer.
         if reason not in SILENCE or endpoint.name not in tries.reasons:
             tries.reasons[endpoint.name] = reason
-        self._turn_from(endpoint, tries.reasons[endpoint.name])
+        self.turn_from(endpoint, tries.reasons[endpoint.name])
         if is_tls(reason):
             endpoint.forget()  # the next try reads the certificates anew
 
-    def _turn_from(self, endpoint: Endpoint, reason: str) -> None:
+    def turn_from(self, endpoint: Endpoint, reason: str) -> None:
+        """It failed: where it is the current endpoint, another one is from now on."""
         if self._current is not endpoint:
             return
         others = [one for one in self.all if one is not endpoint]
@@ -378,6 +407,11 @@ class Endpoints:
         following = self.all[start + 1 :] + self.all[:start]
         self._current = next((one for one in others if one.ready()), following[0] if following else endpoint)
         self._note(False, endpoint.name, reason)
+
+    def note_answer(self, endpoint: Endpoint) -> None:
+        """It answered."""
+        if not self._state.connected:
+            self._note(True, endpoint.name, "")
 
     def _note(self, connected: bool, endpoint: str, reason: str) -> None:
         before = self._state

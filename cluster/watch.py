@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 from grpc import aio
 
-from cluster.endpoints import Endpoint, Endpoints, Metadata, ended
+from cluster.endpoints import Endpoints, Line, ended
 from cluster.errors import (
     AnotherHistoryError,
     CompactedError,
@@ -124,24 +124,22 @@ async def watch(
     while True:
         before = progress.revision
         try:
-            async with endpoints.stream() as (endpoint, metadata, failed):
-                stream = _Stream(endpoints, endpoint, metadata, root + prefix.encode(), keys)
-                try:
-                    async with aclosing(stream.batches(progress)) as batches:
-                        async for batch in batches:
-                            pause = denied = 0
-                            yield batch
-                except _LostError as error:
-                    _logger.log(_level(pause), "etcd: the watch on %s ended at %s: %s", prefix, endpoint.name, error)
-                    failed(str(error))
-                    if isinstance(error, _SilentError):
-                        endpoint.forget()
-                except DeniedError:
-                    # A refused token looks like a missing right: once more, with a fresh one.
-                    denied += 1
-                    if denied > 1 or not endpoints.has_user:
-                        raise
-                    await endpoints.renew_token(metadata)
+            line = await endpoints.stream()
+            stream = _Stream(endpoints, line, root + prefix.encode(), keys)
+            try:
+                async with aclosing(stream.batches(progress)) as batches:
+                    async for batch in batches:
+                        pause = denied = 0
+                        yield batch
+            except _LostError as error:
+                _logger.log(_level(pause), "etcd: the watch on %s ended at %s: %s", prefix, line.endpoint.name, error)
+                line.failed(str(error), forget=isinstance(error, _SilentError))
+            except DeniedError:
+                # A refused token looks like a missing right: once more, with a fresh one.
+                denied += 1
+                if denied > 1 or not endpoints.has_user:
+                    raise
+                await endpoints.renew_token(line.metadata)
         except UnavailableError as error:
             _logger.log(_level(pause), "etcd: no endpoint for the watch on %s: %s", prefix, error)
         if progress.revision == before:
@@ -165,17 +163,16 @@ class _Progress:
 class _Stream:
     """One watch on one connection."""
 
-    def __init__(self, endpoints: Endpoints, endpoint: Endpoint, metadata: Metadata, first: bytes, keys: Keys) -> None:
+    def __init__(self, endpoints: Endpoints, line: Line, first: bytes, keys: Keys) -> None:
         self._endpoints = endpoints
-        self._endpoint = endpoint
-        self._metadata = metadata
+        self._line = line
         self._first = first
         self._keys = keys
         self._heard = False
         self._is_silent = False
 
     async def batches(self, progress: _Progress) -> AsyncGenerator[Batch, None]:
-        call = self._endpoint.watch(metadata=self._metadata)
+        call = self._line.endpoint.watch(metadata=self._line.metadata)
         guard = asyncio.create_task(self._guard(call))
         try:
             await self._create(call, progress)
@@ -223,6 +220,7 @@ class _Stream:
         if answer is aio.EOF:  # type: ignore[attr-defined]
             self._raise(await ended(call))
         self._refused(answer)
+        self._line.answered()
         if progress.revision < 0:
             # Begun at "now", which is after the revision that it tells.
             progress.revision = answer.header.revision
@@ -260,9 +258,10 @@ class _Stream:
         """Asks for a sign of life where nothing was heard for a while, and ends the call where none comes."""
         asked = False
         while True:
-            self._heard = False
             await asyncio.sleep(QUIET_S)
-            if self._heard:
+            # Before anything is asked: on a busy machine the answer may be read before the writing has returned.
+            heard, self._heard = self._heard, False
+            if heard:
                 asked = False
             elif asked:
                 self._is_silent = True
