@@ -25,8 +25,14 @@ def parent() -> str:
 
 def found() -> list[str]:
     """The cgroups of this run, without the one above all."""
+    # os.walk passes over what goes while it looks, as cgroups of containers that end do; Path.rglob raises.
     return sorted(
-        {str(path.relative_to(top)) for top in tops(parent()[1:]) for path in top.rglob("*") if path.is_dir()}
+        {
+            os.path.relpath(os.path.join(directory, name), top)
+            for top in tops(parent()[1:])
+            for directory, names, _ in os.walk(top)
+            for name in names
+        }
     )
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,3 +63,26 @@ def test_a_killed_run_leaves_nothing_for_long(scratch: Path) -> None:
     assert not list(cgroups.tops(scratch.name))
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in (*alive, *containers)), "the end of them all")
     assert scratch.name not in Path("/proc/self/mountinfo").read_text(encoding="utf-8")
+
+
+def test_a_cgroup_that_goes_while_they_are_listed_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cgroups, "_TOP", tmp_path)
+    top = tmp_path / "memory" / cgroups.parent()[1:]
+    (top / "stays" / "inner").mkdir(parents=True)
+    over = threading.Event()
+
+    def come_and_go() -> None:
+        while not over.is_set():
+            (top / "goes").mkdir()
+            (top / "goes").rmdir()
+
+    busy = threading.Thread(target=come_and_go)
+    busy.start()
+    try:
+        for _ in range(1000):
+            assert set(cgroups.found()) - {"goes"} == {"stays", "stays/inner"}
+    finally:
+        over.set()
+        busy.join()
