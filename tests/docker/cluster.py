@@ -73,6 +73,7 @@ def clustered(
         for name, arguments in dockerd.items():
             docker = Docker(name, launcher, list(arguments))
             docker.grace = grace or docker.grace
+            docker.is_patient = True
             stack.enter_context(docker)
             docker.ipamd.stop()
             docker.ipamd = made.join(docker.host, stack)

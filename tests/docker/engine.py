@@ -8,12 +8,16 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from ipamd.client import Client
 from libnetwork import reconcile
+from protos.ipam.v1 import ipam_pb2
 from tests.hosts import PATIENCE_S, ROOT, Host, HostError, Snapshot, wait_until
 from tests.runtimes import cgroups, images
 from tests.runtimes.runtime_host import OWN, RuntimeHost
@@ -21,6 +25,26 @@ from tests.runtimes.runtime_host import OWN, RuntimeHost
 DOCKER = "/usr/bin/docker"  # Debian's, of dockerd's own age; a newer one may come first in PATH
 STATE = "/var/lib/netloom/docker"
 _DOCKER_OWN = ("/var/lib/docker", "/etc/docker")
+# Where etcd, or ipamd, was silent for too long, as they are where many share the processors.
+_LATER = re.compile("ask again later|did not answer within")
+_PAUSE_S = 0.5
+Done = TypeVar("Done")
+
+
+def patiently(step: Callable[[], Done], again: Callable[[], Done] | None = None) -> Done:
+    """Does a step, and where it is refused for now it once more, or what is to be done `again`, as a user would.
+
+    Raises the step's HostError where the reason is another one, or where it lasts.
+    """
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return step()
+        except HostError as error:
+            if not _LATER.search(str(error)) or time.monotonic() > deadline:
+                raise
+        step = again or step
+        time.sleep(_PAUSE_S)
 
 
 class Docker(RuntimeHost):
@@ -31,6 +55,7 @@ class Docker(RuntimeHost):
         self.host = Host(name, own=(*OWN, *_DOCKER_OWN))
         self._dockerd_arguments = list(dockerd)
         self.shim_module = "libnetwork"
+        self.is_patient = False  # whether `docker` asks again where it is told to, as on a host of a cluster
         self.grace = "60"  # seconds; what a busy machine takes to start a container
         self.dockerd: subprocess.Popen[str] | None = None
         self.shim: subprocess.Popen[str] | None = None
@@ -148,19 +173,29 @@ class Docker(RuntimeHost):
 
     def docker(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """`docker ARGUMENTS`."""
-        return self.run([DOCKER, *arguments], check=check)
+
+        def once() -> subprocess.CompletedProcess[str]:
+            done = self.run([DOCKER, *arguments], check=check)
+            if self.is_patient and done.returncode != 0 and _LATER.search(done.stderr):
+                raise HostError(done.stderr)  # whatever is wanted of it, it is not this
+            return done
+
+        return patiently(once) if self.is_patient else once()
 
     def network(self, name: str, *arguments: str, ipam: str = "netloom") -> str:
         """`docker network create -d netloom`; its id. `ipam` "": Docker's own."""
         driver = ["--ipam-driver", ipam] if ipam else []
         return self.docker("network", "create", "-d", "netloom", *driver, *arguments, name).stdout.strip()
 
-    def start(self, name: str, *arguments: str, command: Sequence[str] = ()) -> str:
-        """A container that serves its host name on port 80; its id."""
+    def start(self, name: str, *arguments: str, command: Sequence[str] = ()) -> None:
+        """A container that serves its host name on port 80."""
         # As the first process of a namespace it does not hear SIGTERM, and dockerd waits 10 s before it insists.
         named = ["--name", name, "--hostname", name, "--stop-signal", "KILL"]
-        done = self.docker("run", "-d", *named, *arguments, images.NAME, *command)
-        return done.stdout.strip()
+        run = (DOCKER, "run", "-d", *named, *arguments, images.NAME, *command)
+        if self.is_patient:  # what was refused an address is there, and not started
+            patiently(partial(self.run, run), partial(self.run, (DOCKER, "start", name)))
+        else:
+            self.run(run)
 
     def inside(self, container: str, *command: str, check: bool = True) -> str:
         """What a program prints in a container."""
@@ -220,10 +255,12 @@ class Docker(RuntimeHost):
             for kind in ("networks", "endpoints", "pools")
         }
 
-    def held(self) -> list[str]:
-        """The addresses that ipamd has given away."""
-        listed = json.loads(self.netloom("ip", "list", "--json").stdout)["allocations"]
-        return sorted(address["cidr"] for one in listed for address in one["addresses"])
+    def held(self, *, cluster: bool = False) -> list[str]:
+        """The addresses that ipamd has given away, `cluster`: and those of all other hosts."""
+        # Asked as `netloom ip list` does, without the half second of a processor that a program takes to begin.
+        with Client(str(self.host.path(self.ipamd.socket)), PATIENCE_S) as client:
+            listed = client.list_allocations(ipam_pb2.ListAllocationsRequest(cluster=cluster))
+            return sorted(address.cidr for one in listed for address in one.addresses)
 
     def snapshot(self) -> Snapshot:
         """Without the staging namespaces, which stay for the next container."""

@@ -15,15 +15,12 @@ import pytest
 
 from tests.docker.engine import DOCKER, Docker
 from tests.docker.three import NETWORKS, VNIS, Ask, Place, clean, known, placed, silent, web
-from tests.hosts import PATIENCE_S, HostError, wait_until
+from tests.hosts import PATIENCE_S, wait_until
 from tests.many_hosts.fleet import Pinger
 
 pytestmark = pytest.mark.kernel
 MANY = 50  # containers of each host
 AT_ONCE = 1  # of each host
-_AGAIN = (
-    "ask again later"  # what is said where etcd, one of many that share the processors here, was silent for too long
-)
 
 
 @pytest.fixture(scope="module")
@@ -91,13 +88,10 @@ def test_fifty_containers_on_each_host(place: Place) -> None:
         for index, letter in enumerate("abc"):
             name = f"{letter}{number}"
             names[index].append(name)
-            first: Callable[[], object] = partial(place.podman.start, name, "ov1")
-            again: Callable[[], object] = partial(place.podman.run, "start", name)
-            if letter != "c":
-                docker = place.both[index]
-                first = partial(docker.start, name, "--network", "ov1")
-                again = partial(docker.docker, "start", name)
-            starts[index].append(partial(started, first, again))
+            if letter == "c":
+                starts[index].append(partial(place.podman.start, name, "ov1"))
+            else:
+                starts[index].append(partial(place.both[index].start, name, "--network", "ov1"))
     with ThreadPoolExecutor(AT_ONCE * len(starts)) as pool:
         for one in [pool.submit(start) for three in zip(*starts, strict=True) for start in three]:
             one.result()
@@ -125,19 +119,6 @@ def test_fifty_containers_on_each_host(place: Place) -> None:
     assert not left
     for docker in place.both:
         assert not docker.state()["endpoints"] and not docker.held()
-
-
-def started(first: Callable[[], object], again: Callable[[], object]) -> None:
-    """Starts a container, and does what it is told where that fails for now."""
-    for step in (first, again, again, again):
-        try:
-            step()
-        except HostError as error:
-            if _AGAIN not in str(error):
-                raise
-        else:
-            return
-    again()
 
 
 def of_docker(docker: Docker, network: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.docker.cluster import Cluster, clustered
-from tests.docker.engine import Docker
+from tests.docker.engine import Docker, patiently
 from tests.hosts import PATIENCE_S, PROGRAM_PATH, Host, HostError, Netns, wait_until
 from tests.many_hosts.test_podman import prepare
 from tests.runtimes import cgroups, images
@@ -60,7 +60,8 @@ class Podman:
 
     def start(self, name: str, network: str, *options: str) -> None:
         where = ["--cgroup-parent", cgroups.parent(), "--network", network, "--hostname", name, "--name", name]
-        self.run("run", "-d", *where, *options, images.NAME, *images.SERVE)
+        first = partial(self.run, "run", "-d", *where, *options, images.NAME, *images.SERVE)
+        patiently(first, partial(self.run, "start", name))
 
     def inside(self, container: str, *command: str) -> str:
         return self.run("exec", container, *command)
@@ -118,8 +119,7 @@ class Place:
 
     def listed(self) -> set[str]:
         """The addresses that anybody has on any host, as the cluster's."""
-        shown = json.loads(self.two.netloom("ip", "list", "--cluster", "--json").stdout)["allocations"]
-        return {address["cidr"].partition("/")[0] for one in shown for address in one["addresses"]}
+        return {cidr.partition("/")[0] for cidr in self.two.held(cluster=True)}
 
 
 @contextlib.contextmanager
