@@ -10,13 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from bench import paths
+from bench import paths, rest
 from bench.host import BenchError, Plan
 from bench.parts import Part, in_parts
 from bench.stats import Row, Spec, row
@@ -213,14 +212,11 @@ def _alone(stack: ExitStack, mine: list[Spec]) -> Iterator[Row]:
     netd.spawn()
     netd.wait()
     yield row(FIRST, [[time.perf_counter() - began]])
-    yield row(MEMORY, [[_resident_mb(netd.pid)]])
+    yield row(MEMORY, [[rest.resident_mb(netd.pid)]])
     if BACK in mine:
         yield row(BACK, [[_back_ms(host, _subnet(number)) for number in range(_RETURNS)]])
     if IDLE in mine:
-        time.sleep(2)
-        before, at = _processor_s(netd.pid), time.perf_counter()
-        time.sleep(_IDLE_S)
-        yield row(IDLE, [[100 * (_processor_s(netd.pid) - before) / (time.perf_counter() - at)]])
+        yield row(IDLE, [[rest.idle_percent(netd.pid, netd.log, _IDLE_S)]])
     netd.stop()
 
 
@@ -229,15 +225,3 @@ def _back_ms(host: Host, subnet: str) -> float:
     began = time.perf_counter()
     _until_route(host, subnet)
     return (time.perf_counter() - began) * 1e3
-
-
-def _resident_mb(pid: int) -> float:
-    for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
-    raise BenchError(f"process {pid} is gone")
-
-
-def _processor_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

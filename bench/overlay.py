@@ -25,8 +25,7 @@ from dataclasses import dataclass, replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
-from bench import pair, paths, warm
-from bench.between import _processor_s, _resident_mb
+from bench import pair, paths, rest, warm
 from bench.host import BenchError, Budget, Helper, Plan, finished, runner
 from bench.parts import Part, in_parts
 from bench.stats import Row, Spec, absent, row
@@ -366,22 +365,12 @@ def _many(plan: Plan, stack: ExitStack, mine: list[Spec]) -> Iterator[Row]:
         fills.append(_fill_s(host))
     yield row(FILLED, [fills])
     if MOVED in mine:
-        wait_until(lambda: _rests(netd.pid), "netd at rest", netd.log)
+        rest.wait(netd.pid, netd.log)
         yield row(MOVED, [asyncio.run(_moves(etcd, host, plan.samples(_CHANGES)))])
-    yield row(MEMORY, [[_resident_mb(netd.pid)]])
+    yield row(MEMORY, [[rest.resident_mb(netd.pid)]])
     if IDLE in mine:
-        wait_until(lambda: _rests(netd.pid), "netd at rest", netd.log)
-        before, at = _processor_s(netd.pid), time.perf_counter()
-        time.sleep(max(4.0, _IDLE_S * plan.scale))
-        yield row(IDLE, [[100 * (_processor_s(netd.pid) - before) / (time.perf_counter() - at)]])
+        yield row(IDLE, [[rest.idle_percent(netd.pid, netd.log, max(4.0, _IDLE_S * plan.scale))]])
     netd.stop()
-
-
-def _rests(pid: int) -> bool:
-    """Whether a process is done with what it was told; netd hears of each entry that it made."""
-    before = _processor_s(pid)
-    time.sleep(0.5)
-    return _processor_s(pid) - before < 0.05
 
 
 def _underlay(number: int) -> str:
