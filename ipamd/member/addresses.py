@@ -308,23 +308,28 @@ class Addresses:
                 taken_up_s = time.monotonic()
                 with contextlib.suppress(IpamdError):
                     await self._take_up()
-            due = [place for place, since in self._suspects.items() if time.monotonic() - since >= _GRACE_S]
-            for place in due:
+            due = [(place, since) for place, since in self._suspects.items() if time.monotonic() - since >= _GRACE_S]
+            for place, since in due:
                 del self._suspects[place]
                 try:
-                    await self._compare(place)
+                    if not await self._compare(place):
+                        # Not from now on: what is claimed anew each few seconds, in vain, would never be looked at.
+                        self._suspects[place] = since
                 except Exception as error:  # noqa: BLE001 (one address must not keep the others from being looked at)
                     log.event(_logger, "warning", "an address could not be compared with etcd's", pool=place[0],
                               address=place[1], error=str(error))  # fmt: skip
                     self.suspect(place)
 
-    async def _compare(self, place: Place) -> None:
+    async def _compare(self, place: Place) -> bool:
+        """False: nothing can be said while it is claimed."""
         pair = await self._etcd.get(address_key(place))
         held = await self._engine.run(partial(self._store.holder, *place))
         pool = self._ledger.pools.get(place[0])
         leaving = address_number(place[1]) in self._ledger.shared_of(place[0]).leaving
-        if pool is None or leaving or place in self._book.claiming:
-            return  # an errand says what is to be done
+        if place in self._book.claiming:
+            return False
+        if pool is None or leaving:
+            return True  # an errand says what is to be done
         holder = holder_of(pair) if pair is not None else None
         ours = holder is not None and self._book.is_ours(holder)
         if not isinstance(held, Allocation):
@@ -332,13 +337,14 @@ class Addresses:
             if ours and pair is not None:
                 await self._adopt(place, pair)
         elif held.generation in self._ledger.unconfirmed and held.generation not in self._doubtful:
-            return
+            pass
         elif ours and holder is not None and holder.generation == held.generation:
             self._book.conflicts.pop(place, None)
         elif holder is not None and not ours:
             self._complain(place, held, holder.node)
         else:
             await self._claim_again(place, held)
+        return True
 
     def _complain(self, place: Place, held: Allocation, node: str) -> None:
         text = f"{held.key} uses it, and the cluster has it for node {node}; end one of the two containers"
