@@ -3,8 +3,9 @@
 Rules of this file
 - The thread opens its sockets in the namespace in which it begins, and never leaves it.
 - An event leads to a repair of what it is about after QUIET_S: what comes together is repaired together. Where events
-  say that anything may have happened, everything is read. Each waits at least RATIO times as long as the one before
-  took, so that no storm of events takes more than a fraction of a processor.
+  say that anything may have happened, everything is read. Each waits at least RATIO times as long as the one of its
+  kind before took, so that no storm of events takes more than a fraction of a processor; and a repair never waits for
+  the rest after everything was read, which takes seconds with thousands of peers.
 - In a storm of events, such as a router's whole table, who asks for something is answered in between; repairs wait for
   its end, but not longer than LATE_S.
 - Should something undo repairs again and again, they become seldom, and the log says so: two daemons must not fight at
@@ -74,7 +75,7 @@ class Agent:
         self._dirty: set[Key] = set()
         self._dirty_at = self._full_at = self._retry_at = float("inf")
         self._retry_s = _RETRY_FIRST_S
-        self._rest_until = 0.0
+        self._rest_until = self._full_rest_until = 0.0  # no repair, no full one before that
         self._rounds: collections.deque[float] = collections.deque(maxlen=_FIGHT_ROUNDS)
 
     def start(self) -> None:
@@ -140,7 +141,8 @@ class Agent:
         events.watched = reconciler.watched()
         lingering_s = reconciler.next_s()
         now = time.monotonic()
-        due = min(max(self._rest_until, min(self._dirty_at, self._full_at)), self._retry_at, reconciler.fast.due)
+        repair_at, full_at = max(self._rest_until, self._dirty_at), max(self._full_rest_until, self._full_at)
+        due = min(repair_at, full_at, self._retry_at, reconciler.fast.due)
         if lingering_s is not None:
             due = min(due, now + lingering_s)
         poll = select.poll()
@@ -168,7 +170,7 @@ class Agent:
 
     def _act(self, reconciler: Reconciler) -> None:
         now = time.monotonic()
-        if now >= max(self._full_at, self._rest_until):
+        if now >= max(self._full_at, self._full_rest_until):
             self._full(reconciler)
         elif now >= max(self._dirty_at, self._rest_until):
             keys, self._dirty, self._dirty_at = self._dirty, set(), float("inf")
@@ -192,7 +194,7 @@ class Agent:
         changed = reconciler.full()
         self._dirty, self._dirty_at = set(), float("inf")
         now = time.monotonic()
-        self._rest_until = now + RATIO * (now - began)
+        self._full_rest_until = now + RATIO * (now - began)
         self._full_at = now + (self._resync_s or float("inf"))
         if changed and not first:
             reconciler.counts.repairs += changed

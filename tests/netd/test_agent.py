@@ -141,6 +141,19 @@ def test_a_storm_of_events(host: None, monkeypatch: pytest.MonkeyPatch) -> None:
         made.stop()
 
 
+def test_a_repair_does_not_wait_for_the_rest_after_everything(host: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With thousands of peers that rest takes as long as several repairs of everything; here for minutes."""
+    monkeypatch.setattr(agent, "RATIO", 1e5)
+    made = Agent(OWN, Choice("eth0"), (DEFAULT,), (PEER,), 0)
+    made.start()
+    try:
+        spaces.run("ip", "route", "del", "10.2.2.0/24")
+        wait_until(lambda: "10.2.2.0/24" in routes(), "the route")
+        assert made.call(lambda reconciler: reconciler.counts.full).result(PATIENCE_S) == 1
+    finally:
+        made.stop()
+
+
 def test_whatever_is_undone_comes_back(host: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several things at once, in any order, also while netd mends what came before: by events alone."""
     monkeypatch.setattr(agent, "_FIGHT_ROUNDS", 1000)
