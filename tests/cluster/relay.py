@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import tempfile
+from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Self
+
+from cluster.etcd import Etcd
+from tests.cluster.loop import connected
 
 
 class Relay:
@@ -78,3 +82,14 @@ class Relay:
                 if answers is None or answers not in self._silent:
                     writer.write(data)
                     await writer.drain()
+
+
+@contextlib.asynccontextmanager
+async def relayed(endpoints: tuple[str, ...], prefix: str) -> AsyncIterator[tuple[Relay, Etcd, Etcd]]:
+    """A relay to the first endpoint, a client behind it, and one that it does not concern."""
+    async with (
+        Relay(endpoints[0]) as relay,
+        connected(endpoints, prefix) as beside,
+        connected((relay.endpoint,), prefix) as behind,
+    ):
+        yield relay, behind, beside

@@ -28,7 +28,7 @@ from cluster.etcd import (
 )
 from cluster.leases import LeaseKeeper
 from tests.cluster.loop import connected, looped, until
-from tests.cluster.relay import Relay
+from tests.cluster.relay import relayed
 from tests.etcd import VERSIONS, EtcdCluster, Version
 from tests.hosts import PATIENCE_S
 
@@ -303,12 +303,7 @@ async def test_a_watch_over_restarts_of_etcd(version: Version) -> None:
 
 @looped
 async def test_a_watch_whose_history_went_while_it_was_away(one: EtcdCluster, prefix: str) -> None:
-    async with (
-        Relay(one.sockets[0]) as relay,
-        connected(one.sockets, prefix) as writer,
-        connected((relay.endpoint,), prefix) as etcd,
-        aclosing(etcd.watch("n/")) as watch,
-    ):
+    async with relayed(one.sockets, prefix) as (relay, etcd, writer), aclosing(etcd.watch("n/")) as watch:
         await _next(watch)
         relay.cut()
         for number in range(5):
@@ -342,12 +337,7 @@ async def test_a_watch_that_hears_nothing_looks_elsewhere(
     one: EtcdCluster, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watch_module, "QUIET_S", 2.0)
-    async with (
-        Relay(one.sockets[0]) as relay,
-        connected(one.sockets, prefix) as writer,
-        connected((relay.endpoint,), prefix) as etcd,
-        aclosing(etcd.watch("n/")) as watch,
-    ):
+    async with relayed(one.sockets, prefix) as (relay, etcd, writer), aclosing(etcd.watch("n/")) as watch:
         await _next(watch)
         connections = relay.connections
         # Nothing comes any more, the pings' answers neither; a new connection is like the first.

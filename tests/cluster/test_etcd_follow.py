@@ -16,7 +16,7 @@ from cluster.watch import shown
 from ipamd.member.addresses import changes
 from ipamd.member.follow import Follower
 from tests.cluster.loop import connected, looped, until
-from tests.cluster.relay import Relay
+from tests.cluster.relay import relayed
 from tests.etcd import VERSIONS, EtcdCluster
 
 pytestmark = pytest.mark.kernel
@@ -41,6 +41,7 @@ class Seen:
 
     def __init__(self, etcd: Etcd) -> None:
         self.lists: list[list[str]] = []
+        self.went_back: list[bool] = []  # at each list
         self.changes: list[str] = []
         self.ranges = 0
         self.follower = Follower(etcd, "n/", self._listed, self._changed)
@@ -54,9 +55,13 @@ class Seen:
 
     async def _listed(self, pairs: Sequence[Pair], _revision: int) -> None:
         self.lists.append([pair.key for pair in pairs])
+        self.went_back.append(self.follower.went_back)
 
     async def _changed(self, events: Sequence[Event]) -> None:
         self.changes += [f"{event.kind} {event.pair.key}" for event in events]
+
+    async def until_listed(self, times: int) -> None:
+        await until(lambda: asyncio.sleep(0, len(self.lists) == times), f"list {times}")
 
     async def until(self, *wanted: str) -> None:
         async def told() -> bool:
@@ -79,11 +84,7 @@ async def following(etcd: Etcd) -> AsyncIterator[Seen]:
 
 @looped
 async def test_a_broken_connection_costs_no_list(three: EtcdCluster, prefix: str) -> None:
-    async with (
-        Relay(three.sockets[0]) as relay,
-        connected(three.sockets, prefix) as writer,
-        connected((relay.endpoint,), prefix) as etcd,
-    ):
+    async with relayed(three.sockets, prefix) as (relay, etcd, writer):
         await writer.put("n/old", b"")
         async with following(etcd) as seen:
             wanted = []
@@ -105,11 +106,7 @@ async def test_a_broken_connection_costs_no_list(three: EtcdCluster, prefix: str
             await writer.compact(await writer.put("n/new", b"2"))
             assert revision
             relay.heal()
-
-            async def listed() -> bool:
-                return len(seen.lists) == 2
-
-            await until(listed, "a second list")
+            await seen.until_listed(2)
             assert (seen.lists[1], seen.ranges) == (["n/new", "n/old"], 2)
 
 
@@ -195,23 +192,11 @@ async def test_a_history_that_went_back_is_said_and_listed_once_more(three: Etcd
     async with connected(three.sockets, prefix) as etcd:
         await etcd.put("n/a", b"")
         async with following(etcd) as seen:
-            said: list[bool] = []
-            listed = seen.follower._listed
-
-            async def noting(pairs: Sequence[Pair], revision: int) -> None:
-                said.append(seen.follower.went_back)
-                await listed(pairs, revision)
-
-            seen.follower._listed = noting
             seen.follower.again()
-
-            async def again() -> bool:
-                return len(seen.lists) == 2
-
-            await until(again, "a second list")
+            await seen.until_listed(2)
             await etcd.put("n/b", b"")
             await seen.until("put n/b")
-            assert (said, seen.follower.went_back, len(seen.lists)) == ([True], False, 2)
+            assert (seen.went_back, seen.follower.went_back) == ([False, True], False)
 
 
 @looped
@@ -221,22 +206,10 @@ async def test_a_history_that_went_back_is_noticed() -> None:
             for number in range(9):
                 await etcd.put(f"n/{number}", b"")
             async with following(etcd) as seen:
-                said: list[bool] = []
-                listed = seen.follower._listed
-
-                async def noting(pairs: Sequence[Pair], revision: int) -> None:
-                    said.append(seen.follower.went_back)
-                    await listed(pairs, revision)
-
-                seen.follower._listed = noting
                 cluster.kill("m1")
                 cluster.members["m1"].host.run(["rm", "-r", "/run/etcd/member"])
                 cluster.start("m1")
-
-                async def again() -> bool:
-                    return len(seen.lists) == 2
-
-                await until(again, "a second list")
+                await seen.until_listed(2)
                 await etcd.put("n/new", b"")
                 await seen.until("put n/new")
-                assert (said, seen.follower.went_back, seen.lists[1]) == ([True], False, [])
+                assert (seen.went_back, seen.follower.went_back, seen.lists[1]) == ([False, True], False, [])

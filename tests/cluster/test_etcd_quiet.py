@@ -14,7 +14,7 @@ import pytest
 import cluster.watch as watch_module
 from cluster.etcd import Batch
 from tests.cluster.loop import connected, looped, until
-from tests.cluster.relay import Relay
+from tests.cluster.relay import relayed
 from tests.etcd import EtcdCluster
 from tests.hosts import PATIENCE_S
 
@@ -95,11 +95,7 @@ async def test_an_answer_that_is_read_before_its_question_is_written(
 @looped
 async def test_a_watch_that_is_back_says_that_etcd_is(one: EtcdCluster, prefix: str) -> None:
     """Without any call, as on a node at rest."""
-    async with (
-        Relay(one.sockets[0]) as relay,
-        connected((relay.endpoint,), prefix) as etcd,
-        aclosing(etcd.watch("n/")) as watch,
-    ):
+    async with relayed(one.sockets, prefix) as (relay, etcd, _), aclosing(etcd.watch("n/")) as watch:
         await anext(watch)
         assert etcd.state.connected
         async with _awaited(watch):
@@ -143,9 +139,7 @@ async def test_a_silent_connection_is_left_once(
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(watch_module, "QUIET_S", 1.5)
     async with (
-        Relay(one.sockets[0]) as relay,
-        connected(one.sockets, prefix) as writer,
-        connected((relay.endpoint,), prefix) as etcd,
+        relayed(one.sockets, prefix) as (relay, etcd, writer),
         aclosing(etcd.watch("n/")) as watch,
         aclosing(etcd.watch("n/")) as other,
     ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,14 @@ def one() -> Iterator[EtcdCluster]:
         yield cluster
 
 
+@dataclass(frozen=True)
 class Held:
     """An address of an overlay network that a node holds, and its MACs."""
 
-    def __init__(self, etcd: Etcd, world: World, ip: str, default: str) -> None:
-        self.etcd = etcd
-        self.world = world
-        self.ip = ip
-        self.default = default
+    etcd: Etcd
+    world: World
+    ip: str
+    default: str
 
     def macs(self) -> Macs:
         """As after a start."""

@@ -206,22 +206,22 @@ async def test_a_pool_goes_with_its_network_only(one: EtcdCluster, tmp_path: Pat
         assert await a.in_etcd("web") == ""
 
 
+@pytest.mark.parametrize("who", [0, 1], ids=["its maker", "another node"])
 @looped
-async def test_half_a_network_of_an_older_version(one: EtcdCluster, tmp_path: Path) -> None:
+async def test_half_a_network_of_an_older_version(one: EtcdCluster, tmp_path: Path, who: int) -> None:
     """It is made whole by creating it again, and can be deleted."""
-    async with worlds(one, tmp_path) as (a, b):
-        for world in (a, b):
-            await a.create("blue", "198.18.1.0/24")
-            await a.etcd.delete(layout.POOLS + "blue")
-            await world.shared.create_overlay(
-                NetworkRecord("blue", "overlay", ("198.18.1.0/24",), bridge="nl-blue"),
-                PoolSpec(mode="cluster-address", range_sets=()),
-                lambda record, _others, _taken: record,
-            )
-            assert await a.in_etcd("blue") == "network pool"
-            await a.etcd.delete(layout.POOLS + "blue")
-            with pytest.raises(PreconditionError, match="has no pool"):
-                await b.shared.share("blue", "x")
-            await a.directory.delete("blue")
-            assert await a.in_etcd("blue") == ""
-            await a.mirror._list_pools([], 1 << 40)
+    async with worlds(one, tmp_path) as both:
+        a, b = both
+        await a.create("blue", "198.18.1.0/24")
+        await a.etcd.delete(layout.POOLS + "blue")
+        await both[who].shared.create_overlay(
+            NetworkRecord("blue", "overlay", ("198.18.1.0/24",), bridge="nl-blue"),
+            PoolSpec(mode="cluster-address", range_sets=()),
+            lambda record, _others, _taken: record,
+        )
+        assert await a.in_etcd("blue") == "network pool"
+        await a.etcd.delete(layout.POOLS + "blue")
+        with pytest.raises(PreconditionError, match="has no pool"):
+            await b.shared.share("blue", "x")
+        await a.directory.delete("blue")
+        assert await a.in_etcd("blue") == ""
