@@ -3,6 +3,9 @@
 A test that hangs fails after LIMIT_S with every thread's stack; should even that hang, the run ends LAST_RESORT_S
 later. SIGTERM ends a run as Ctrl-C does, so that fixtures still clean up; what SIGKILL left, the next run sweeps.
 
+With `-n 3` all this holds for each of the workers, the processes that run the tests: the one that shares out the tests
+waits, however it ends, until they have cleaned up. What a worker that died left is swept at the end of the run.
+
 At a desk a test may be skipped for a program that is not installed. In CI the set-up has to install them all: there a
 skip is a failure, unless it names a feature that the machine or its kernel lacks. In the virtual machine of tests/vm
 any skip is one: a test is there for what that kernel has.
@@ -10,16 +13,19 @@ any skip is one: a test is there for what that kernel has.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import signal
+import time
 from collections.abc import Generator, Iterator
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
 from tests import hosts
+from tests.machine import own_files
 
 LIMIT_S = float(os.environ.get("NETLOOM_TEST_LIMIT_S", "300"))
 LAST_RESORT_S = 60.0
@@ -33,24 +39,61 @@ _MACHINE = (
 )
 _FULL_KERNEL = os.environ.get("NETLOOM_FULL_KERNEL") == "1"
 _stderr = pytest.StashKey[int]()
+_workers = pytest.StashKey[set[Any]]()  # those at work, as xdist's WorkerControllers
+_own_files = pytest.StashKey[frozenset[str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_stderr] = os.dup(2)  # capturing is off at this moment: what is written here is seen
-    signal.signal(signal.SIGTERM, _terminated)
-    # A shell without job control starts what it puts in the background with these two ignored.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    config.stash[_workers] = set()
+    config.stash[_own_files] = own_files()
+    if getattr(config.option, "maxworkerrestart", "") is None:
+        # A worker that died ends the run: with --dist loadscope its successor would run into the same test.
+        config.option.maxworkerrestart = "0"
+    # A shell without job control starts what it puts in the background with SIGINT and SIGQUIT ignored.
+    if _is_worker(config):
+        signal.signal(signal.SIGTERM, _worker_interrupted)
+        signal.signal(signal.SIGINT, _worker_interrupted)
+    else:
+        signal.signal(signal.SIGTERM, _terminated)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     hosts.remove_scratch()
+    if config.getoption("numprocesses", None):  # the process that shares out the tests
+        _sweep(config)
     os.close(config.stash[_stderr])
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    for what in hosts.sweep():
-        os.write(session.config.stash[_stderr], f"left by a dead run: {what}\n".encode())
+    if not _is_worker(session.config):
+        _sweep(session.config)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    node.config.stash[_workers].add(node)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[_workers].discard(node)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Ends workers that are still at work as SIGTERM ends a run: xdist would kill them after 10 s."""
+    interrupted = session.config.stash[_workers]
+    for node in interrupted:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(node.gateway._rinfo().pid, signal.SIGTERM)
+    limit = time.monotonic() + LAST_RESORT_S
+    for node in interrupted:
+        # What a worker died of is told by xdist.
+        with contextlib.suppress(Exception):
+            node.channel.waitclose(max(0.0, limit - time.monotonic()))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -71,6 +114,17 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         faulthandler.cancel_dump_traceback_later()
         signal.signal(signal.SIGALRM, before)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """A test that leaves files on the machine itself fails."""
+    yield
+    before = item.config.stash[_own_files]
+    item.config.stash[_own_files] = after = own_files()
+    if after - before:
+        came = ", ".join(sorted(after - before))
+        pytest.fail(f"on the machine itself, outside of any host, came {came}: by this test or one beside it")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -94,5 +148,26 @@ def host() -> Iterator[hosts.Host]:
         yield fresh
 
 
+def _is_worker(config: pytest.Config) -> bool:
+    return hasattr(config, "workerinput")
+
+
+def _sweep(config: pytest.Config) -> None:
+    for what in hosts.sweep():
+        os.write(config.stash[_stderr], f"left by a dead run: {what}\n".encode())
+
+
 def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
+    signal.signal(signal.SIGTERM, _nothing)  # once is enough: the next would end the cleaning up
     pytest.exit("terminated", 143)
+
+
+def _worker_interrupted(_number: int, _frame: FrameType | None) -> NoReturn:
+    """Once only: Ctrl-C goes to all processes of a terminal, and SIGTERM comes after it (`pytest_sessionfinish`)."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _nothing)
+    raise KeyboardInterrupt
+
+
+def _nothing(_number: int, _frame: FrameType | None) -> None:
+    """Unlike SIG_IGN it does not go on to programs that are started later."""

@@ -40,8 +40,8 @@ CNI_BIN = "/opt/cni/bin"
 PROGRAM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
-# Short, because the path of a unix socket ends after 107 bytes.
-_DISK, _MEMORY = "/tmp", "/dev/shm"
+# Short, because the path of a unix socket ends after 107 bytes. Tests of sweeping need a place that nobody else sweeps.
+_DISK, _MEMORY = os.environ.get("NETLOOM_SCRATCH", "/tmp"), "/dev/shm"
 # The host's own. All of /run, so that locks and sockets of other programs are apart too.
 _FIXED = ("/run", "/var/lib/netloom", "/etc/netloom", "/opt/cni/bin", "/etc/cni/net.d", "/var/lib/cni")
 
@@ -629,7 +629,10 @@ def keep_in_memory() -> bool:
 
 
 def scratch() -> Path:
-    """The directory for all that this process's hosts write, made at first use: /tmp/netloom-<uid>-<pid>-<random>."""
+    """The directory for all that this process's hosts write, made at first use: /tmp/netloom-<uid>-<pid>-<random>.
+
+    NETLOOM_SCRATCH names another place than /tmp.
+    """
     if os.getpid() not in _own_scratch:
         _make_scratch(_DISK)
     return _own_scratch[os.getpid()]
@@ -650,10 +653,13 @@ def remove_scratch() -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def sweep() -> list[str]:
-    """Removes what dead runs of this user left behind, and says what that was. Safe beside runs that are alive."""
+def sweep(*places: str) -> list[str]:
+    """Removes what dead runs of this user left behind, and says what that was. Safe beside runs that are alive.
+
+    `places`: where it looks, instead of everywhere.
+    """
     done = []
-    left = [path for base in (_DISK, _MEMORY) for path in Path(base).glob(f"netloom-{os.geteuid()}-*")]
+    left = [path for base in places or (_DISK, _MEMORY) for path in Path(base).glob(f"netloom-{os.geteuid()}-*")]
     for path in sorted(left):
         with contextlib.suppress(FileNotFoundError):  # swept by another run in the same moment
             if path.is_symlink() or not path.is_dir() or path.stat().st_uid != os.geteuid() or _owner_lives(path):

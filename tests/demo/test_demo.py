@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,13 +18,17 @@ pytestmark = pytest.mark.kernel
 DEMO = [sys.executable, "-m", "demo"]
 
 
-def left_by(pid: int) -> set[str]:
-    """The scratch directories of one process: others may run beside us."""
-    return {path.name for path in Path("/tmp").glob(f"netloom-*-{pid}-*")}
+@pytest.fixture(autouse=True)
+def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where only these demos write and sweep: other runs begin at any time, and sweep then."""
+    with tempfile.TemporaryDirectory(prefix="demo-", ignore_cleanup_errors=True) as directory:
+        Path(directory).chmod(0o755)
+        monkeypatch.setenv("NETLOOM_SCRATCH", directory)
+        yield Path(directory)
 
 
-def run() -> tuple[int, str]:
-    """A demo from beginning to end in the C locale: its process id, and what it printed."""
+def run() -> str:
+    """What a demo prints in the C locale from beginning to end."""
     with subprocess.Popen(
         DEMO,
         cwd=ROOT,
@@ -35,11 +40,11 @@ def run() -> tuple[int, str]:
     ) as process:
         printed, complaint = process.communicate()
     assert (process.returncode, complaint) == (0, "")
-    return process.pid, printed
+    return printed
 
 
 @pytest.fixture
-def started() -> Iterator[subprocess.Popen[str]]:
+def started(place: Path) -> Iterator[subprocess.Popen[str]]:
     """A demo in the middle: one container is attached, the second is about to be."""
     process = subprocess.Popen(DEMO, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -54,42 +59,44 @@ def started() -> Iterator[subprocess.Popen[str]]:
         for stream in (process.stdout, process.stderr):
             if stream is not None:
                 stream.close()
-        sweep()
+        sweep(str(place))
 
 
-def test_all_of_it_holds_and_nothing_stays() -> None:
-    pid, printed = run()
+def test_all_of_it_holds_and_nothing_stays(place: Path) -> None:
+    printed = run()
     assert printed.isascii()
     assert "\x1b" not in printed
     assert printed.endswith("All of it held.\n")
     assert printed.count(" -> ") == (8 if IPV6 else 4)
-    assert not left_by(pid)
+    assert not list(place.iterdir())
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_interrupted_it_removes_everything(started: subprocess.Popen[str], number: signal.Signals, status: int) -> None:
+def test_interrupted_it_removes_everything(
+    place: Path, started: subprocess.Popen[str], number: signal.Signals, status: int
+) -> None:
     if signal.getsignal(number) is signal.SIG_IGN:
         pytest.skip(f"{number.name} is ignored here, as by nohup")
-    assert len(left_by(started.pid)) == 1
+    assert len(list(place.iterdir())) == 1
     started.send_signal(number)
     started.communicate()
     assert started.returncode == status
-    assert not left_by(started.pid)
+    assert not list(place.iterdir())
 
 
-def test_killed_it_leaves_what_the_next_one_sweeps(started: subprocess.Popen[str]) -> None:
-    mine = left_by(started.pid)
+def test_killed_it_leaves_what_the_next_one_sweeps(place: Path, started: subprocess.Popen[str]) -> None:
+    (left,) = place.iterdir()
     started.kill()
     started.communicate()
-    assert left_by(started.pid) == mine
-    _, printed = run()
-    assert f"left by a dead run: removed /tmp/{mine.pop()}" in printed
+    assert list(place.iterdir()) == [left]
+    assert f"left by a dead run: removed {left}\n" in run()
+    assert not list(place.iterdir())
 
 
-def test_a_reader_that_goes_away_is_no_mess(started: subprocess.Popen[str]) -> None:
+def test_a_reader_that_goes_away_is_no_mess(place: Path, started: subprocess.Popen[str]) -> None:
     assert started.stdout is not None
     started.stdout.close()
     started.stdout = None
     _, complaint = started.communicate()
     assert (started.returncode, complaint) == (1, "")
-    assert not left_by(started.pid)
+    assert not list(place.iterdir())
