@@ -21,7 +21,7 @@ from ipamd.listen import SocketPlace
 from kernel import paths, settings
 from kernel.errors import KernelError
 from kernel.session import Session
-from libnetwork import authorization, conflist, docker, http, messages, reconcile
+from libnetwork import authorization, conflist, docker, http, messages, reconcile, sticky
 from libnetwork.errors import DriverError
 from libnetwork.ipam_driver import DEFAULT_POOLS, IpamDriver
 from libnetwork.network_driver import NetworkDriver
@@ -76,6 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="SECONDS",
         help=f"how long Docker must not have a thing before it is removed; default: {reconcile.GRACE_S:g}",
     )
+    parser.add_argument(
+        "--sticky-overlays",
+        action="store_true",
+        help="addresses follow containers' names also in overlay networks that were made without -o sticky",
+    )
     parser.add_argument("--log-level", choices=log.LEVELS, default="info", help="default: info")
     parser.add_argument("--log-format", choices=log.FORMATS, default="text", help="default: text")
     arguments = parser.parse_args(argv)
@@ -103,22 +108,29 @@ async def _run(arguments: argparse.Namespace) -> None:
         ipam.await_releases()  # which is made last
 
     sharing = Sharing(state, own.client, arguments.docker, await_releases)
-    judge = authorization.Authorization(sharing, own.client, arguments.docker)
+    flights = sticky.Flights(state, arguments.docker, arguments.sticky_overlays)
+    judge = authorization.Authorization(sharing, flights, own.client, arguments.docker)
     path = tuple(arguments.cni_path.split(os.pathsep))
-    network = NetworkDriver(state, staging, own.session, path, arguments.conf_dir, sharing)
-    ipam = IpamDriver(state, own.client, own.session, arguments.default_pool or DEFAULT_POOLS, network.settle_address)
+    network = NetworkDriver(state, staging, own.session, path, arguments.conf_dir, sharing, flights)
+    pools = arguments.default_pool or DEFAULT_POOLS
+    ipam = IpamDriver(state, own.client, own.session, pools, network.settle_address, flights.who)
     with contextlib.suppress(DriverError):  # ipamd may start after us
         await asyncio.to_thread(ipam.recover)
-    reconciler = reconcile.Reconciler(
-        lambda: docker.look(arguments.docker, DRIVER), network, ipam, arguments.interval, arguments.grace
-    )
+
+    def look() -> docker.Truth:
+        found = docker.look(arguments.docker, DRIVER)
+        flights.tell()
+        return found
+
+    reconciler = reconcile.Reconciler(look, network, ipam, arguments.interval, arguments.grace)
     with ThreadPoolExecutor(_THREADS, "netloom-call") as executor, contextlib.ExitStack() as stack:
         stack.callback(state.close)
         stack.callback(ipam.close)
         stack.callback(network.close)
         stack.callback(judge.close)
+        stack.callback(flights.close)
         runner = web.AppRunner(
-            http.application(_calls(network, ipam, reconciler, sharing), executor, _IMMEDIATE, judge.routes()),
+            http.application(_calls(network, ipam, reconciler, sharing, flights), executor, _IMMEDIATE, judge.routes()),
             access_log=None,
             shutdown_timeout=30,
         )
@@ -143,10 +155,15 @@ async def _run(arguments: argparse.Namespace) -> None:
 
 
 def _calls(
-    network: NetworkDriver, ipam: IpamDriver, reconciler: reconcile.Reconciler, sharing: Sharing
+    network: NetworkDriver,
+    ipam: IpamDriver,
+    reconciler: reconcile.Reconciler,
+    sharing: Sharing,
+    flights: sticky.Flights,
 ) -> dict[str, http.Handler]:
     def activate(_: messages.Empty) -> dict[str, Any]:
         ipam.activate()
+        flights.activate()
         sharing.wake()
         # The last one is of no effect but where dockerd was told to ask (libnetwork.authorization).
         return {"Implements": ["NetworkDriver", "IpamDriver", authorization.IMPLEMENTS]}

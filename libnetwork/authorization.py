@@ -1,10 +1,11 @@
-"""Docker's authorization plugin: `docker network rm` of an overlay that is in use is refused, in words.
+"""Docker's authorization plugin: `docker network rm` of an overlay that is in use is refused, in words; and who is
+started is known before Docker wants an address (libnetwork.sticky).
 
 Docker removes a network whatever its driver answers (libnetwork.sharing), but asks such a plugin before. That is for
 hosts where dockerd has `--authorization-plugin=netloom`; without it Docker never calls us here.
 
 - Docker asks for each request of each client, and once more with the answer to it, and serves nobody whom we do not
-  answer: everything but that one request is answered in the event loop, without a look at anything.
+  answer: everything but these requests is answered in the event loop, without a look at anything.
 - This is no guard. Whatever cannot be judged is allowed; what happens then is what happens without the plugin. Nor are
   `docker network prune` and what the shim itself has Docker remove any of its business.
 - Judging one removal may take two seconds, or three while etcd is away, and asks Docker, who asks us whether it may
@@ -28,7 +29,9 @@ from ipamd.client import Client, IpamError
 from libnetwork import docker, http
 from libnetwork.errors import DriverError
 from libnetwork.ipam_driver import CLIENT
+from libnetwork.messages import Asked
 from libnetwork.sharing import Sharing
+from libnetwork.sticky import Flights
 from protos.ipam.v1 import ipam_pb2 as pb
 from telemetry import log
 
@@ -38,24 +41,25 @@ _THREADS = 4
 _TELL_S = 1.5  # how long another host may take to tell of what it released
 _POLL_S = 0.1
 _MOST_NAMED = 4  # of each host's
+_MOST_ANSWER = 4 << 20  # more than Docker tells of the requests that concern us, with its answer to them
 _ALLOW = b'{"Allow":true}'
 # As dockerd's router has it: with a version or without, on the decoded path.
 _NETWORK = re.compile(r"(?:/v[0-9.]+)?/networks/(.+)", re.DOTALL)
 
 
-class Asked(msgspec.Struct, frozen=True):
-    """AuthZReq, as far as it is looked at."""
+def asked_of(body: bytes) -> Asked:
+    """An empty one of what makes no sense: a repeated call comes without its arguments (libnetwork.http)."""
+    try:
+        return msgspec.json.decode(body, type=Asked)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return Asked()
 
-    method: str = msgspec.field(name="RequestMethod", default="")
-    uri: str = msgspec.field(name="RequestUri", default="")
 
-
-def removal(body: bytes) -> str:
+def removal(asked: Asked) -> str:
     """Which network a client wants to have removed: a name, an id or the beginning of one; "" for any other request."""
     try:
-        asked = msgspec.json.decode(body, type=Asked)
         path = unquote(urlsplit(asked.uri).path, errors="strict") if asked.method == "DELETE" else ""
-    except (msgspec.DecodeError, ValueError):  # a repeated call comes without its arguments: libnetwork.http
+    except ValueError:
         return ""
     found = _NETWORK.fullmatch(path)
     return found[1] if found else ""
@@ -64,9 +68,10 @@ def removal(body: bytes) -> str:
 class Authorization:
     """See the module."""
 
-    def __init__(self, sharing: Sharing, client: Callable[[], Client], docker_socket: str) -> None:
+    def __init__(self, sharing: Sharing, flights: Flights, client: Callable[[], Client], docker_socket: str) -> None:
         """`client` is the calling thread's."""
         self._sharing = sharing
+        self._flights = flights
         self._client = client
         self._docker = docker_socket
         self._executor = ThreadPoolExecutor(_THREADS, "netloom-judge")
@@ -84,9 +89,11 @@ class Authorization:
 
     async def _before(self, request: web.Request) -> web.Response:
         try:
-            name = removal(await request.read())
+            asked = asked_of(await request.read())
         except web.HTTPRequestEntityTooLarge:
-            name = ""
+            asked = Asked()
+        name = removal(asked)
+        await self._flights.before(asked)
         if not name or self._sharing.removing(name):
             return _answer(_ALLOW)
         began = time.monotonic()
@@ -97,8 +104,12 @@ class Authorization:
 
     async def _after(self, request: web.Request) -> web.Response:
         """With Docker's whole answer, of any size."""
-        async for _ in request.content.iter_any():
-            pass
+        body = bytearray()
+        async for part in request.content.iter_any():
+            if len(body) <= _MOST_ANSWER:
+                body += part
+        if len(body) <= _MOST_ANSWER:
+            self._flights.after(bytes(body))
         return _answer(_ALLOW)
 
     def _why_not(self, name: str) -> str:

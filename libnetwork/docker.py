@@ -3,14 +3,16 @@ hosts share are made and removed through it, too (libnetwork.sharing)."""
 
 import http.client
 import json
+import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
 SOCKET = "/var/run/docker.sock"
 _TIMEOUT_S = 10.0
+_ID = re.compile("[0-9a-f]{64}")
 
 
 class DockerAwayError(Exception):
@@ -169,6 +171,66 @@ def container(path: str, name: str) -> tuple[str, int] | None:
     return (str(found["Id"]), pid) if pid else None
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A container's in a network: ids, "" where it has none yet, and the addresses that its user named."""
+
+    network_id: str = ""
+    endpoint_id: str = ""
+    named: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """As Docker lists it. `state`: "created", "running", "paused", "restarting", "exited", …; `places` by the network's
+    name, or whatever else its user called it."""
+
+    id: str
+    name: str
+    state: str
+    places: Mapping[str, Place] = field(default_factory=dict)
+
+
+def containers(path: str, **filters: Sequence[str]) -> list[Container]:
+    """Those that a filter of Docker's lets through, as status=["restarting"]. The list waits for no container, whatever
+    is being done with it. Raises DockerAwayError."""
+    query = quote(json.dumps({name: list(values) for name, values in filters.items()}), safe="")
+    return [_container(found) for found in _get(path, f"/containers/json?all=1&filters={query}")]
+
+
+def find_container(path: str, name: str) -> Container | None:
+    """The one that Docker means by a name, an id, or the beginning of one. Raises DockerAwayError."""
+    name = name.removeprefix("/")
+    ways = [{"id": [name]}] if _ID.fullmatch(name) else [{"name": [f"^/?{re.escape(name)}$"]}, {"id": [name]}]
+    for filters in ways:
+        found = [one for one in containers(path, **filters) if one.name == name or one.id.startswith(name)]
+        if len(found) == 1:
+            return found[0]
+    return None
+
+
+def is_let_alone(path: str, id: str, timeout_s: float) -> bool:  # noqa: A002 - Docker's word
+    """Whether Docker tells of a container, or that there is none, within this time: it does not while it starts the
+    container, or connects it. Raises DockerAwayError where it cannot be asked."""
+    try:
+        return _ask(path, f"/containers/{quote(id, safe='')}/json", timeout_s=timeout_s)[0] in (200, 404)
+    except DockerAwayError as error:
+        if isinstance(error.__cause__, TimeoutError):
+            return False
+        raise
+
+
+def _container(found: Mapping[str, Any]) -> Container:
+    places = {}
+    for name, place in ((found.get("NetworkSettings") or {}).get("Networks") or {}).items():
+        wishes = place.get("IPAMConfig") or {}
+        addresses = tuple(filter(None, (wishes.get("IPv4Address"), wishes.get("IPv6Address"))))
+        places[name] = Place(place.get("NetworkID") or "", place.get("EndpointID") or "", addresses)
+    # Others are those by which linked containers call it: /other/alias.
+    name = next((one[1:] for one in found.get("Names") or () if one.count("/") == 1), "")
+    return Container(str(found["Id"]), name, str(found.get("State", "")), places)
+
+
 def _get(path: str, what: str) -> list[dict[str, Any]]:
     status, found = _ask(path, what)
     if status != 200 or not isinstance(found, list):
@@ -176,8 +238,10 @@ def _get(path: str, what: str) -> list[dict[str, Any]]:
     return found
 
 
-def _ask(path: str, what: str, verb: str = "GET", body: Mapping[str, Any] | None = None) -> tuple[int, Any]:
-    connection = _Connection(path)
+def _ask(
+    path: str, what: str, verb: str = "GET", body: Mapping[str, Any] | None = None, timeout_s: float = _TIMEOUT_S
+) -> tuple[int, Any]:
+    connection = _Connection(path, timeout_s)
     try:
         headers = {"Host": "docker", "Content-Type": "application/json"}
         connection.request(verb, what, json.dumps(body) if body is not None else None, headers)
@@ -191,11 +255,12 @@ def _ask(path: str, what: str, verb: str = "GET", body: Mapping[str, Any] | None
 
 
 class _Connection(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("docker", timeout=_TIMEOUT_S)
+    def __init__(self, path: str, timeout_s: float) -> None:
+        super().__init__("docker")
         self._path = path
+        self._timeout_s = timeout_s
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(_TIMEOUT_S)
+        self.sock.settimeout(self._timeout_s)
         self.sock.connect(self._path)

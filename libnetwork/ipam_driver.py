@@ -61,9 +61,11 @@ class IpamDriver:
         session: Callable[[], Session],
         default_pools: Iterable[str] = DEFAULT_POOLS,
         before_release: Callable[[str], None] = lambda _: None,
+        who: Callable[[str], str] = lambda _: "",
     ) -> None:
         """`client` and `session` are the calling thread's; `default_pools`: "CIDR", or "CIDR,prefix length of a part";
-        `before_release` returns when nobody has the address any more that Docker gives back.
+        `before_release` returns when nobody has the address any more that Docker gives back; `who`: the name of the
+        container that wants any address of a pool, if it is to get its former one (libnetwork.sticky).
 
         Raises DriverError for a default pool that is none.
         """
@@ -72,6 +74,7 @@ class IpamDriver:
         self._overlays = Overlays(client)
         self._session = session
         self._before_release = before_release
+        self._who = who
         self._default_pools = tuple(pool for text in default_pools for pool in _default(text))
         self._turn = threading.Lock()
         # After our own restart dockerd does not ask again: everything is somebody's.
@@ -282,9 +285,10 @@ class IpamDriver:
 
     def request_address(self, asked: RequestAddress) -> Answer:
         """The address that was named, or a free one; with the network's prefix length."""
+        is_gateway = (asked.options or {}).get("RequestAddressType") == _GATEWAY
+        address = asked.address
+        workload = "" if is_gateway or address else self._who(asked.pool_id)  # which asks Docker, and takes its time
         with self._turn:
-            is_gateway = (asked.options or {}).get("RequestAddressType") == _GATEWAY
-            address = asked.address
             self._overlays.taken(asked.pool_id)
             pool = self._overlays.pool(asked.pool_id)
             if pool is None:
@@ -307,7 +311,7 @@ class IpamDriver:
             holder = _GATEWAY_HOLDER if is_gateway else os.urandom(8).hex()
             key = pb.AttachmentKey(client=CLIENT, network=name, container_id=holder, ifname=_ADDRESS)
             try:
-                given = self._allocate(pool, key, [wanted] if wanted else [])
+                given = self._allocate(pool, key, [wanted] if wanted else [], workload)
             except IpamError as error:
                 raise DriverError(f"pool {pool.pool}: ipamd: {error.message}") from error
             address = _bare(given.addresses[0].cidr)
@@ -326,9 +330,9 @@ class IpamDriver:
             )
         return {"Address": gateway, "Data": {}}
 
-    def _allocate(self, pool: Pool, key: pb.AttachmentKey, wanted: list[str]) -> pb.AllocateResponse:
+    def _allocate(self, pool: Pool, key: pb.AttachmentKey, wanted: list[str], workload: str) -> pb.AllocateResponse:
         """Raises IpamError."""
-        asked: dict[str, Any] = {"pools": [key.network], "requested": wanted}
+        asked: dict[str, Any] = {"pools": [key.network], "requested": wanted, "workload": workload}
         if pool.overlay:
             asked["family"] = family(pool)  # Docker asks for each by itself
         if pool.overlay and wanted:
@@ -349,7 +353,7 @@ class IpamDriver:
         until = time.monotonic() + _LEAVING_S
         while True:
             try:
-                return self._client().allocate(key, **asked, workload=f"--ip {asked['requested'][0]}")
+                return self._client().allocate(key, **{**asked, "workload": f"--ip {asked['requested'][0]}"})
             except IpamError as error:
                 if error.code is not grpc.StatusCode.UNAVAILABLE or time.monotonic() > until:
                     raise

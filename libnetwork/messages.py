@@ -122,6 +122,15 @@ class ReleaseAddress(msgspec.Struct, frozen=True):
     address: str = msgspec.field(name="Address")
 
 
+class Asked(msgspec.Struct, frozen=True):
+    """AuthZReq and AuthZRes, as far as they are looked at: a request to Docker's own API. Docker sends the body where
+    that is JSON of less than 1 MiB."""
+
+    method: str = msgspec.field(name="RequestMethod", default="")
+    uri: str = msgspec.field(name="RequestUri", default="")
+    body: bytes | None = msgspec.field(name="RequestBody", default=None)
+
+
 class Collect(msgspec.Struct, frozen=True, rename="pascal"):
     """Netloom.Collect, a call of our own: `netloom gc` wants the comparison with Docker now."""
 

@@ -33,6 +33,7 @@ from kernel.session import Session
 from libnetwork import conflist, options, published
 from libnetwork.chain import Chain
 from libnetwork.errors import DriverError
+from libnetwork.ipam_driver import SPACE
 from libnetwork.locks import Locks
 from libnetwork.messages import (
     CreateEndpoint,
@@ -48,6 +49,7 @@ from libnetwork.overlays import pool_id
 from libnetwork.sharing import Sharing
 from libnetwork.staging import Staging
 from libnetwork.state import Ended, Endpoint, Network, Pool, State
+from libnetwork.sticky import Flights
 from telemetry import log
 
 _logger = logging.getLogger("netloom-docker")
@@ -68,6 +70,7 @@ class NetworkDriver:
         path: tuple[str, ...],
         conf_dir: str,
         sharing: Sharing,
+        flights: Flights,
     ) -> None:
         """`session`: the calling thread's; `path`: where the plugins' executables are."""
         self._state = state
@@ -76,6 +79,7 @@ class NetworkDriver:
         self._path = path
         self._conf_dir = conf_dir
         self._sharing = sharing
+        self._flights = flights
         self._locks = Locks()
         self._ender = ThreadPoolExecutor(_ENDERS, "netloom-end")
         self._ending_mutex = threading.Lock()
@@ -119,6 +123,10 @@ class NetworkDriver:
             tuple(pool.gateway for pool in pools if pool.gateway),
         )
         self._check_bridge(network)
+        if found.sticky and found.type != OVERLAY and all(pool.address_space != SPACE for pool in pools):
+            raise DriverError(
+                "option sticky=true: the addresses are not ours; add --ipam-driver netloom, or leave it out"
+            )
         if found.type == OVERLAY:
             network = self._sharing.admit(network, asked)
         network = conflist.adopt(network, self._conf_dir)
@@ -134,6 +142,7 @@ class NetworkDriver:
         self._state.put(network)
         if found.type == OVERLAY:
             self._sharing.created(network)
+        self._flights.tell()
         return {}
 
     def delete_network(self, asked: NetworkRef) -> Answer:
@@ -336,6 +345,7 @@ class NetworkDriver:
                 return {}
             self._state.put(msgspec.structs.replace(endpoint, ended=True))
         self._end(endpoint)
+        self._flights.leaves(endpoint.id)
         return {}
 
     def _end(self, endpoint: Endpoint) -> None:

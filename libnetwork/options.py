@@ -25,7 +25,7 @@ _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
 class NetworkOptions(msgspec.Struct, frozen=True):
-    """A network as it was asked for. "" and 0 stand for what was not said."""
+    """A network as it was asked for. "", 0 and None stand for what was not said."""
 
     type: str = "bridge"
     network: str = ""
@@ -38,6 +38,7 @@ class NetworkOptions(msgspec.Struct, frozen=True):
     prefix: str = "eth"
     parent: str = ""
     macvlan_mode: str = "bridge"
+    sticky: bool | None = None
     internal: bool = False
     ipv6: bool = False
 
@@ -56,6 +57,7 @@ _NAMES = {
     "com.docker.network.container_iface_prefix": "prefix",
     "parent": "parent",
     "macvlan_mode": "macvlan_mode",
+    "sticky": "sticky",
 }
 
 
@@ -90,7 +92,7 @@ def parse(options: Mapping[str, Any] | None) -> tuple[NetworkOptions, list[str]]
 
 
 def _value(name: str, field: str, text: str) -> object:
-    if field in ("icc", "masquerade"):
+    if field in ("icc", "masquerade", "sticky"):
         if text.lower() not in _BOOLEANS:
             raise DriverError(f"option {name}={text}: wanted true or false")
         return _BOOLEANS[text.lower()]

@@ -25,7 +25,7 @@ from ipaddress import ip_network
 import msgspec
 
 from ipamd.client import Client, IpamError
-from libnetwork import docker
+from libnetwork import docker, sticky
 from libnetwork.errors import DriverError
 from libnetwork.ipam_driver import SPACE
 from libnetwork.messages import CreateNetwork, IpamData
@@ -86,7 +86,7 @@ class Sharing:
 
     def start(self) -> None:
         """Begin to follow."""
-        self._problems = {one.id: one.text for one in self._state.all(Problem)}
+        self._problems = {one.id: one.text for one in self._state.all(Problem) if not sticky.is_ours(one)}
         self._thread.start()
 
     def stop(self) -> None:

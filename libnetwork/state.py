@@ -106,9 +106,10 @@ class Ended(msgspec.Struct, frozen=True):
 
 
 class Problem(msgspec.Struct, frozen=True):
-    """What keeps an overlay network from being in this host's Docker as it should, for `netloom status`."""
+    """What keeps an overlay network from being in this host's Docker as it should, or addresses from following names
+    (libnetwork.sticky), for `netloom status`."""
 
-    id: str  # the network's name for ipamd
+    id: str  # the network's name for ipamd; or "sticky-" and Docker's id
     text: str
 
 

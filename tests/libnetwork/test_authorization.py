@@ -20,10 +20,12 @@ import pytest
 from ipamd.client import IpamError
 from libnetwork import docker
 from libnetwork import http as shim
-from libnetwork.authorization import Authorization, removal
+from libnetwork.authorization import Authorization, asked_of, removal
 from libnetwork.errors import DriverError
+from libnetwork.messages import Asked
 from libnetwork.options import NetworkOptions
 from libnetwork.state import Network, State
+from libnetwork.sticky import Flights
 from protos.ipam.v1 import ipam_pb2 as pb
 from tests.libnetwork.test_http import ask, serving
 from tests.libnetwork.test_sharing import Host, Ipamd
@@ -51,11 +53,11 @@ def test_which_request_removes_a_network() -> None:
         "/networks/%ff": "",
         "": "",
     }.items():
-        assert removal(body(uri)) == name, uri
+        assert removal(asked_of(body(uri))) == name, uri
     for method, uri in (("GET", "/networks/ov1"), ("POST", "/v1.41/networks/prune"), ("POST", "/networks/ov1/connect")):
-        assert removal(body(uri, method)) == ""
-    for malformed in (b"", b"{", b"[]", b'{"RequestMethod": 7}', b"\xff"):
-        assert removal(malformed) == ""
+        assert removal(asked_of(body(uri, method))) == ""
+    for malformed in (b"", b"{", b"[]", b'{"RequestMethod": 7}', b'{"RequestBody": "?"}', b"\xff"):
+        assert removal(asked_of(malformed)) == ""
 
 
 class Members(Ipamd):
@@ -86,7 +88,7 @@ class Desk:
         self.here: dict[str, str] = {}
         self.pauses = 0
         self.meanwhile: Callable[[], object] = list  # of no effect
-        self.plugin = Authorization(host.sharing, lambda: ipamd, "/run/docker.sock")  # type: ignore[arg-type, return-value]
+        self.plugin = Authorization(host.sharing, Flights(host.state, ""), lambda: ipamd, "/run/docker.sock")  # type: ignore[arg-type, return-value]
         monkeypatch.setattr("libnetwork.docker.network", self._network)
         monkeypatch.setattr("libnetwork.docker.addresses", lambda _path, _network: self.here)
         monkeypatch.setattr("libnetwork.authorization.time.sleep", self._sleep)
@@ -215,7 +217,14 @@ class Judge(Authorization):
 
     def __init__(self, says: Callable[[str], str]) -> None:
         self._says = says
-        super().__init__(self, None, "")  # type: ignore[arg-type]
+        self.over: list[bytes] = []
+        super().__init__(self, self, None, "")  # type: ignore[arg-type]
+
+    async def before(self, asked: Asked) -> None:
+        """No container is of any interest."""
+
+    def after(self, body: bytes) -> None:
+        self.over.append(body)
 
     def removing(self, id: str) -> bool:  # noqa: A002
         return id == "own"
@@ -225,10 +234,10 @@ class Judge(Authorization):
 
 
 @contextmanager
-def answering(says: Callable[[str], str], path: str) -> Iterator[None]:
+def answering(says: Callable[[str], str], path: str) -> Iterator[Judge]:
     judge = Judge(says)
     with ThreadPoolExecutor(1) as executor, serving(shim.application({}, executor, (), judge.routes()), path):
-        yield
+        yield judge
     judge.close()
 
 
@@ -253,7 +262,7 @@ def test_answers(path: str) -> None:
             raise DriverError("ipamd is away")
         return "it is in use" if name == "ov1" else ""
 
-    with answering(says, path):
+    with answering(says, path) as judge:
         assert ask(path, BEFORE, body("/v1.41/networks/ov1")) == (200, {"Allow": False, "Msg": "it is in use"})
         for name in ("web", "fault", "away", "own"):
             assert ask(path, BEFORE, body(f"/networks/{name}")) == ALLOWED
@@ -264,6 +273,7 @@ def test_answers(path: str) -> None:
         # Docker's answers, of any size: a long list of containers.
         long = body("/containers/json", "GET", ResponseBody="x" * (shim._LARGEST + 1))
         assert ask(path, AFTER, long) == ALLOWED
+        assert judge.over == [body("/networks/ov1")]
         assert ask(path, BEFORE, long) == ALLOWED
         assert asked == ["ov1", "web", "fault", "away"]
 

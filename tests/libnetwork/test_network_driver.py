@@ -30,6 +30,7 @@ from libnetwork.messages import (
 from libnetwork.network_driver import NetworkDriver
 from libnetwork.sharing import Sharing
 from libnetwork.state import Ended, Endpoint, Network, Problem, State
+from libnetwork.sticky import Flights
 from tests.libnetwork.conftest import Plugins, endpoint
 
 N, E = "n1" * 32, "e1" * 32
@@ -69,6 +70,7 @@ class Stage:
             (str(plugins.directory),),
             str(conf_dir),
             Sharing(state, lambda: None, "/run/docker.sock", lambda: None),  # type: ignore[arg-type, return-value]
+            Flights(state, "/run/docker.sock"),
         )
 
     def _move_out(self, _: Any, path: str, ifname: str) -> None:

@@ -32,6 +32,7 @@ def test_every_option_arrives() -> None:
         "com.docker.network.bridge.host_binding_ipv4": "127.0.0.1",
         "com.docker.network.driver.mtu": "1400",
         "com.docker.network.container_iface_prefix": "lan",
+        "sticky": "true",
         "type": "bridge",
     }
     found, _ = options.parse(
@@ -44,13 +45,14 @@ def test_every_option_arrives() -> None:
         host_binding="127.0.0.1",
         mtu=1400,
         prefix="lan",
+        sticky=True,
         internal=True,
         ipv6=True,
     )
     macvlan, _ = options.parse({GENERIC: {"type": "macvlan", "parent": "eth0.7", "macvlan_mode": "vepa"}})
     assert macvlan == NetworkOptions(type="macvlan", parent="eth0.7", macvlan_mode="vepa")
     assert parse(com__docker__network__mtu="68").mtu == 68
-    assert parse(conflist="mine").conflist == "mine"
+    assert parse(conflist="mine", sticky="0") == NetworkOptions(conflist="mine", sticky=False)
 
 
 def test_every_name_is_read_by_some_field() -> None:
