@@ -1,11 +1,11 @@
-"""A node's clients: allocate and release as fast as they can, and write down when they sent and heard what.
+"""A node's clients: allocate and release without end, and write down when they sent and heard what.
 
     python -m tests.cluster.clients SOCKET LOG NODE POOL=[SUBNET]...
 
 One thread with a connection of its own for each POOL. It has slots, each with a key that it uses again and again, as
 restarted containers do. It picks a slot at random: an empty one allocates, a held one releases. Now and then it asks
 for an address of SUBNET by its number, asks again for what it has, or repeats a release of a generation that is long
-gone, which must free nothing.
+gone, which must free nothing. After each answer it rests for a random time, of `--rest` seconds at most.
 
 Lines on standard input: "go" begins; "stop" ends it: what has no clear outcome is released, again and again until that
 is answered, and what it owns stays owned; then "stopped" is printed. The log is as `judge` wants it; each line is
@@ -67,6 +67,7 @@ class Thread:
     def __init__(self, given: argparse.Namespace, log: Log, index: int) -> None:
         self._client = Client(given.socket, timeout_s=given.timeout)
         self._log = log
+        self._rest_s: float = given.rest
         self._next = iter(range(index, sys.maxsize, len(given.pools)))
         self._pool, _, subnet = given.pools[index].partition("=")
         self._random = random.Random(f"{given.node} {index}")
@@ -85,6 +86,8 @@ class Thread:
                 done = self.release(slot)
             if not done:
                 stop.wait(_PAUSE_S)
+            elif self._rest_s:
+                stop.wait(self._rest_s * self._random.random())
 
     def finish(self) -> None:
         """Raises TimeoutError where something keeps being refused."""
@@ -150,11 +153,11 @@ class Thread:
 class Clients:
     """The clients of one node, as a process; for the test. They end with the test's process."""
 
-    def __init__(self, node: str, socket: Path, log: Path, pools: Mapping[str, str]) -> None:
+    def __init__(self, node: str, socket: Path, log: Path, pools: Mapping[str, str], rest_s: float = 0.0) -> None:
         """`pools`: name → subnet of which they ask for single addresses; "": they do not."""
         self.node = node
         self.log = log
-        argv = [sys.executable, "-m", "tests.cluster.clients", str(socket), str(log), node]
+        argv = [sys.executable, "-m", "tests.cluster.clients", str(socket), str(log), node, f"--rest={rest_s}"]
         argv += [f"{name}={subnet}" for name, subnet in pools.items()]
         # Real ones share no processor with etcd, whose leader would be lost for want of time.
         argv = ["setpriv", "--pdeathsig", "KILL", "nice", "-n", "15", *argv]
@@ -196,6 +199,7 @@ def arguments() -> argparse.Namespace:
         parser.add_argument(name)
     parser.add_argument("pools", nargs="+")
     parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--rest", type=float, default=0.0)
     parser.add_argument("--timeout", type=float, default=5.0)  # a plugin's
     return parser.parse_args()
 

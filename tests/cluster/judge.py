@@ -118,6 +118,26 @@ def read(files: Iterable[Path]) -> list[dict[str, Any]]:
     return sorted(events, key=lambda event: (event["t"], event["e"] == "got"))
 
 
+class Tail:
+    """What is written to a log from now on."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._at = file.stat().st_size if file.exists() else 0
+        self._rest = b""
+
+    def read(self) -> list[dict[str, Any]]:
+        """The lines that came whole since the last time."""
+        if not self._file.exists():
+            return []
+        with self._file.open("rb") as log:
+            log.seek(self._at)
+            found = log.read()
+        self._at += len(found)
+        *lines, self._rest = (self._rest + found).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+
 def judge(events: Iterable[Mapping[str, Any]], bearable: frozenset[str] = BEARABLE) -> Verdict:
     """Reads events in the order of time."""
     verdict = Verdict()

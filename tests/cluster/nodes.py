@@ -25,7 +25,7 @@ from ipamd.client import Client, IpamError
 from protos.ipam.v1 import ipam_pb2 as pb
 from protos.ipam.v1 import ipam_pb2_grpc
 from tests.cluster.clients import NETWORK, Clients
-from tests.cluster.judge import Verdict, judge, read
+from tests.cluster.judge import Tail, Verdict, judge, read
 from tests.etcd import EtcdCluster
 from tests.hosts import Host, HostError, Ipamd, wait_until
 
@@ -75,7 +75,8 @@ class Fleet:
     """Use it as a context manager: it returns when every node serves and knows the pools.
 
     `pools`: name → the message's fields, as `pb.PoolSpec` takes them. `ask_for`: pool → subnet of which clients ask for
-    single addresses. `environments`: node → variables of its ipamd.
+    single addresses. `environments`: node → variables of its ipamd. `rest_s`: how long clients rest after an answer at
+    most.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Fleet:
         ask_for: Mapping[str, str] | None = None,
         environments: Mapping[str, Mapping[str, str]] | None = None,
         config: Mapping[str, Mapping[str, object]] | None = None,
+        rest_s: float = 0.0,
     ) -> None:
         self.etcd = etcd
         self.pools = dict(pools)
@@ -95,6 +97,7 @@ class Fleet:
         self._ask_for = ask_for or {}
         self._environments = environments or {}
         self._config = config or {}
+        self._rest_s = rest_s
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -107,7 +110,7 @@ class Fleet:
                 ipamd.env = dict(self._environments.get(name, {}))
                 ipamd.launch()
                 pools = {pool: self._ask_for.get(pool, "") for pool in self.pools}
-                clients = Clients(name, host.path(ipamd.socket), host.directory / "clients.log", pools)
+                clients = Clients(name, host.path(ipamd.socket), host.directory / "clients.log", pools, self._rest_s)
                 stack.callback(clients.kill)
                 self.nodes[name] = Node(name, host, ipamd, clients)
             for node in self.nodes.values():
@@ -143,18 +146,19 @@ class Fleet:
     def until_served(self, *pools: str) -> None:
         """Under load: returns when each node has given a new address of each of these pools (of all) from now on."""
         since_ns = time.monotonic_ns()
-        missing: list[str] = []
+        missing = {(name, pool) for name in self.nodes for pool in pools or self.pools}
+        tails = [Tail(node.clients.log) for node in self.nodes.values()]
 
         def served() -> bool:
-            verdict = self.verdict()
-            missing[:] = [
-                f"{pool} on {name}"
-                for pool in pools or self.pools
-                for name in self.nodes.keys() - verdict.granted(since_ns, time.monotonic_ns(), pool).keys()
-            ]
+            for event in (event for tail in tails for event in tail.read()):
+                if event["e"] == "got" and event["new"] and event["t"] >= since_ns:
+                    missing.discard((event["node"], event["p"]))
             return not missing
 
-        wait_until(served, "a new address on every node", lambda: ", ".join(sorted(missing)), _SETTLE_S)
+        def explain() -> str:
+            return ", ".join(sorted(f"{pool} on {name}" for name, pool in missing))
+
+        wait_until(served, "a new address on every node", explain, _SETTLE_S)
 
     def assert_sound(self) -> Verdict:
         """No address had two owners, none is lost, and every node finds its state in order. For a fleet at rest."""

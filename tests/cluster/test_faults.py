@@ -1,4 +1,4 @@
-"""Ten nodes allocate and release as fast as they can, while what a cluster rests on breaks.
+"""Ten nodes allocate and release hundreds of times a second, while what a cluster rests on breaks.
 
 After each fault: no address ever had two owners, none is lost, and `netloom ip check` is clean. See `judge`.
 """

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.cluster.judge import Verdict, judge, read
+from tests.cluster.judge import Tail, Verdict, judge, read
 
 
 def log(*lines: str) -> list[dict[str, Any]]:
@@ -143,3 +143,17 @@ def test_one_address_too_many_is_always_found(steps: list[tuple[int, int]], thie
     for owner, address in held.items():
         at = 2 * len(steps) + 1 + thief_at
         assert len(verdict(*lines, f"{at} thief 1 got c 1 10.0.0.{address}").problems) == 1, owner
+
+
+def test_the_tail_of_a_log(tmp_path: Path) -> None:
+    """Each line once, when it is whole; nothing of what was there before, and of no log nothing."""
+    file = tmp_path / "log"
+    assert Tail(file).read() == []
+    file.write_text('{"t":1}\n')
+    tail = Tail(file)
+    with file.open("a") as log:
+        for text, wanted in (('{"t":2}\n{"t"', [{"t": 2}]), (":3", []), ('}\n{"t":4}\n', [{"t": 3}, {"t": 4}])):
+            log.write(text)
+            log.flush()
+            assert tail.read() == wanted
+    assert tail.read() == []
