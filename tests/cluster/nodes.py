@@ -13,9 +13,11 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -159,6 +161,18 @@ class Fleet:
             return ", ".join(sorted(f"{pool} on {name}" for name, pool in missing))
 
         wait_until(served, "a new address on every node", explain, _SETTLE_S)
+
+    def until_heard(self, count: int, *kinds: str) -> None:
+        """Under load: returns when each node's clients had so many answers (of these kinds) from now on."""
+        tails = {node.clients.log: Tail(node.clients.log) for node in self.nodes.values()}
+        heard = Counter[Path]()
+
+        def enough() -> bool:
+            for log, tail in tails.items():
+                heard[log] += sum(event["e"] in (kinds or ("got", "freed", "no")) for event in tail.read())
+            return min(heard.values()) >= count
+
+        wait_until(enough, f"{count} answers on every node")
 
     def assert_sound(self) -> Verdict:
         """No address had two owners, none is lost, and every node finds its state in order. For a fleet at rest."""
