@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.docker.engine import Docker
+from tests.docker.engine import HASTY, Docker
 from tests.etcd import EtcdCluster
 from tests.hosts import Host, HostError, Ipamd
 from tests.many_hosts.fleet import LEASE_S, Netd
@@ -63,16 +63,14 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def clustered(
-    launcher: Path, dockerd: Mapping[str, Sequence[str]], subnet: str = "", grace: str = ""
-) -> Iterator[Cluster]:
-    """`dockerd`: arguments by host. `subnet`: the underlay's. `grace`: the shims', in seconds."""
+def clustered(launcher: Path, dockerd: Mapping[str, Sequence[str]], subnet: str = "") -> Iterator[Cluster]:
+    """`dockerd`: arguments by host. `subnet`: the underlay's."""
     with contextlib.ExitStack() as stack:
         underlay = stack.enter_context(Underlay("cluster", subnet) if subnet else Underlay("cluster"))
         made = Cluster(underlay, stack.enter_context(EtcdCluster(1, underlay=underlay)))
         for name, arguments in dockerd.items():
             docker = Docker(name, launcher, list(arguments))
-            docker.grace = grace or docker.grace
+            docker.shim_module = HASTY
             docker.is_patient = True
             stack.enter_context(docker)
             docker.ipamd.stop()

@@ -26,6 +26,7 @@ from libnetwork import http
 from libnetwork.chain import Chain
 from libnetwork.network_driver import NetworkDriver
 from libnetwork.state import State
+from tests.docker import hasty
 
 FAULT = Path("/run/fault")
 _PR_SET_PDEATHSIG = 1
@@ -58,6 +59,7 @@ def _around(owner: Any, name: str, before: str = "", after: str = "") -> None:
 
 
 def _serve() -> None:
+    hasty.install()
     served = http._call
 
     def call(name: str, *arguments: Any) -> Any:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.kernel
 
 @pytest.fixture(scope="module")
 def shared(launcher: Path) -> Iterator[Docker]:
-    with settled("loss", launcher, grace_s=3) as docker:
+    with settled("loss", launcher) as docker:
         yield docker
 
 
@@ -29,7 +29,7 @@ def shared(launcher: Path) -> Iterator[Docker]:
 def deserted(launcher: Path) -> Iterator[tuple[Docker, subprocess.Popen[str]]]:
     """A host where a container is being removed, and the shim is away. Docker gives up on each of its four calls after
     15 s: so this begins before the other tests, which need not wait for it."""
-    with settled("deserted", launcher, grace_s=3) as docker:
+    with settled("deserted", launcher) as docker:
         docker.network("web", "--subnet", "10.51.0.0/24")
         docker.start("one", "--network", "web")
         docker.stop_shim(signal.SIGKILL)
@@ -68,7 +68,8 @@ def test_dockerd_is_killed_with_running_containers(docker: Docker) -> None:
     docker.start("one", "--network", "web", "--ip", "10.52.0.50")
     docker.stop_dockerd(signal.SIGKILL)
     docker.start_dockerd()
-    wait_until(lambda: not docker.state()["endpoints"], "the endpoint to go", docker.shim_log)
+    with docker.hurry():
+        wait_until(lambda: not docker.state()["endpoints"], "the endpoint to go", docker.shim_log)
     docker.docker("start", "one")
     assert docker.address("one", "web") == "10.52.0.50"
     docker.inside("one", "ping", "-c1", "10.52.0.1")
@@ -81,7 +82,8 @@ def test_both_are_killed(docker: Docker) -> None:
     docker.stop_dockerd(signal.SIGKILL)
     docker.start_shim()
     docker.start_dockerd()
-    wait_until(lambda: not docker.state()["endpoints"], "the endpoint to go", docker.shim_log)
+    with docker.hurry():
+        wait_until(lambda: not docker.state()["endpoints"], "the endpoint to go", docker.shim_log)
     docker.docker("start", "one")
     docker.inside("one", "ping", "-c1", "10.53.0.1")
     assert len(docker.state()["endpoints"]) == 1
@@ -99,7 +101,8 @@ def test_what_docker_has_forgotten_goes(docker: Docker) -> None:
     docker.call("NetworkDriver.CreateEndpoint", **ids, Interface={"Address": address})
     taken = docker.call("NetworkDriver.Join", **ids)["InterfaceName"]["SrcName"]
     assert taken in docker.host.links()
-    wait_until(lambda: not any(docker.state().values()), "what Docker does not have to go", docker.shim_log)
+    with docker.hurry():
+        wait_until(lambda: not any(docker.state().values()), "what Docker does not have to go", docker.shim_log)
     assert docker.held() == []
     assert taken not in docker.host.links()
 
@@ -111,13 +114,13 @@ def test_nothing_is_removed_while_docker_does_not_answer(docker: Docker) -> None
     looks = docker.shim_log().count("cannot compare with Docker")  # it is said once
     docker.stop_dockerd(signal.SIGKILL)
     wait_until(lambda: docker.shim_log().count("cannot compare with Docker") > looks, "a look", docker.shim_log)
-    with pytest.raises(AssertionError):
-        wait_until(lambda: docker.state() != before, "a removal, which must not come", limit_s=6)
+    with docker.hurry(), pytest.raises(AssertionError):
+        wait_until(lambda: docker.state() != before, "a removal, which must not come", limit_s=3)
     docker.start_dockerd()
 
 
 def test_live_restore_keeps_containers_connected(launcher: Path) -> None:
-    with settled("restore", launcher, "--live-restore", grace_s=3) as docker:
+    with settled("restore", launcher, "--live-restore") as docker:
         docker.network("web", "--subnet", "10.56.0.0/24")
         docker.start("one", "--network", "web", "-p", "8080:80")
         address = docker.address("one", "web")
@@ -144,7 +147,7 @@ def test_netloom_gc_has_it_compared_at_once(docker: Docker) -> None:
 
     pool = docker.call("IpamDriver.RequestPool", Pool="10.57.0.0/24")["PoolID"]
     told = gc("--dry-run")
-    assert (told["error"], told["grace_s"]) == ("", 3)
+    assert (told["error"], told["grace_s"]) == ("", 60)
     assert ("pool", pool) in [(one["kind"], one["name"]) for one in told["suspected"] + told["removed"]]
     docker.stop_dockerd(signal.SIGKILL)
     assert "nothing was compared: Docker at" in gc()["error"]
@@ -153,7 +156,9 @@ def test_netloom_gc_has_it_compared_at_once(docker: Docker) -> None:
     docker.start_shim()
     docker.start_dockerd()
     gc()
-    wait_until(lambda: not docker.state()["pools"], "the pool to go", docker.shim_log)
+    assert docker.state()["pools"]
+    with docker.hurry():
+        wait_until(lambda: not docker.state()["pools"], "the pool to go", docker.shim_log)
     assert gc() == {**told, "removed": [], "suspected": []}
 
 
@@ -162,5 +167,6 @@ def test_a_container_that_went_while_the_shim_was_away(deserted: tuple[Docker, s
     assert removal.wait(2 * PATIENCE_S) == 0
     assert docker.state()["endpoints"]
     docker.start_shim()
-    wait_until(lambda: not docker.state()["endpoints"], "the endpoint to go", docker.shim_log)
-    wait_until(lambda: docker.held() == ["10.51.0.1/24"], "its address to come back", docker.shim_log)
+    with docker.hurry():
+        wait_until(lambda: not docker.state()["endpoints"], "the endpoint to go", docker.shim_log)
+        wait_until(lambda: docker.held() == ["10.51.0.1/24"], "its address to come back", docker.shim_log)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docker.engine import Docker, settled
+from tests.docker.engine import HASTY, Docker, settled
 from tests.hosts import HostError, wait_until
 from tests.runtimes import images
 from tests.runtimes.runtime_host import HOST_OUTSIDE, OUTSIDE
@@ -115,7 +115,9 @@ def test_ten_restarts_on_two_networks_with_published_ports(docker: Docker) -> No
 
 
 def test_the_power_goes(launcher: Path) -> None:
-    with Docker("power", launcher) as docker:
+    docker = Docker("power", launcher)
+    docker.shim_module = HASTY
+    with docker:
         docker.network("web", "--subnet", "10.88.0.0/24")
         docker.network("also", "--subnet", "10.89.0.0/24")
         docker.start("always", "--network", "web", "--restart", "always", "-p", "8080:80", "--ip", "10.88.0.50")
@@ -138,6 +140,7 @@ def test_the_power_goes(launcher: Path) -> None:
         )
         docker.assert_agreement()
         docker.remove_all()
-        wait_until(lambda: not any(docker.state().values()) and not docker.held(), "all to go", docker.shim_log)
+        with docker.hurry():
+            wait_until(lambda: not any(docker.state().values()) and not docker.held(), "all to go", docker.shim_log)
         assert not [link for link in docker.host.links() if link.startswith(("nl", "veth"))]
         assert not list(docker.host.path("/run/netloom/attachments").rglob("*@*"))

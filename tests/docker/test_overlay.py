@@ -72,7 +72,8 @@ class Pair:
         self.until(lambda one: not self._removed(one), "no network")
         for definition in json.loads(self.one.netloom("network", "list", "--json").stdout)["networks"]:
             self.one.netloom("network", "delete", definition["name"])
-        self.until(lambda one: not any(left(one)), "nothing")
+        with self.one.hurry(), self.two.hurry():
+            self.until(lambda one: not any(left(one)), "nothing")
 
     @staticmethod
     def _removed(docker: Docker) -> list[str]:
@@ -123,8 +124,7 @@ def refusal(docker: Docker, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def shared(launcher: Path) -> Iterator[Pair]:
-    # With 3 s a shim took endpoints away whose containers were still starting, on a machine with other work.
-    with clustered(launcher, {"host1": [], "host2": ["--live-restore"]}, grace="10") as cluster:
+    with clustered(launcher, {"host1": [], "host2": ["--live-restore"]}) as cluster:
         yield Pair(*cluster.dockers.values())
 
 
@@ -313,7 +313,8 @@ def test_daemons_end_and_begin(pair: Pair) -> None:
     # Here it ends.
     pair.one.stop_dockerd(signal.SIGKILL)
     pair.one.start_dockerd()
-    wait_until(lambda: not pair.one.held(), "its address to come back", pair.one.shim_log)
+    with pair.one.hurry():
+        wait_until(lambda: not pair.one.held(), "its address to come back", pair.one.shim_log)
     pair.one.docker("start", "ann")
     until_served(pair.one, "ann", bob, "bob")
     assert pair.two.held() == [f"{bob}/24"]

@@ -5,22 +5,19 @@ from __future__ import annotations
 
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
 
 from tests.docker.engine import DOCKER, Docker
-from tests.docker.three import NETWORKS, VNIS, Ask, Place, clean, known, placed, silent, web
+from tests.docker.three import NETWORKS, Ask, Place, clean, known, placed, silent, web
 from tests.hosts import PATIENCE_S, wait_until
 from tests.many_hosts.fleet import Pinger
 
 pytestmark = pytest.mark.kernel
-MANY = 50  # containers of each host
-AT_ONCE = 1  # of each host
 
 
 @pytest.fixture(scope="module")
@@ -78,67 +75,6 @@ def test_two_overlays_on_three_hosts(place: Place) -> None:
     assert ask("ov1-a", addresses["ov2"]["ov2-c"]) == ""
     # Docker goes on where podman has a container, and podman where Docker has.
     assert place.listed() == {address for found in addresses.values() for address in found.values()}
-
-
-def test_fifty_containers_on_each_host(place: Place) -> None:
-    """All have an address of their own, all are known and reached everywhere; and nothing is left of them."""
-    starts: list[list[Callable[[], object]]] = [[], [], []]
-    names: list[list[str]] = [[], [], []]
-    for number in range(MANY):
-        for index, letter in enumerate("abc"):
-            name = f"{letter}{number}"
-            names[index].append(name)
-            if letter == "c":
-                starts[index].append(partial(place.podman.start, name, "ov1"))
-            else:
-                starts[index].append(partial(place.both[index].start, name, "--network", "ov1"))
-    with ThreadPoolExecutor(AT_ONCE * len(starts)) as pool:
-        for one in [pool.submit(start) for three in zip(*starts, strict=True) for start in three]:
-            one.result()
-    places = [of_docker(docker, "ov1") for docker in place.both]
-    places.append(place.podman.addresses("ov1", *names[2]))
-    assert [sorted(found) for found in places] == [sorted(some) for some in names]
-    every = {address: name for found in places for name, address in found.items()}
-    assert len(every) == 3 * MANY
-    assert all(ip_address(address) in ip_network(NETWORKS["ov1"]) for address in every)
-    assert place.listed() == every.keys()
-    for host, found in zip(place.hosts, places, strict=True):
-        others = every.keys() - found.values()
-        wait_until(lambda h=host, o=others: known(h, "ov1") == (o, o), f"all others on {host.name}")  # type: ignore[misc]
-    where = [place.netns(place.one, "a0"), place.netns(place.two, "b0"), place.netns(place.podman, "c0")]
-    with ThreadPoolExecutor(len(where)) as pool:
-        assert list(pool.map(partial(silent, names=every), where)) == [[], [], []]
-        gone = [pool.submit(docker.docker, "rm", "-f", *some) for docker, some in zip(place.both, names, strict=False)]
-        gone.append(pool.submit(place.podman.remove_all))  # type: ignore[arg-type]
-        for each in gone:
-            each.result()
-    wait_until(lambda: not place.listed(), "all addresses to come back", lambda: str(place.listed()))
-    for host in place.hosts:
-        wait_until(partial(lacks_overlay, place, host.name, "ov1"), f"nothing on {host.name}")
-    left = [key for key in place.cluster.etcd.keys("/netloom/") if "/ov1#" in key and "/freed/" not in key]
-    assert not left
-    for docker in place.both:
-        assert not docker.state()["endpoints"] and not docker.held()
-
-
-def of_docker(docker: Docker, network: str) -> dict[str, str]:
-    """Addresses by container."""
-    shown = docker.docker(
-        "network", "inspect", "-f", "{{range .Containers}}{{.Name}} {{.IPv4Address}};{{end}}", network
-    )
-    pairs = (one.split() for one in shown.stdout.strip().rstrip(";").split(";"))
-    return {name: cidr.partition("/")[0] for name, cidr in pairs}
-
-
-def lacks_overlay(place: Place, name: str, network: str) -> bool:
-    """Whether a host has nothing of a network any more: no bridge, no tunnel, no container's interface or record."""
-    (host,) = (one for one in place.hosts if one.name == name)
-    links = host.links()
-    return not (
-        {f"nl-{network}", f"nl-vx{VNIS[network]}"} & links.keys()
-        or [link for link in links if link.startswith("veth")]
-        or any(host.path("/run/netloom/attachments").rglob("*@*"))
-    )
 
 
 def test_a_docker_host_dies_and_comes_back(place: Place) -> None:
