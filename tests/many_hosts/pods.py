@@ -11,15 +11,19 @@ with Pods() as pods:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from tests.hosts import Host, HostError, Ipamd, Netns, wait_until
+from ipamd.client import Client
+from tests.hosts import PATIENCE_S, CniCall, Host, HostError, Ipamd, Netns, wait_until
 from tests.many_hosts.fleet import LEASE_S, Container, Fleet
+
+_LATER = 11  # CNI's "try again later"
 
 
 def conf_of(network: str, ports: Sequence[tuple[int, int]] = (), **wishes: object) -> dict[str, Any]:
@@ -74,13 +78,20 @@ class Pods(Fleet):
     def try_netloom(self, number: int, *words: str) -> subprocess.CompletedProcess[str]:
         return self.host(number).run([sys.executable, "-m", "cli", *words], check=False)
 
+    def ipamd(self, number: int) -> Client:
+        """The API of a host's ipamd; to be closed."""
+        return Client(str(self.host(number).path(self.ipamds[number].socket)), PATIENCE_S)
+
     def until_known(self, network: str) -> None:
         """Until ipamd and netd of every host have heard of the network."""
         for number, netd in enumerate(self.netds, 1):
             wait_until(partial(self._known, number, network), f"{network} on {netd.host.name}", netd.log)
 
     def _known(self, number: int, network: str) -> bool:
-        return network in self.fabric(number) and self.try_netloom(number, "network", "show", network).returncode == 0
+        if network not in self.fabric(number):
+            return False
+        with self.ipamd(number) as client:
+            return network in (one.name for one in client.list_networks())
 
     def fabric(self, number: int) -> dict[str, Any]:
         """What netd of a host says to plugins, by network."""
@@ -101,12 +112,24 @@ class Pods(Fleet):
 
     def _add(self, number: int, netns: Netns, name: str, ifname: str, conf: dict[str, Any]) -> Container:
         """ADD. Where it fails, teardown removes the namespace."""
-        result = self.host(number).cni("ADD", "netloom", conf, container_id=name, netns=netns, ifname=ifname).result()
+        result = self.ask("ADD", number, conf, container_id=name, netns=netns, ifname=ifname).result()
         addresses = [str(ip["address"]).partition("/")[0] for ip in result["ips"]]
         four, six = ([a for a in addresses if (":" in a) is wanted] for wanted in (False, True))
         made = Container(netns, name, "".join(four), "".join(six))
         self._attached[name, ifname] = number, made, {**conf, "prevResult": result}
         return made
+
+    def ask(self, verb: str, number: int, conf: Mapping[str, Any], **more: Any) -> CniCall:
+        """The plugin's answer, as `Host.cni` has it; like a runtime, asks again where it is told to ask later."""
+        calls: list[CniCall] = []
+
+        def answered() -> bool:
+            calls.append(self.host(number).cni(verb, "netloom", conf, **more))
+            return calls[-1].status == 0 or calls[-1].code() != _LATER
+
+        with contextlib.suppress(HostError):
+            wait_until(answered, "another answer")
+        return calls[-1]
 
     def where(self, pod: Container) -> int:
         """The number of the container's host."""

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 
 import pytest
 
-from ipamd.client import Client
-from protos.ipam.v1 import ipam_pb2
 from tests.cni.chained.traffic import Query, ask, no_answer, serving, until
-from tests.hosts import IPV6, PATIENCE_S, Netns, wait_until
-from tests.many_hosts.fleet import Container, Fleet, Pinger, routes_of_netd, settle
-from tests.many_hosts.pods import Pods, conf_of, outside_of
+from tests.hosts import IPV6, Netns, wait_until
+from tests.many_hosts.fleet import Container, Pinger, routes_of_netd, settle
+from tests.many_hosts.pods import Pods, outside_of
 
 pytestmark = pytest.mark.kernel
 
@@ -135,14 +134,17 @@ def test_networks_are_apart_on_all_hosts_until_they_are_connected(
     fleet.until_ways(*webs)
     ways = [(one, web) for one in pods for web in webs] + [(web, one) for one in pods for web in webs]
 
-    def apart() -> None:
-        for one, others in [*((one, webs) for one in pods), *((web, pods) for web in webs)]:
-            assert set(no_answer(one.netns, *ports_of(*others))) == {""}
+    def answers(one: Container) -> set[str]:
+        return set(no_answer(one.netns, *ports_of(*(webs if one in pods else pods))))
 
-    with ExitStack() as servers:
+    def apart() -> bool:
+        """Of both families; they wait beside one another."""
+        return set().union(*waiting.map(answers, [*pods, *webs])) == {""}
+
+    with ExitStack() as servers, ThreadPoolExecutor(6) as waiting:
         for one in (*pods, *webs):
             servers.enter_context(serving(one.netns, one.id, "tcp:80"))
-        apart()
+        assert apart()
         fleet.netloom(1, "network", "connect", "pods", "web")
         for one, other in ways:
             until(one.netns, ("tcp", other.ipv4, 80), f"{other.id} {one.ipv4}")
@@ -151,9 +153,7 @@ def test_networks_are_apart_on_all_hosts_until_they_are_connected(
         for one in (*pods, *webs):
             fleet.check(one)
         fleet.netloom(3, "network", "disconnect", "web", "pods")
-        for one, other in ways:
-            until(one.netns, ("tcp", other.ipv4, 80), "")
-        apart()
+        wait_until(apart, "their parting")
         assert ask(pods[0].netns, *ports_of(pods[1]))[0] == f"{pods[1].id} {pods[0].ipv4}"
         for one in (*pods, *webs):
             fleet.check(one)
@@ -215,47 +215,3 @@ def test_another_backend_of_the_network(fleet: Pods, backend: str, pods: list[Co
         settle(0.5)
     results = [pinger.stop() for pinger in pingers]
     assert max(lost for _, lost in results) <= 5, results
-
-
-def test_without_etcd_netd_asks_its_own_ipamd() -> None:
-    """What was connected by who may not touch the kernel takes effect, too; and the MTU is the network's own."""
-    with Fleet("vxlan", segments=(0,)) as fleet:
-        host = fleet.host(1)
-        host.start_ipamd()
-        fleet.start()
-        with Client(str(host.path("/run/netloom/ipamd.sock")), PATIENCE_S) as ipamd, ExitStack() as stack:
-            for network, subnet, backend in (("pods", "10.2.0.0/16", "host-gw"), ("web", "10.3.0.0/16", "")):
-                wanted = ipam_pb2.Network(name=network, subnets=[subnet], backend=backend)
-                ipamd.create_network(ipam_pb2.CreateNetworkRequest(network=wanted))
-            file = host.path("/run/netloom/fabric.json")
-            wait_until(lambda: {"pods", "web"} <= json.loads(file.read_text())["networks"].keys(), "netd's knowledge")
-            found = {}
-            for network, mtu in (("pods", 1500), ("web", 1450)):
-                netns = found[network] = host.netns(network)
-                host.cni("ADD", "netloom", conf_of(network), container_id=network, netns=netns).ok()
-                assert netns.links()["eth0"]["mtu"] == mtu
-                stack.enter_context(serving(netns, network, "tcp:80"))
-            web: Query = ("tcp", "10.3.0.2", 80)
-            assert no_answer(found["pods"], web) == [""]
-            ipamd.connect_networks("pods", "web")
-            until(found["pods"], web, "web 10.2.0.2")
-            ipamd.connect_networks("pods", "web", undo=True)
-            until(found["pods"], web, "")
-            for network in found:
-                host.cni("DEL", "netloom", conf_of(network), container_id=network).ok()
-
-
-@pytest.mark.skipif(not IPV6, reason="no IPv6 on this machine")
-@pytest.mark.parametrize(("name", "segments", "mtu"), [("vxlan", (0, 0, 0), 1430), ("direct", (0, 0, 1), 1430)])
-def test_over_an_ipv6_underlay(name: str, segments: tuple[int, ...], mtu: int) -> None:
-    """IPv6 takes 20 bytes more; `direct` has tunnels to the second segment only."""
-    with Pods((6,), segments) as fleet:
-        fleet.start()
-        fleet.netloom(1, "network", "create", "pods", "--subnet", "10.2.0.0/16", *PODS6, "--backend", name)
-        fleet.until_known("pods")
-        made = [fleet.pod(number, "pods") for number in (1, 2, 3)]
-        fleet.until_ways(*made)
-        all_reach_all_with_their_own_addresses(made)
-        assert {one.netns.links()["eth0"]["mtu"] for one in made} == {mtu}
-        fleet.release_all()
-        fleet.netloom(1, "network", "delete", "pods")

@@ -13,7 +13,7 @@ from tests.cni.chained.test_firewall import bridge_netfilter, dropping
 from tests.cni.chained.traffic import ask, no_answer, serving
 from tests.hosts import IPV6, Netns, wait_until
 from tests.many_hosts.overlays import addresses, assert_apart, assert_reach, at_port_80, counted, resolve, state, web
-from tests.many_hosts.pods import Pods, outside_of
+from tests.many_hosts.pods import Pods, conf_of, outside_of
 from tests.many_hosts.test_podman import podman, prepare, start
 from tests.many_hosts.test_podman import web as web_of_podman
 from tests.runtimes import cgroups, images
@@ -140,8 +140,7 @@ def test_what_the_runtime_asks_for(fleet: Pods, released: None) -> None:
     assert "rate 1Gbit" in fleet.host(1).run(["tc", "qdisc", "show"]).stdout
     fleet.check(pod)
     taken = fleet.host(2).netns("taken")
-    conf = {"cniVersion": "1.1.0", "name": "ov1", "type": "netloom", "runtimeConfig": {"ips": wanted}}
-    refused = fleet.host(2).cni("ADD", "netloom", conf, container_id="taken", netns=taken)
+    refused = fleet.ask("ADD", 2, conf_of("ov1", ips=wanted), container_id="taken", netns=taken)
     assert refused.code() > 0
     assert "10.20.0.77" in refused.stdout
     assert "host1" in refused.stdout
