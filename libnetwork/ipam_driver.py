@@ -12,6 +12,7 @@ A network's `--ip-range` is a pool of its own, since only addresses that nobody 
 network, for gateways and `--ip`, is a second one. The pools of overlay networks are ipamd's own (libnetwork.overlays).
 """
 
+import contextlib
 import logging
 import os
 import threading
@@ -40,6 +41,7 @@ _MOST_POOLS = 65536
 _RELEASERS = 8  # threads
 _PATIENCE_S = 10.0
 _LEAVING_S, _LEAVING_POLL_S = 2.0, 0.02
+_REMEMBERED_S = _PATIENCE_S + _LEAVING_S
 SPACE = "netloom"
 _REST = ".rest"
 _GATEWAY_HOLDER = "gateway"
@@ -48,7 +50,7 @@ _GATEWAY = "com.docker.network.gateway"
 
 AnyNetwork = IPv4Network | IPv6Network
 Answer = dict[str, Any]
-Holder = tuple[pb.AttachmentKey, int]  # whose, and ipamd's generation
+Holder = tuple[pb.AttachmentKey, int, str]  # whose, ipamd's generation, and for which container's name
 
 
 class IpamDriver:
@@ -86,6 +88,8 @@ class IpamDriver:
         self._releaser = ThreadPoolExecutor(_RELEASERS, "netloom-release")
         # Taken back for somebody else, while Docker may still be about to give it back.
         self._taken_back: set[tuple[str, str]] = set()
+        # By pool, container's name and IP version: what was given back a moment ago, and when.
+        self._left: dict[tuple[str, str, int], tuple[str, float]] = {}
 
     def close(self) -> None:
         """Returns when nothing is under way."""
@@ -315,7 +319,7 @@ class IpamDriver:
             except IpamError as error:
                 raise DriverError(f"pool {pool.pool}: ipamd: {error.message}") from error
             address = _bare(given.addresses[0].cidr)
-            self._holders[name, address] = (key, given.generation)
+            self._holders[name, address] = (key, given.generation, workload)
             for ended in self._ended(pool):
                 if ended.address == address:  # it was released otherwise
                     self._state.remove(Ended, ended.id)
@@ -336,7 +340,11 @@ class IpamDriver:
         if pool.overlay:
             asked["family"] = family(pool)  # Docker asks for each by itself
         if pool.overlay and wanted:
-            return self._allocate_named(key, asked)
+            return self._allocate_named(key, {**asked, "workload": f"--ip {wanted[0]}"})
+        left, when = self._left.get((key.network, workload, asked.get("family", 0)), ("", 0.0))
+        if left and time.monotonic() - when < _REMEMBERED_S:
+            with contextlib.suppress(IpamError):  # somebody else has it
+                return self._allocate_named(key, {**asked, "requested": [left]})
         try:
             return self._client().allocate(key, **asked)
         except IpamError as error:
@@ -345,15 +353,15 @@ class IpamDriver:
         return self._client().allocate(key, **asked)
 
     def _allocate_named(self, key: pb.AttachmentKey, asked: dict[str, Any]) -> pb.AllocateResponse:
-        """An address of an overlay that the user named: a container that is restarted wants it back at once, on
-        whichever host. For who names it, it does not cool down; but etcd must have heard that it was given back.
+        """An address of an overlay that the user named, or that is the container's own: when that is restarted it wants
+        it back at once. It does not cool down for that workload; but etcd must have heard that it was given back.
 
         Raises IpamError.
         """
         until = time.monotonic() + _LEAVING_S
         while True:
             try:
-                return self._client().allocate(key, **{**asked, "workload": f"--ip {asked['requested'][0]}"})
+                return self._client().allocate(key, **asked)
             except IpamError as error:
                 if error.code is not grpc.StatusCode.UNAVAILABLE or time.monotonic() > until:
                     raise
@@ -406,7 +414,12 @@ class IpamDriver:
     def _forget(self, name: str, address: str) -> Holder | None:
         """How we gave it, if we did; not to be claimed by its old owner any more."""
         self._unclaimed.discard((name, address))
-        return self._holders.pop((name, address), None)
+        holder = self._holders.pop((name, address), None)
+        if holder is not None and holder[2]:
+            now = time.monotonic()
+            self._left = {place: left for place, left in self._left.items() if now - left[1] < _REMEMBERED_S}
+            self._left[name, holder[2], ip_address(address).version] = address, now
+        return holder
 
     def _release(self, name: str, address: str, known: Holder | None) -> None:
         client = self._client()
