@@ -16,6 +16,7 @@ finds the same file.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import secrets
@@ -27,17 +28,23 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Self, TypeVar
 
+from tests.nft_list import ruleset
+
+_T = TypeVar("_T")
 ROOT = Path(__file__).resolve().parent.parent
 IPV6 = os.environ.get("NETLOOM_NO_IPV6", "") != "1"
 # Generous: a loaded machine with two cores, or one that emulates its processor.
 PATIENCE_S = float(os.environ.get("NETLOOM_PATIENCE_S", "60"))
 CNI_BIN = "/opt/cni/bin"
 PROGRAM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+CLONE_NEWNET = 0x40000000  # linux/sched.h
+_LIBC = ctypes.CDLL(None, use_errno=True)
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 # Short, because the path of a unix socket ends after 107 bytes. Tests of sweeping need a place that nobody else sweeps.
@@ -435,14 +442,7 @@ class Host:
 
     def addresses(self, netns: Netns | None = None) -> dict[str, list[str]]:
         """The addresses of each interface, as CIDRs; link-local IPv6 (which comes when it likes) left out."""
-        return {
-            str(link["ifname"]): [
-                f"{address['local']}/{address['prefixlen']}"
-                for address in link.get("addr_info", ())
-                if not (address["family"] == "inet6" and address["scope"] == "link")
-            ]
-            for link in self._ip(["address"], netns)
-        }
+        return {str(link["ifname"]): _cidrs(link) for link in self._ip(["address"], netns)}
 
     def routes(self, netns: Netns | None = None) -> list[dict[str, Any]]:
         """Routes of all tables, IPv4 then IPv6; IPv6 link-local and multicast (which come when they like) left out."""
@@ -462,7 +462,7 @@ class Host:
 
     def nft(self) -> list[dict[str, Any]]:
         """The rule set, one object each, as `nft -j list ruleset` prints it; without the entry about nft itself."""
-        printed = self.run([sys.executable, "-I", "-S", str(ROOT / "tests/nft_list.py")]).stdout
+        printed = self._inside(ruleset)
         document = json.loads(printed) if printed.strip() else {"nftables": []}
         return [entry for entry in document["nftables"] if "metainfo" not in entry]
 
@@ -512,17 +512,29 @@ class Host:
 
     def _ip(self, arguments: Sequence[str], netns: Netns | None) -> list[dict[str, Any]]:
         argv = ["ip", "-j", *arguments]
-        printed = self.run(netns.command(argv) if netns else argv).stdout
+        printed = self.run(netns.command(argv)).stdout if netns else self._inside(lambda: _printed(argv))
         found: list[dict[str, Any]] = json.loads(printed or "[]")
         return [entry for entry in found if entry]  # ip 6.1 prints {} where it filtered something out
 
+    def _inside(self, work: Callable[[], _T]) -> _T:
+        """What `work` returns. It is called in a thread in the host's network namespace, so what it starts is there,
+        too; the mounts are this process's. Cheaper than a program that enters: many tests look at all of the host."""
+
+        def entered() -> _T:
+            if _LIBC.setns(self._net, CLONE_NEWNET) != 0:
+                raise HostError(f"cannot enter host {self.name}: {os.strerror(ctypes.get_errno())}")
+            return work()
+
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(entered).result()
+
     def _facts(self) -> Iterator[str]:
-        for name, link in self.links().items():
+        for link in self._ip(["-d", "address"], None):
+            name = link["ifname"]
             kind = link.get("linkinfo", {}).get("info_kind", "")
             up = "up" if "UP" in link["flags"] else "down"
             yield f"link {name}: {kind} {up} mtu {link['mtu']} master {link.get('master', '-')}"
-        for name, addresses in self.addresses().items():
-            for address in addresses:
+            for address in _cidrs(link):
                 yield f"address {name}: {address}"
         for route in self.routes():
             # Flags (linkdown, dead) follow the carrier.
@@ -744,6 +756,25 @@ def _dev_bin() -> Path:
     if not directory.exists():
         subprocess.run([sys.executable, "-I", str(ROOT / "build/devbin.py"), str(directory)], check=True)
     return directory
+
+
+def _printed(argv: Sequence[str]) -> str:
+    """By a program that needs no mounts of a host. Raises HostError with its output when its status is not 0."""
+    done = subprocess.run(
+        argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=2 * PATIENCE_S
+    )
+    if done.returncode != 0:
+        raise HostError(f"{' '.join(argv)} exited {done.returncode}\nstdout: {done.stdout}\nstderr: {done.stderr}")
+    return done.stdout
+
+
+def _cidrs(link: Mapping[str, Any]) -> list[str]:
+    """The addresses in an entry of `ip -j address`, without IPv6 link-local ones."""
+    return [
+        f"{address['local']}/{address['prefixlen']}"
+        for address in link.get("addr_info", ())
+        if not (address["family"] == "inet6" and address["scope"] == "link")
+    ]
 
 
 def _without(value: Any, keys: set[str]) -> Any:
