@@ -60,6 +60,16 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
+def pytest_collection(session: pytest.Session) -> None:
+    """Before any test is imported: an example that takes long tells of other work on the machine, not of our code."""
+    if session.config.pluginmanager.hasplugin("hypothesispytest"):
+        from hypothesis import HealthCheck, settings  # noqa: PLC0415 - not wanted where the plugin is off
+
+        patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+        settings.register_profile("netloom", patient)
+        settings.load_profile("netloom")
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     hosts.remove_scratch()
     if config.getoption("numprocesses", None):  # the process that shares out the tests
