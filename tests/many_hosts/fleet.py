@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -146,6 +146,28 @@ class Pinger:
         out, _ = self._process.communicate("\n", timeout=PATIENCE_S)
         sent, lost = map(int, out.split())
         return sent, lost
+
+
+def assert_loses(
+    most: int, containers: Sequence[Container], change: Callable[[], None], undo: Callable[[], None] = lambda: None
+) -> None:
+    """Between each two of these a change costs so many pings at most.
+
+    Hosts come to it one after the other. On a busy machine that may take longer than so many pings do, so it is made up
+    to four times (and undone before each but the first), until it costs no more: what is wrong costs more each time.
+    """
+    for attempt in range(4):
+        if attempt:
+            undo()
+        pingers = [Pinger(one.netns, other.ipv4) for one in containers for other in containers if one is not other]
+        settle()
+        change()
+        settle(1)
+        results = [pinger.stop() for pinger in pingers]
+        assert all(sent > 10 for sent, _ in results), results
+        if max(lost for _, lost in results) <= most:
+            return
+    raise HostError(f"wanted {most} lost pings at most, found {results} (sent, lost)")
 
 
 class Fleet:

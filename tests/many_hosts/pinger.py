@@ -41,8 +41,9 @@ def main(target: str, interval_s: float) -> None:
     deadline = float("inf")
     with socket.socket(family, socket.SOCK_RAW, protocol) as raw:
         raw.setblocking(False)
-        while time.monotonic() < deadline and not (stopping and not sent):
-            now = time.monotonic()
+        now = due
+        while now < deadline and not (stopping and not sent):
+            now = time.monotonic()  # what has come by then is read below, however long after the deadline that is
             if not stopping and now >= due:
                 sequence += 1
                 due += interval_s

@@ -15,13 +15,13 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from ipamd.client import Client
 from tests.hosts import PATIENCE_S, CniCall, Host, HostError, Ipamd, Netns, wait_until
-from tests.many_hosts.fleet import LEASE_S, Container, Fleet
+from tests.many_hosts.fleet import LEASE_S, Container, Fleet, Netd
 
 _LATER = 11  # CNI's "try again later"
 
@@ -39,6 +39,19 @@ def conf_of(network: str, ports: Sequence[tuple[int, int]] = (), **wishes: objec
     if wishes:
         conf["runtimeConfig"] = wishes
     return conf
+
+
+def answer(call: Callable[[], CniCall]) -> CniCall:
+    """The plugin's last word: like a runtime, asks again where it is told to ask later, as etcd took too long."""
+    calls: list[CniCall] = []
+
+    def answered() -> bool:
+        calls.append(call())
+        return calls[-1].status == 0 or calls[-1].code() != _LATER
+
+    with contextlib.suppress(HostError):
+        wait_until(answered, "another answer")
+    return calls[-1]
 
 
 class Pods(Fleet):
@@ -120,16 +133,8 @@ class Pods(Fleet):
         return made
 
     def ask(self, verb: str, number: int, conf: Mapping[str, Any], **more: Any) -> CniCall:
-        """The plugin's answer, as `Host.cni` has it; like a runtime, asks again where it is told to ask later."""
-        calls: list[CniCall] = []
-
-        def answered() -> bool:
-            calls.append(self.host(number).cni(verb, "netloom", conf, **more))
-            return calls[-1].status == 0 or calls[-1].code() != _LATER
-
-        with contextlib.suppress(HostError):
-            wait_until(answered, "another answer")
-        return calls[-1]
+        """The plugin's `answer`; `more` as `Host.cni` takes it."""
+        return answer(partial(self.host(number).cni, verb, "netloom", conf, **more))
 
     def where(self, pod: Container) -> int:
         """The number of the container's host."""
@@ -162,6 +167,12 @@ class Pods(Fleet):
         shown = json.loads(self.netloom(1, "network", "show", name, "--json").stdout)
         return f"nl-vx{shown['vni']}"
 
+    def until_fast(self, network: str, *numbers: int) -> None:
+        """Until an overlay's containers on these hosts are on the fast path, or netd says why not. At a port that is
+        about to join the kernel may lose a packet."""
+        for netd in (self.netd(number) for number in numbers):
+            wait_until(partial(_is_fast, netd, network), f"the fast path of {network}", netd.log)
+
     def until_ways(self, *pods: Container) -> None:
         """Until every host has a way to each of these: a host may have got its block just now."""
         for pod in pods:
@@ -179,6 +190,10 @@ class Pods(Fleet):
         """Whether a host has a route of netd's to the address, over this device."""
         found = host.run(["ip", "-j", "route", "get", address, "fibmatch"], check=False).stdout
         return any(one.get("protocol") == "110" and device in ("", one["dev"]) for one in json.loads(found or "[]"))
+
+
+def _is_fast(netd: Netd, network: str) -> bool:
+    return any(one.fast or one.fast_problem for one in netd.status().overlays if one.name == network)
 
 
 def outside_of(pods: Pods) -> Netns:

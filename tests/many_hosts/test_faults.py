@@ -5,11 +5,21 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
 from tests.hosts import Host, wait_until
-from tests.many_hosts.fleet import CONFIG, Container, Fleet, Pinger, routes_of_netd, settle, state_of_netd
+from tests.many_hosts.fleet import (
+    CONFIG,
+    Container,
+    Fleet,
+    Pinger,
+    assert_loses,
+    routes_of_netd,
+    settle,
+    state_of_netd,
+)
 
 pytestmark = pytest.mark.kernel
 
@@ -150,19 +160,17 @@ def test_another_backend_on_all_hosts_loses_at_most_five(before: str, after: str
         fleet.start()
         containers = [fleet.container(number) for number in (1, 2, 3)]
         fleet.all_reach_all(containers)
-        pingers = [Pinger(one.netns, other.ipv4) for one in containers for other in containers if one is not other]
-        settle()
-        fleet.backend = after
-        for host in fleet.hosts:
-            fleet.configure(host)
-        for netd in fleet.netds:
-            netd.reload()
-        for netd in fleet.netds:
-            wait_until(lambda netd=netd: netd.status().networks[0].backend == after, "the other backend")  # type: ignore[misc]
-        settle(1)
-        results = [pinger.stop() for pinger in pingers]
-        assert all(sent > 10 for sent, _ in results)
-        assert max(lost for _, lost in results) <= 5, results
+
+        def switch(backend: str) -> None:
+            fleet.backend = backend
+            for host in fleet.hosts:
+                fleet.configure(host)
+            for netd in fleet.netds:
+                netd.reload()
+            for netd in fleet.netds:
+                wait_until(lambda netd=netd: netd.status().networks[0].backend == backend, "the other backend")  # type: ignore[misc]
+
+        assert_loses(5, containers, partial(switch, after), partial(switch, before))
         ways = {one["dev"] for one in routes_of_netd(fleet.host(1))}
         assert ways == ({"nl-vx1"} if after == "vxlan" else {"eth0"})
 

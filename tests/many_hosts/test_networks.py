@@ -13,7 +13,7 @@ import pytest
 
 from tests.cni.chained.traffic import Query, ask, no_answer, serving, until
 from tests.hosts import IPV6, Netns, wait_until
-from tests.many_hosts.fleet import Container, Pinger, routes_of_netd, settle
+from tests.many_hosts.fleet import Container, Pinger, assert_loses, routes_of_netd, settle
 from tests.many_hosts.pods import Pods, outside_of
 
 pytestmark = pytest.mark.kernel
@@ -198,20 +198,22 @@ def test_etcd_away(fleet: Pods, backend: str, pods: list[Container]) -> None:
 
 
 def test_another_backend_of_the_network(fleet: Pods, backend: str, pods: list[Container]) -> None:
-    """Changed where it is defined: each host follows as soon as it hears of it."""
+    """Changed where it is defined, and changed back: each host follows as soon as it hears of it."""
     other = next(name for name in BACKENDS if name != backend)
-    pingers = [Pinger(one.netns, two.ipv4) for one in pods for two in pods if one is not two]
     key = "/netloom/networks/pods"
     before = fleet.etcd.etcdctl("get", "--print-value-only", key).strip()
-    for record, device in (
-        (json.dumps({**json.loads(before), "backend": other}), "eth0" if other == "host-gw" else "nl-vx1"),
-        (before, "eth0" if other == "vxlan" else "nl-vx1"),
-    ):
+
+    def put(record: str, name: str) -> None:
         fleet.etcd.etcdctl("put", key, record)
         for one in pods:
             for two, host in zip(pods, fleet.hosts, strict=True):
                 if one is not two:
+                    device = "eth0" if name == "host-gw" else "nl-vx1"
                     wait_until(partial(fleet.goes_by, host, one.ipv4, device), f"{one.ipv4} by {device}")
+
+    def both() -> None:
+        put(json.dumps({**json.loads(before), "backend": other}), other)
         settle(0.5)
-    results = [pinger.stop() for pinger in pingers]
-    assert max(lost for _, lost in results) <= 5, results
+        put(before, backend)
+
+    assert_loses(5, pods, both)

@@ -8,16 +8,16 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.hosts import IPV6, PATIENCE_S, ROOT, Host, HostError, Netns, wait_until
+from tests.hosts import IPV6, PATIENCE_S, ROOT, Host, Netns, wait_until
 from tests.many_hosts.fleet import CONFIG, LEASE_S, Container, Netd, Pinger, settle
 from tests.many_hosts.overlays import addresses, assert_reach, holds, state, web
-from tests.many_hosts.pods import Pods, conf_of
+from tests.many_hosts.pods import Pods, answer, conf_of
 from tests.warm.conftest import launcher
 from tests.warm.service import Service
 
@@ -137,6 +137,7 @@ def test_what_is_undone_by_hand_comes_back(fleet: Pods, device: str, pods: list[
 
 @pytest.mark.parametrize("ending", ["kill", "stop"])
 def test_a_restart_of_netd_loses_nothing(fleet: Pods, device: str, pods: list[Container], ending: str) -> None:
+    fleet.until_fast("ov1", 1, 2)
     pingers = [Pinger(pods[0].netns, address) for address in addresses(pods[1])]
     before = state(fleet.host(1), "ov1", device)
     getattr(fleet.netd(1), ending)()
@@ -152,6 +153,7 @@ def test_a_restart_of_netd_loses_nothing(fleet: Pods, device: str, pods: list[Co
 
 def test_etcd_away(fleet: Pods, device: str, pods: list[Container]) -> None:
     """Longer than leases last; a netd that starts meanwhile takes nothing away, nor does one when etcd is back."""
+    fleet.until_fast("ov1", 1, 2, 3)
     pingers = [Pinger(one.netns, other.ipv4) for one, other in zip(pods, (*pods[1:], pods[0]), strict=True)]
     before = [state(host, "ov1", device) for host in fleet.hosts]
     fleet.etcd.kill("m1")
@@ -163,15 +165,7 @@ def test_etcd_away(fleet: Pods, device: str, pods: list[Container]) -> None:
     finally:
         fleet.etcd.start("m1")
     # Whoever comes now is known everywhere: all have connected again, and have heard of all.
-    found: list[Container] = []
-
-    def added() -> bool:
-        with suppress(HostError):  # ipamd has not connected again yet
-            found.append(fleet.pod(3, "ov1"))
-        return bool(found)
-
-    wait_until(added, "an ADD")
-    more = found[0]
+    more = fleet.pod(3, "ov1")
     for number in (1, 2):
         wait_until(partial(holds, fleet.host(number), "ov1", more), "the new one", fleet.netd(number).log)
     assert_all_answer(pods[0], [more])
@@ -214,6 +208,7 @@ def test_who_waits_for_one_that_gets_a_mac_of_its_own_reaches_it(fleet: Pods, po
 
 
 def test_a_host_that_dies_and_comes_back(fleet: Pods, device: str, pods: list[Container]) -> None:
+    fleet.until_fast("ov1", 1, 2)
     pinger = Pinger(pods[0].netns, pods[1].ipv4)
     before = [state(host, "ov1", device) for host in fleet.hosts[:2]]
     fleet.netd(3).kill()
@@ -314,10 +309,7 @@ def test_many_containers_come_and_go(fleet: Pods, device: str, launcher: Path) -
 
         def call(verb: str, one: tuple[Service, Netns]) -> str:
             service, netns = one
-            for _ in range(20):
-                done = service.call(verb, conf, plugin="netloom", netns=netns, container_id=netns.name)
-                if done.status == 0 or done.code() != 11:  # CNI's word for another try: etcd took too long
-                    break
+            done = answer(lambda: service.call(verb, conf, plugin="netloom", netns=netns, container_id=netns.name))
             done.ok()
             return str(done.json["ips"][0]["address"]).partition("/")[0] if verb == "ADD" else ""
 
