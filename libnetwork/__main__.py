@@ -113,7 +113,7 @@ async def _run(arguments: argparse.Namespace) -> None:
     path = tuple(arguments.cni_path.split(os.pathsep))
     network = NetworkDriver(state, staging, own.session, path, arguments.conf_dir, sharing, flights)
     pools = arguments.default_pool or DEFAULT_POOLS
-    ipam = IpamDriver(state, own.client, own.session, pools, network.settle_address, flights.who)
+    ipam = IpamDriver(state, own.client, own.session, pools, network.settle_address, flights.who, flights.given)
     with contextlib.suppress(DriverError):  # ipamd may start after us
         await asyncio.to_thread(ipam.recover)
 

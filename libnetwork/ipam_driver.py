@@ -64,10 +64,12 @@ class IpamDriver:
         default_pools: Iterable[str] = DEFAULT_POOLS,
         before_release: Callable[[str], None] = lambda _: None,
         who: Callable[[str], str] = lambda _: "",
+        given: Callable[[str, str, str], None] = lambda *_: None,
     ) -> None:
         """`client` and `session` are the calling thread's; `default_pools`: "CIDR", or "CIDR,prefix length of a part";
         `before_release` returns when nobody has the address any more that Docker gives back; `who`: the name of the
-        container that wants any address of a pool, if it is to get its former one (libnetwork.sticky).
+        container that wants any address of a pool, if it is to get its former one; `given` hears of pool, address and
+        name then (libnetwork.sticky).
 
         Raises DriverError for a default pool that is none.
         """
@@ -76,7 +78,7 @@ class IpamDriver:
         self._overlays = Overlays(client)
         self._session = session
         self._before_release = before_release
-        self._who = who
+        self._who, self._given = who, given
         self._default_pools = tuple(pool for text in default_pools for pool in _default(text))
         self._turn = threading.Lock()
         # After our own restart dockerd does not ask again: everything is somebody's.
@@ -320,6 +322,8 @@ class IpamDriver:
                 raise DriverError(f"pool {pool.pool}: ipamd: {error.message}") from error
             address = _bare(given.addresses[0].cidr)
             self._holders[name, address] = (key, given.generation, workload)
+            if workload:
+                self._given(asked.pool_id, address, workload)
             for ended in self._ended(pool):
                 if ended.address == address:  # it was released otherwise
                     self._state.remove(Ended, ended.id)

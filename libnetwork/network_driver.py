@@ -269,6 +269,7 @@ class NetworkDriver:
                 answer["GatewayIPv6"] = gateways.get(6, "")
                 if not any(gateways.values()):
                     answer["DisableGatewayService"] = True
+        self._flights.joined(network.id, _bare(endpoint))
         return answer
 
     def _attach(self, network: Network, endpoint: Endpoint) -> Endpoint:

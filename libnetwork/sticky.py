@@ -6,7 +6,8 @@ way, each a flight, and which pools they are going to want an address of.
 
 - Flights that want an address of the same pool go one after the other: the next one when the one before has what it
   wants, or is over. A restart first stops its container, which may take long, and hinders nobody: it takes its turn
-  when the container's endpoint goes (`leaves`).
+  when the container's endpoint goes (`leaves`). One that is being attached to a first network asks for nothing until
+  that is done, and takes its turn anew then (`joined`): so the plugins of several may run at once.
 - Docker also starts containers by itself, where their restart policy says so. It lists these as restarting, so the ones
   of the pool's network count as well. Who is meant of several is found by Docker's own lock: it tells nothing of a
   container that it is starting, so whoever it does tell of is not the one.
@@ -21,8 +22,8 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -36,12 +37,16 @@ from libnetwork.state import Network, Pool, Problem, State
 from telemetry import log
 
 _logger = logging.getLogger("netloom-docker")
-PATIENCE_S = 10.0  # how long one flight waits for another
+PATIENCE_S = 10.0  # how long one flight keeps others waiting
+_MOST_S = 60.0  # how long one waits for all others
+_LOOK_S = 1.0
 _UNSURE_S = 30.0  # after the shim's start; a call of Docker's that was cut off is repeated for 15 s
 _BLIND_S = 3600.0  # Docker tells of no end where another authorization plugin refuses a request after us
 _TELLS_S = 1.0  # how long Docker may take to tell of a container that nobody works on
 _THREADS = 4
-_MOST_LEAVING = 16  # of the threads that serve Docker's calls
+# Of the 32 threads that serve Docker's calls, and wait there.
+_MOST_LEAVING, _MOST_JOINING = 12, 12
+_MOST_GOING = 8  # flights that do not have all that they want
 _RUNS = ("running", "paused")
 _PROBLEM = "sticky-"
 
@@ -101,7 +106,8 @@ def wish_of(asked: Asked) -> Wish | None:
 @dataclass(eq=False, slots=True)
 class _Flight:
     """`container`: its id, "" where it may be any. `wants`: pools of which it has not asked for an address yet;
-    `leaving`: endpoints that go before it does. `turn`: is done when it may go; None before it asks for its turn."""
+    `leaving`: endpoints that go before it does. `turn`: is done when it may go; None before it asks for its turn.
+    `given`: pools and addresses; `attaching`: it asks for nothing until it has been attached with one of these."""
 
     asked: Asked
     since: float
@@ -111,6 +117,8 @@ class _Flight:
     leaving: set[str] = field(default_factory=set)
     turn: Future[None] | None = None
     began: float = 0.0
+    given: set[tuple[str, str]] = field(default_factory=set)
+    attaching: bool = False
 
     @property
     def goes(self) -> bool:
@@ -136,6 +144,7 @@ class Flights:
         self._patience_s = patience_s
         self._executor = ThreadPoolExecutor(_THREADS, "netloom-sticky")
         self._leaving = threading.BoundedSemaphore(_MOST_LEAVING)
+        self._joining = threading.BoundedSemaphore(_MOST_JOINING)
         self._mutex = threading.Lock()  # of the three below
         self._flights: list[_Flight] = []
         self._queue: list[_Flight] = []  # those that have asked for their turn, in that order
@@ -166,10 +175,11 @@ class Flights:
         flight = await asyncio.get_running_loop().run_in_executor(self._executor, self._begin, asked, wish)
         if flight is None or flight.turn is None:
             return
-        try:
-            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(flight.turn)), self._patience_s)
-        except TimeoutError:
-            self._hurry(flight)
+        turn = asyncio.wrap_future(flight.turn)
+        until = time.monotonic() + _MOST_S
+        while not turn.done():
+            await asyncio.wait([turn], timeout=_LOOK_S)
+            self._look_again(flight, until)
 
     def after(self, body: bytes) -> None:
         """A request that is over: AuthZRes, as it came."""
@@ -192,25 +202,54 @@ class Flights:
             if flight is None:
                 return
             flight.leaving.clear()
-            turn = self._line_up(flight)
-        if self._leaving.acquire(blocking=False):
+            self._line_up(flight)
+        self._wait(flight, self._leaving)
+
+    def joined(self, network: str, addresses: Iterable[str]) -> None:
+        """A container has been attached to a network with these addresses; returns when Docker may go on with it."""
+        pools = self._sticky().get(network, {})
+        given = {(pool, address) for pool in pools for address in addresses}
+        with self._mutex:
+            flight = next((one for one in self._queue if one.attaching and not given.isdisjoint(one.given)), None)
+            if flight is None:
+                return
+            flight.attaching = False
+            if not flight.wants:
+                return
+            flight.turn = Future()
+            self._advance()
+        self._wait(flight, self._joining)
+
+    def _wait(self, flight: _Flight, places: threading.BoundedSemaphore) -> None:
+        """Returns when it is a flight's turn, or where nobody more may wait."""
+        turn = flight.turn
+        if turn is not None and places.acquire(blocking=False):
+            until = time.monotonic() + _MOST_S
             try:
-                turn.result(self._patience_s)
-            except TimeoutError:
-                pass
+                while not turn.done():
+                    wait([turn], _LOOK_S)
+                    self._look_again(flight, until)
             finally:
-                self._leaving.release()
+                places.release()
         self._hurry(flight)
+
+    def _look_again(self, flight: _Flight, until: float) -> None:
+        """Whoever is before it may have kept it waiting for too long by now."""
+        with self._mutex:
+            self._advance()
+        if time.monotonic() > until:
+            self._hurry(flight)
 
     def who(self, pool: str) -> str:
         """The name of the container for which Docker wants any address of a pool; "" where that is not certain, or not
         to count."""
-        networks = {network for network, pools in self._sticky().items() if pool in pools}
+        sticky = self._sticky()
+        networks = {network for network, pools in sticky.items() if pool in pools}
         if not networks:
             return ""
         with self._mutex:
             why = self._why_unsure()
-            flights = [one for one in self._queue if one.goes and pool in one.wants]
+            flights = [one for one in self._queue if one.goes and not one.attaching and pool in one.wants]
         try:
             flight = self._one_of(flights, networks, pool) if not why else None
         except docker.DockerAwayError as error:
@@ -221,9 +260,18 @@ class Flights:
             return ""
         with self._mutex:
             flight.wants.discard(pool)
+            # Docker asks for both families before it goes on.
+            flight.attaching = all(flight.wants.isdisjoint(sticky[network]) for network in networks)
             self._advance()
         log.event(_logger, "debug", "an address is wanted", pool=pool, container=flight.name)
         return flight.name
+
+    def given(self, pool: str, address: str, name: str) -> None:
+        """Which address a container got after `who`; without a length."""
+        with self._mutex:
+            for flight in self._queue:
+                if flight.name == name and flight.attaching:
+                    flight.given.add((pool, address))
 
     def _why_unsure(self) -> str:
         now = self._clock()
@@ -296,21 +344,27 @@ class Flights:
         found = docker.network(self._docker, name)
         return found.id if found is not None else ""
 
-    def _line_up(self, flight: _Flight) -> "Future[None]":
+    def _line_up(self, flight: _Flight) -> None:
         flight.turn = Future()
         self._queue.append(flight)
         self._advance()
-        return flight.turn
 
     def _advance(self) -> None:
         """Whoever waits for nobody goes."""
         now = self._clock()
-        taken: set[str] = set()
+        going = [one for one in self._queue if one.goes and one.wants]
+        taken = {
+            pool for one in going if not one.attaching and now - one.began < self._patience_s for pool in one.wants
+        }
+        places = _MOST_GOING - sum(now - one.began < _MOST_S for one in going)
         for flight in self._queue:
-            if flight.wants.isdisjoint(taken):
+            if flight.goes:
+                continue
+            is_new = not flight.given
+            if flight.wants.isdisjoint(taken) and (places > 0 or not is_new):
                 _let_go(flight, now)
-            if not flight.goes or now - flight.began < self._patience_s:
-                taken |= flight.wants
+                places -= is_new
+            taken |= flight.wants
 
     def _hurry(self, flight: _Flight) -> None:
         """It has waited for long enough."""

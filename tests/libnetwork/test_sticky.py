@@ -114,6 +114,16 @@ class Desk:
         """`is_blocked`."""
         return self.is_blocked(self.flights.before(post(f"/v1.41/containers/{name}/{verb}")))
 
+    def who(self, *pools: str) -> str:
+        """For whom these are, who then is attached with them; its name."""
+        (name,) = {self.flights.who(pool) for pool in pools}
+        given = [(pool, str(number)) for number, pool in enumerate(pools)]
+        for pool, address in given:
+            self.flights.given(pool, address, name)
+        for network in (WEB, TWO):
+            self.flights.joined(network, [address for _, address in given])
+        return name
+
     def over(self, name: str, verb: str = "start") -> None:
         body = {"RequestMethod": "POST", "RequestUri": f"/v1.41/containers/{name}/{verb}", "ResponseStatusCode": 204}
         self.flights.after(json.dumps(body).encode())
@@ -130,7 +140,7 @@ def test_one_start(desk: Desk) -> None:
     desk.container("web", WEB, TWO)
     assert not desk.start("web")
     assert desk.flights.who("docker-10.3.0.0_24") == ""
-    assert [desk.flights.who(pool) for pool in (POOL, POOL_TWO, POOL6)] == ["web"] * 3
+    assert desk.who(POOL, POOL6) == desk.who(POOL_TWO) == "web"
     assert desk.flights.who(POOL) == ""  # it has one
     desk.over("web")
     assert not desk.start("web")
@@ -142,7 +152,8 @@ def test_one_start(desk: Desk) -> None:
 def test_a_network_by_its_name_and_addresses_that_are_named(desk: Desk) -> None:
     desk.container("web", two=Place(), web=Place(named=("10.1.0.9",)), gone=Place())
     assert not desk.start("web")
-    assert [desk.flights.who(pool) for pool in (POOL, POOL6, POOL_TWO)] == ["", "web", "web"]
+    assert desk.flights.who(POOL) == ""
+    assert desk.who(POOL6) == desk.who(POOL_TWO) == "web"
     # It wants no other, so it keeps nobody waiting who does.
     desk.container("other", WEB)
     desk.container("both", web=Place(named=("10.1.0.9", "fd00::9")))
@@ -156,17 +167,67 @@ def test_they_go_one_after_the_other(desk: Desk) -> None:
     desk.container("two", TWO)
     desk.container("web", WEB)
     assert not desk.start("one")
-    assert desk.flights.who(POOL) == "one" and desk.flights.who(POOL6) == "one"
-    assert not desk.start("web")  # nobody else wants one of these any more
     assert desk.start("two")
     desk.locked = {"id-one", "id-two"}
     assert desk.flights.who(POOL_TWO) == ""  # it waited in vain, and now they are two
     desk.locked = {"id-two"}
-    assert desk.flights.who(POOL_TWO) == "two"  # the other one is not being started: Docker told of it
+    assert desk.who(POOL_TWO) == "two"  # the other one is not being started: Docker told of it
+    assert desk.who(POOL, POOL6) == "one"
+    assert not desk.start("web")  # nobody else wants one of these any more
     assert desk.flights.who(POOL) == "web"
     for name in ("one", "two", "web"):
         desk.over(name)
     assert desk.flights._flights == []
+
+
+def test_one_that_is_being_attached_keeps_nobody_waiting(desk: Desk) -> None:
+    desk.container("one", WEB, TWO)
+    desk.container("two", TWO, WEB)
+    assert not desk.start("one")
+    assert desk.flights.who(POOL) == "one"
+    desk.flights.given(POOL, "10.1.0.2", "one")
+    assert desk.start("two")  # the other family is still to come
+    desk.over("two")
+    assert desk.flights.who(POOL6) == "one"
+    desk.flights.given(POOL6, "fd00::2", "one")
+    assert not desk.start("two")
+    assert desk.flights.who(POOL_TWO) == "two"  # and not one's, though that wants one there, too
+    desk.flights.given(POOL_TWO, "10.2.0.2", "two")
+    desk.flights.joined(TWO, ["10.2.0.3"])  # nobody's
+    desk.flights.joined(PLAIN, ["10.2.0.2"])
+    desk.flights.joined(TWO, ["10.2.0.2"])
+    desk.flights.joined(WEB, ["10.1.0.2", "fd00::2"])  # nobody else who may ask for one wants its other one any more
+    assert desk.who(POOL_TWO) == "one"
+
+
+def test_whoever_was_attached_takes_its_turn(desk: Desk) -> None:
+    desk.container("one", WEB, TWO)
+    desk.container("two", TWO)
+    assert not desk.start("one")
+    desk.flights.who(POOL)
+    desk.flights.who(POOL6)
+    desk.flights.given(POOL6, "fd00::2", "one")
+    assert not desk.start("two")
+    with ThreadPoolExecutor(1) as pool:
+        going_on = pool.submit(desk.flights.joined, WEB, ["fd00::2"])
+        wait_until(lambda: not desk.flights._queue[0].goes, "its turn")
+        assert not going_on.done()
+        assert desk.who(POOL_TWO) == "two"
+        going_on.result(30)
+    assert desk.who(POOL_TWO) == "one"
+
+
+def test_not_too_many_go_at_once(desk: Desk) -> None:
+    """Each of them may keep a thread waiting that serves Docker's calls."""
+    for number in range(20):
+        desk.container(f"c{number}", WEB, TWO)
+    for number in range(8):
+        assert not desk.start(f"c{number}")
+        assert desk.flights.who(POOL) == desk.flights.who(POOL6) == f"c{number}"
+    assert desk.start("c8")
+    for number in range(9):
+        desk.over(f"c{number}")
+    assert not desk.start("c9")
 
 
 def test_whoever_is_over_keeps_nobody_waiting(desk: Desk) -> None:
@@ -217,10 +278,10 @@ def test_a_restart_takes_its_turn_when_its_endpoint_goes(desk: Desk) -> None:
         leaving = pool.submit(desk.flights.leaves, "slow-b2")
         wait_until(lambda: desk.flights._queue[-1].name == "slow", "its turn")
         assert not leaving.done()  # its other family
-        assert desk.flights.who(POOL6) == "quick"
+        assert desk.who(POOL6) == "quick"
         leaving.result(30)
     desk.flights.leaves("slow-a1")
-    assert desk.flights.who(POOL) == "slow"
+    assert desk.who(POOL, POOL6) == "slow"
     desk.container("off", WEB)
     desk.over("slow", "restart")
     assert not desk.start("off", "restart")  # nothing goes first
