@@ -45,10 +45,11 @@ def test_connections_that_stay_open_do_not_hold_up_a_stop(tmp_path: Path, monkey
     path = tmp_path / "ipamd.sock"
     file = tmp_path / "netloom.toml"
     file.write_text(f'[ipamd]\nnode = "n"\nsocket = "{path}"\n[store]\nkind = "memory"\n')
+    environment = {"NETLOOM_RUN_DIR": str(tmp_path / "run")}
 
     async def allocate_and_stop() -> None:
         stop = asyncio.Event()
-        serving = asyncio.create_task(server.serve(load(str(file), {}, {}), stop, version="0"))
+        serving = asyncio.create_task(server.serve(load(str(file), {}, environment), stop, version="0"))
         with Client(str(path), timeout_s=WAIT_S) as client:
             while not path.exists():
                 assert not serving.done()
