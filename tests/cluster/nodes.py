@@ -172,7 +172,7 @@ class Fleet:
                 heard[log] += sum(event["e"] in (kinds or ("got", "freed", "no")) for event in tail.read())
             return min(heard.values()) >= count
 
-        wait_until(enough, f"{count} answers on every node")
+        wait_until(enough, f"{count} answers on every node", lambda: str(heard), _SETTLE_S)
 
     def assert_sound(self) -> Verdict:
         """No address had two owners, none is lost, and every node finds its state in order. For a fleet at rest."""

@@ -25,7 +25,7 @@ def test_one_host_that_is_killed_again_and_again() -> None:
         node = fleet.nodes["n1"]
         with fleet.load(0):
             for _ in range(2):
-                fleet.until_heard(300)
+                fleet.until_heard(60)
                 node.ipamd.kill()
                 fleet.until_heard(1, "no")
                 node.ipamd.start()
@@ -41,7 +41,7 @@ def test_one_host_that_is_killed_again_and_again() -> None:
 def test_hosts_that_share_a_subnet_without_a_cluster_are_caught() -> None:
     with Fleet(None, 2, {"one": pool("10.1.0.0/28")}) as fleet:
         with fleet.load(0):
-            fleet.until_heard(300)
+            fleet.until_heard(100)
         with pytest.raises(AssertionError, match="had two owners"):
             fleet.assert_sound()
 
