@@ -22,7 +22,7 @@ from kernel.errors import KernelError, NotFound, from_errno
 
 _SYSCALL = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "armv7l": 386, "ppc64le": 361, "s390x": 351}
 _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT, _PROG_LOAD = 0, 1, 2, 3, 4, 5
-_HASH, _NO_PREALLOC = 1, 1
+_HASH, _ARRAY, _NO_PREALLOC = 1, 2, 1
 _SCHED_CLS = 3
 _LOG_BYTES = 1 << 16
 _ATTR_BYTES = 144  # of the kernel's union, as of 6.6; what is zero may be longer than an older kernel knows
@@ -31,14 +31,17 @@ _ATTR_BYTES = 144  # of the kernel's union, as of 6.6; what is zero may be longe
 R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10 = range(11)
 
 # Helpers, by their numbers.
-MAP_LOOKUP, REDIRECT, CHANGE_TYPE, REDIRECT_PEER, CHECK_MTU = 1, 23, 32, 155, 163
+MAP_LOOKUP, RANDOM, REDIRECT, CHANGE_TYPE, HASH_OF, ADJUST_ROOM, FIB_LOOKUP = 1, 7, 23, 32, 34, 50, 69
+REDIRECT_NEIGHBOUR, REDIRECT_PEER, CLOCK, CHECK_MTU = 152, 155, 160, 163
 
 # Fields of struct __sk_buff.
-SKB_PROTOCOL, SKB_VLAN_PRESENT, SKB_IFINDEX, SKB_DATA, SKB_DATA_END = 16, 20, 40, 76, 80
+SKB_LENGTH, SKB_PROTOCOL, SKB_VLAN_PRESENT, SKB_IFINDEX, SKB_DATA, SKB_DATA_END = 0, 16, 20, 40, 76, 80
+SKB_SEGMENT = 176  # the payload of each segment that this is cut into, 0: it is not
 
 _LOADS = {1: 0x71, 2: 0x69, 4: 0x61, 8: 0x79}
-_STORES = {2: 0x6B, 4: 0x63, 8: 0x7B}
-_CONST_STORES = {4: 0x62, 8: 0x7A}
+_STORES = {1: 0x73, 2: 0x6B, 4: 0x63, 8: 0x7B}
+_CONST_STORES = {1: 0x72, 2: 0x6A, 4: 0x62, 8: 0x7A}
+_OPERATIONS = {"+": 0x00, "|": 0x40, "&": 0x50, "<<": 0x60, ">>": 0x70, "^": 0xA0}
 _JUMPS = {"==": 0x10, ">": 0x20, "!=": 0x50}
 _JMP, _JMP32, _BY_REGISTER = 0x05, 0x06, 0x08
 
@@ -80,13 +83,32 @@ class Assembler:
         """dst = constant, of 32 bits with sign."""
         self._add(0xB7, dst, 0, 0, constant)
 
-    def add(self, dst: int, constant: int) -> None:
-        """dst += constant."""
-        self._add(0x07, dst, 0, 0, constant)
+    def set_wide(self, dst: int, constant: int) -> None:
+        """dst = constant, of 64 bits without sign."""
+        low, high = struct.unpack("=ii", struct.pack("=II", constant & 0xFFFFFFFF, constant >> 32))
+        self._add(0x18, dst, 0, 0, low)
+        self._add(0, 0, 0, 0, high)
+
+    def calculate(self, dst: int, operation: str, constant: int) -> None:
+        """dst = dst "+", "|", "&", "<<", ">>" (without sign) or "^" a constant, of 32 bits with sign."""
+        self._add(0x07 | _OPERATIONS[operation], dst, 0, 0, constant)
+
+    def calculate_registers(self, dst: int, operation: str, src: int) -> None:
+        """As `calculate`, with a register."""
+        self._add(0x0F | _OPERATIONS[operation], dst, src)
+
+    def to_network(self, dst: int, bits: int) -> None:
+        """The lowest `bits` of dst as a packet has them; the others are 0."""
+        self._add(0xDC, dst, 0, 0, bits)
 
     def set_map(self, dst: int, descriptor: int) -> None:
         """dst = a map."""
         self._add(0x18, dst, 1, 0, descriptor)  # 1: BPF_PSEUDO_MAP_FD
+        self._add(0)
+
+    def set_cell(self, dst: int, descriptor: int) -> None:
+        """dst = where the number of a `Cell` lies."""
+        self._add(0x18, dst, 2, 0, descriptor)  # 2: BPF_PSEUDO_MAP_VALUE, at the offset of the next
         self._add(0)
 
     def call(self, helper: int) -> None:
@@ -131,10 +153,12 @@ class Assembler:
 class HashMap:
     """A hash of the kernel. `close` it: programs that were loaded with it keep it."""
 
+    _kind, _flags = _HASH, _NO_PREALLOC
+
     def __init__(self, name: str, key_bytes: int, value_bytes: int, entries: int) -> None:
         """At most `entries` of them. Memory is taken with each. Raises KernelError."""
         attributes = struct.pack(
-            "=IIIIII4x16s", _HASH, key_bytes, value_bytes, entries, _NO_PREALLOC, 0, _object_name(name)
+            "=IIIIII4x16s", self._kind, key_bytes, value_bytes, entries, self._flags, 0, _object_name(name)
         )
         self.fd = _bpf(_MAP_CREATE, attributes, f"make BPF map {name}")
         self._what = f"BPF map {name}"
@@ -197,6 +221,33 @@ class HashMap:
     def _attributes(self, value: ctypes.Array[ctypes.c_char] | None) -> bytes:
         where = ctypes.addressof(value) if value is not None else 0
         return struct.pack("=I4xQQQ", self.fd, ctypes.addressof(self._key), where, 0)
+
+
+class Cell:
+    """One number of 64 bits, 0 at first, that programs look at: what key 0, of four bytes, leads to. `close` it."""
+
+    def __init__(self, name: str) -> None:
+        """Raises KernelError."""
+        self._map = _Array(name, 4, 8, 1)
+
+    @property
+    def fd(self) -> int:
+        """The map."""
+        return self._map.fd
+
+    def put(self, number: int) -> None:
+        """Raises KernelError."""
+        self._map.put(bytes(4), struct.pack("=Q", number))
+
+    def close(self) -> None:
+        """Programs keep it."""
+        self._map.close()
+
+
+class _Array(HashMap):
+    """Keys are 0 to `entries` - 1, and are always there."""
+
+    _kind, _flags = _ARRAY, 0
 
 
 def load_classifier(name: str, program: Assembler) -> int:

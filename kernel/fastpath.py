@@ -9,6 +9,7 @@ harm.
 - What leaves a port has that container's own MAC, or goes the long way.
 - A link is asked for before a frame is sent to it (bpf_check_mtu says when it is gone, or when the frame is too large).
 - Frames pass neither netfilter's hooks for bridges nor, with br_netfilter, those of the host.
+- What is for another host may pass by the tunnel's end, too (kernel/encapsulate.py), as long as somebody says so.
 
 - Programs are filters of traffic control, at an ingress qdisc. The newer way (bpf_link, tcx) needs none, but waits for
   RCU under the lock of all links whenever one comes or goes, some 20 ms.
@@ -22,6 +23,7 @@ import errno
 import socket
 import struct
 from contextlib import suppress
+from ipaddress import IPv4Address
 from typing import Literal
 
 from kernel import netlink, qdisc
@@ -49,6 +51,7 @@ from kernel.bpf import (
     HashMap,
     load_classifier,
 )
+from kernel.encapsulate import Outer, encapsulate
 from kernel.errors import Exists, KernelError, NotFound
 from kernel.link import packed_mac
 from kernel.netlink import Message, attributes, nested, string, text, u32
@@ -57,7 +60,7 @@ from kernel.session import Door
 NAME = "netloom"  # of our filters, by which they are known again
 TUNNEL = 0  # where a MAC of another host leads
 
-_KEY_BYTES, _VALUE_BYTES = 8, 4
+_KEY_BYTES, _VALUE = 8, struct.Struct("=I4s")  # of the map: where, and at which host, of none where that is not known
 _ETHER_BYTES, _SOURCE_AT = 14, 6
 _IPV4, _IPV6 = (socket.htons(kind) for kind in (0x0800, 0x86DD))
 _ON = -1  # TC_ACT_UNSPEC: as if the program were not there
@@ -79,17 +82,18 @@ class Places:
 
     def __init__(self, entries: int) -> None:
         """At most `entries` of them. Raises KernelError."""
-        self._map = HashMap("netloom_macs", _KEY_BYTES, _VALUE_BYTES, entries)
+        self._map = HashMap("netloom_macs", _KEY_BYTES, _VALUE.size, entries)
 
     @property
     def fd(self) -> int:
         """The map."""
         return self._map.fd
 
-    def put(self, mac: str, where: int) -> bool:
-        """A MAC is there from now on; False: the map is full, and it is looked for on the long way."""
+    def put(self, mac: str, where: int, host: IPv4Address | None = None) -> bool:
+        """A MAC is there from now on, beyond the tunnel at this host; False: the map is full, and it is looked for on
+        the long way."""
         try:
-            self._map.put(_key(mac), struct.pack("=I", where))
+            self._map.put(_key(mac), _VALUE.pack(where, host.packed if host is not None else bytes(4)))
         except KernelError as error:
             if error.errno not in (errno.E2BIG, errno.ENOMEM):
                 raise
@@ -103,8 +107,12 @@ class Places:
 
     def all(self) -> dict[str, int]:
         """As the kernel has them."""
-        found = self._map.items().items()
-        return {key[:6].hex(":"): struct.unpack("=I", value)[0] for key, value in found}
+        return {key[:6].hex(":"): _VALUE.unpack(value)[0] for key, value in self._map.items().items()}
+
+    def hosts(self) -> dict[str, IPv4Address]:
+        """Those of other hosts, of which it is known at which one they are."""
+        found = {key[:6].hex(":"): _VALUE.unpack(value)[1] for key, value in self._map.items().items()}
+        return {mac: IPv4Address(host) for mac, host in found.items() if any(host)}
 
     def clear(self) -> None:
         """Nobody is anywhere: all goes the long way, whatever programs there are. Raises KernelError."""
@@ -122,10 +130,10 @@ def load_inward(places: Places) -> int:
     return load_classifier("netloom_in", _inward(places.fd))
 
 
-def load_outward(places: Places, tunnel: int, mac: str) -> int:
+def load_outward(places: Places, tunnel: int, mac: str, outer: Outer | None = None) -> int:
     """The program of the port of the container with this MAC; as `load_inward`. `tunnel` is the index of the tunnel's
-    end."""
-    return load_classifier("netloom_out", _outward(places.fd, tunnel, packed_mac(mac)))
+    end, which with `outer` has nothing to do with what can be sent without it."""
+    return load_classifier("netloom_out", _outward(places.fd, tunnel, packed_mac(mac), outer))
 
 
 def prepare(door: Door, index: int) -> None:
@@ -217,7 +225,7 @@ def _inward(places: int) -> Assembler:
     return one
 
 
-def _outward(places: int, tunnel: int, mac: bytes) -> Assembler:
+def _outward(places: int, tunnel: int, mac: bytes, outer: Outer | None = None) -> Assembler:
     """Of a container's port: what is for a MAC that is known goes where that is."""
     one = Assembler()
     _begin(one)
@@ -227,8 +235,12 @@ def _outward(places: int, tunnel: int, mac: bytes) -> Assembler:
     one.load(R1, R7, _SOURCE_AT + 4, 2)
     one.jump_if(R1, "!=", low, "on")
     _look_up(one, places)
-    one.jump_if(R8, "==", TUNNEL, "tunnel")
+    one.jump_if(R8, "==", TUNNEL, "other host")
     _to_port(one)
+    one.label("other host")
+    if outer is not None:
+        one.load(R8, R0, 4, 4)
+        encapsulate(one, outer, tunnel, "tunnel")
     one.label("tunnel")
     # Made anew it has another index, and to one that nobody has frames would be lost. What is too large for it is sent
     # in fragments.
@@ -255,7 +267,7 @@ def _begin(one: Assembler) -> None:
     one.load(R7, R6, SKB_DATA, 4)
     one.load(R2, R6, SKB_DATA_END, 4)
     one.move(R3, R7)
-    one.add(R3, _ETHER_BYTES)
+    one.calculate(R3, "+", _ETHER_BYTES)
     one.jump_if_registers(R3, ">", R2, "on")
 
 
@@ -267,7 +279,7 @@ def _look_up(one: Assembler, places: int) -> None:
     one.store(R10, _MAC_AT + 4, R2, 4)
     one.set_map(R1, places)
     one.move(R2, R10)
-    one.add(R2, _MAC_AT)
+    one.calculate(R2, "+", _MAC_AT)
     one.call(MAP_LOOKUP)
     one.jump_if(R0, "==", 0, "on")
     one.load(R8, R0, 0, 4)
@@ -294,7 +306,7 @@ def _check(one: Assembler) -> None:
     one.store_constant(R10, _LENGTH_AT, 0, 4)
     one.move(R1, R6)
     one.move(R3, R10)
-    one.add(R3, _LENGTH_AT)
+    one.calculate(R3, "+", _LENGTH_AT)
     one.set(R4, 0)
     one.set(R5, 0)
     one.call(CHECK_MTU)

@@ -10,6 +10,9 @@ A container is not on it
 - whose MAC is not the one that its address stands for here, or that the bridge knows at another port, or another port
   has, too: a container may set its MAC as it likes.
 
+What is for another host leaves as it will be on the wire, past the tunnel's end and the host's netfilter, where that is
+the same in the end: see `_outer`, kernel/encapsulate.py, and netd/vouch.py for how long.
+
 Programs that an earlier netd left know what was then: those that this one does not take over are taken away.
 """
 
@@ -20,17 +23,22 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from ipaddress import IPv4Address
 
-from kernel import fastpath, fdb, link, macs, qdisc
+from kernel import fastpath, fdb, link, macs, qdisc, route
+from kernel.encapsulate import Outer
 from kernel.errors import KernelError, NotFound
 from kernel.fastpath import TUNNEL, Places
 from kernel.leftovers import NETD_MARK
 from kernel.link import Link
+from kernel.outgoing import Sent
 from kernel.session import Session
+from kernel.vxlan import OVERHEAD_IPV4
 from netd.fabric.vxlan import device_name
 from netd.found import Found
 from netd.overlays import Overlays
-from netd.values import BRIDGED, Key, Overlay
+from netd.values import BRIDGED, DEVICE, FORWARD, AnyAddress, Device, Forward, Key, Overlay
+from netd.vouch import Vouch
 from telemetry import log
 
 _logger = logging.getLogger("netd")
@@ -42,6 +50,8 @@ _CHECKED, _REST_S = 16, 0.05  # looked at closely at once, and then
 # Ports join for so long, but one at least, and then others have their turn: the first program of a port waits for RCU,
 # 20 to 90 ms, and each later one is some 8 ms of work.
 _JOIN_S, _JOIN_REST_S = 0.03, 0.1
+_MAC_CHARACTERS = 17
+_ROUTES = 64  # that are looked at when it is vouched for what they carry: some 30 µs each
 _LEAST, _MOST = 256, 1 << 17  # entries of a map
 
 
@@ -52,8 +62,11 @@ class _Path:
     places: Places
     bridge: int  # index
     tunnel: int  # index of the tunnel's end
+    device: str  # its name
+    outer: Outer | None  # None: all that is for other hosts goes through the tunnel's end
+    sent: Sent | None  # the same for who looks at rules
     here: dict[int, str] = field(default_factory=dict)  # port → MAC
-    there: set[str] = field(default_factory=set)  # MACs on other hosts
+    there: dict[str, IPv4Address | None] = field(default_factory=dict)  # MACs on other hosts → at which of them
     seen: dict[int, int] = field(default_factory=dict)  # ports that are not on it → how often they were looked at
     unsure: set[int] = field(default_factory=set)  # ports that are on it and are to be looked at closely
     full: bool = False
@@ -79,13 +92,18 @@ class FastPath:
         self._anew = False
         self._earlier: set[int] | None = None  # links that may have a program of an earlier netd; None: not known yet
         self._foreign: set[str] = set()  # networks at whose tunnel's end somebody else has filters
+        self._vouch = Vouch(session)
+        self._mtus: dict[
+            IPv4Address, int
+        ] = {}  # what routes to hosts say, 0: nothing; the first was asked for longest ago
+        self._simple = False  # this kernel takes no programs that write outer headers
         self.enabled = True
-        self._look_at_s = self._check_at_s = float("inf")
+        self._look_at_s = self._check_at_s = self._vouch_at_s = float("inf")
 
     @property
     def due(self) -> float:
         """When `look` is to be called."""
-        return min(self._look_at_s, self._check_at_s)
+        return min(self._look_at_s, self._check_at_s, self._vouch_at_s)
 
     def enable(self, enabled: bool) -> None:
         """Whether there are to be any."""
@@ -101,6 +119,7 @@ class FastPath:
         """Whatever was seen before may be otherwise."""
         self._refusal = ""
         self._anew = True
+        self._mtus.clear()
         for path in self._paths.values():
             path.seen.clear()
             path.unsure = {path.tunnel, *path.here}
@@ -110,10 +129,11 @@ class FastPath:
     def synced(self, keys: Iterable[Key]) -> None:
         """The entries of these keys were put or dropped."""
         for key in keys:
-            if key[0] == BRIDGED and (name := self._by_device.get(key[1])) is not None:
-                path, mac = self._paths[name], key[2].decode()
+            if key[0] not in (BRIDGED, FORWARD) or len(key[2]) != _MAC_CHARACTERS:
+                continue
+            if (name := self._by_device.get(key[1])) is not None:
                 try:
-                    self._follow(path, mac, there=self._found.get(key) is not None)
+                    self._follow(self._paths[name], key[2].decode())
                 except KernelError as error:
                     self._give_up(str(error))
                     return
@@ -125,6 +145,10 @@ class FastPath:
                 self._look()
             if time.monotonic() >= self._check_at_s:
                 self._check()
+            if time.monotonic() >= self._vouch_at_s:
+                self._look_at_routes()
+                packets = frozenset(path.sent for path in self._paths.values() if path.sent is not None)
+                self._vouch_at_s = time.monotonic() + self._vouch.look(packets)
         except NotFound:  # a link that went meanwhile
             self._look_at_s = time.monotonic() + _AFTER_S
         except KernelError as error:
@@ -179,13 +203,14 @@ class FastPath:
         """False: there is more to do."""
         bridge, tunnel = self._found.indexes.get(one.bridge), self._found.indexes.get(device_name(one.vni))
         path = self._paths.get(one.name)
-        if path is not None and (path.tunnel, path.bridge) != (tunnel, bridge):
+        outer, sent = self._outer(device_name(one.vni), queues.get(tunnel or 0, ()))
+        if path is not None and (path.tunnel, path.bridge, path.outer, path.sent) != (tunnel, bridge, outer, sent):
             self._end(one.name)
             path = None
         if bridge is None or tunnel is None or not self._overlays.known(one.name):
             self._look_at_s = min(self._look_at_s, time.monotonic() + _AFTER_S)
             return False
-        path = path or self._begin(one, bridge, tunnel)
+        path = path or self._begin(one, bridge, tunnel, outer, sent)
         if path is None:
             return True
         ports = {port.index: port for port in link.all_links(self._session, bridge) if port.index != tunnel}
@@ -255,8 +280,8 @@ class FastPath:
         for device, name in self._by_device.items():
             path = self._paths[name]
             there = {key[2].decode() for key in self._found.entries if key[:2] == (BRIDGED, device)}
-            for mac in path.there ^ there:
-                self._follow(path, mac, there=mac in there)
+            for mac in path.there.keys() | there:
+                self._follow(path, mac)
 
     def _sweep(self) -> None:
         """Take an earlier netd's programs from links that are on no path."""
@@ -265,16 +290,34 @@ class FastPath:
             fastpath.detach(self._session, index)
         self._earlier = set()
 
-    def _begin(self, one: Overlay, bridge: int, tunnel: int) -> _Path | None:
+    def _outer(self, device: str, queues: Iterable[qdisc.Qdisc]) -> tuple[Outer | None, Sent | None]:
+        """What a program at a port can write before a frame, in the place of the tunnel's end; None where only that can
+        do it, or somebody has a queue there."""
+        one = self._found.get((DEVICE, device, b""))
+        if self._simple or not isinstance(one, Device) or not isinstance(one.local, IPv4Address) or not one.link:
+            return None, None
+        if one.udp_checksum or not one.tx_checksum or not _is_free(queues):
+            return None, None
+        try:
+            under = link.by_index(self._session, one.link)
+            until = self._vouch.until()
+        except KernelError:
+            return None, None
+        if not under.ethernet:
+            return None, None
+        outer = Outer(under.index, one.local, one.vni, one.port, one.mtu, until)
+        return outer, Sent(under.name, one.local, one.port)
+
+    def _begin(self, one: Overlay, bridge: int, tunnel: int, outer: Outer | None, sent: Sent | None) -> _Path | None:
         if fastpath.state(self._session, tunnel) == "foreign":
             self._foreign.add(one.name)
             return None
         room = sum(subnet.num_addresses for subnet in one.subnets)
-        path = _Path(Places(min(max(_LEAST, 2 * room), _MOST)), bridge, tunnel)
         device = device_name(one.vni)
+        path = _Path(Places(min(max(_LEAST, 2 * room), _MOST)), bridge, tunnel, device, outer, sent)
         try:
             for key in [key for key in self._found.entries if key[:2] == (BRIDGED, device)]:
-                self._follow(path, key[2].decode(), there=True)
+                self._follow(path, key[2].decode())
             if not self._attach(tunnel, fastpath.load_inward(path.places)):
                 raise NotFound(f"take the entrance of {device}", 0, "it changed meanwhile")
         except KernelError:
@@ -282,6 +325,7 @@ class FastPath:
             raise
         self._paths[one.name] = path
         self._by_device[device] = one.name
+        self._vouch_at_s = 0.0
         return path
 
     def _end(self, name: str) -> None:
@@ -317,7 +361,7 @@ class FastPath:
                 return False
             if fdb.port_of(self._session, path.bridge, mac) not in (0, port.index):
                 return False
-            if not self._attach(port.index, fastpath.load_outward(path.places, path.tunnel, mac)):
+            if not self._attach(port.index, self._program(path, mac)):
                 return False
         except NotFound:  # gone meanwhile
             return False
@@ -326,22 +370,62 @@ class FastPath:
         path.seen.pop(port.index, None)
         return True
 
+    def _program(self, path: _Path, mac: str) -> int:
+        if path.outer is not None:
+            try:
+                return fastpath.load_outward(path.places, path.tunnel, mac, path.outer)
+            except KernelError as error:
+                log.event(_logger, "info", "packets of tunnels go out through netfilter", reason=str(error))
+                self._simple = True
+                path.outer = path.sent = None
+        return fastpath.load_outward(path.places, path.tunnel, mac)
+
     def _leave(self, path: _Path, index: int) -> None:
         mac = path.here.pop(index)
         if mac not in path.there:
             path.places.drop(mac)
         fastpath.detach(self._session, index)
 
-    def _follow(self, path: _Path, mac: str, *, there: bool) -> None:
-        """A MAC is on another host, or is not any more."""
-        if there and mac not in path.there:
-            path.there.add(mac)
-            path.full |= not path.places.put(mac, TUNNEL)
-        elif not there and mac in path.there:
-            path.there.discard(mac)
+    def _follow(self, path: _Path, mac: str) -> None:
+        """A MAC is on another host, is on yet another, or is not any more."""
+        there = self._found.get((BRIDGED, path.device, mac.encode())) is not None
+        if there:
+            forward = self._found.get((FORWARD, path.device, mac.encode()))
+            at = self._host(path, forward.dst) if isinstance(forward, Forward) else None
+            if mac not in path.there or path.there[mac] != at:
+                path.there[mac] = at
+                path.full |= not path.places.put(mac, TUNNEL, at)
+        elif mac in path.there:
+            del path.there[mac]
             path.places.drop(mac)
             # Who has it now, here, is looked for.
             self._look_at_s = min(self._look_at_s, time.monotonic() + _AFTER_S)
+
+    def _host(self, path: _Path, address: AnyAddress) -> IPv4Address | None:
+        """Where programs may send packets for this host to; None: they leave it to the tunnel's end, which heeds the
+        MTU of a route, as they do not (net/ipv4/route.c, ip_mtu_from_fib_result)."""
+        if path.outer is None or not isinstance(address, IPv4Address):
+            return None
+        if address not in self._mtus:
+            self._mtus[address] = self._mtu_to(address)
+        mtu = self._mtus[address]
+        return address if not mtu or mtu >= path.outer.mtu + OVERHEAD_IPV4 else None
+
+    def _mtu_to(self, address: IPv4Address) -> int:
+        found = route.look_up(self._session, address)
+        return found.mtu if found is not None else 0
+
+    def _look_at_routes(self) -> None:
+        """A few at a time, round and round."""
+        changed = False
+        for address in list(self._mtus)[:_ROUTES]:
+            before = self._mtus.pop(address)
+            self._mtus[address] = self._mtu_to(address)
+            changed |= self._mtus[address] != before
+        if changed:
+            for path in self._paths.values():
+                for mac in list(path.there):
+                    self._follow(path, mac)
 
     def _give_up(self, reason: str) -> None:
         """All goes by the bridge, until everything is looked at anew."""

@@ -257,6 +257,63 @@ def _reaches_none(pods: list[Container]) -> bool:
     return [""] in answers
 
 
+def goes_past(fleet: Pods, device: str, source: Container, target: Container) -> bool:
+    """Whether what a container of the first host sends to one of another does not go through the tunnel's end."""
+    before = _by_tunnel(fleet.host(1), device)
+    with web(target):
+        assert ask(source.netns, ("tcp", target.ipv4, 80)) == [f"{target.id} {source.ipv4}"]
+    return _by_tunnel(fleet.host(1), device) == before
+
+
+def _by_tunnel(host: Host, device: str) -> int:
+    (found,) = json.loads(host.run(["ip", "-json", "-s", "link", "show", device]).stdout)
+    return int(found["stats64"]["tx"]["packets"])
+
+
+_MARKS = "table inet test { chain c { type filter hook output priority 0; udp dport 4789 meta mark set 0; }; }"
+_OTHER_PORT = "proto udp dport 9 dir out"
+
+
+@pytest.mark.parametrize(
+    ("begin", "end"),
+    [
+        (f"nft '{_MARKS}'", "nft delete table inet test"),
+        ("ip route add OTHER/32 dev eth0 mtu 1480", "ip route delete OTHER/32 dev eth0"),
+        (f"ip xfrm policy add dst OTHER/32 {_OTHER_PORT}", f"ip xfrm policy delete dst OTHER/32 {_OTHER_PORT}"),
+        ("tc qdisc add dev DEVICE root pfifo", "tc qdisc delete dev DEVICE root"),
+        ("", ""),
+    ],
+    ids=["rule", "route", "IPsec", "queue", "netd away"],
+)
+def test_the_tunnels_end_is_passed_by_while_nobody_has_a_say(
+    fleet: Pods, device: str, pods: list[Container], begin: str, end: str
+) -> None:
+    """Seconds after somebody has, it is not, and after that is over it is again; nothing is lost meanwhile."""
+    ways = partial(goes_past, fleet, device, pods[0], pods[2])
+    wait_until(ways, "a way past the tunnel's end", fleet.netd(1).log)
+    pinger = Pinger(pods[0].netns, pods[2].ipv4)
+    begin, end = (one.replace("OTHER", fleet.underlay_address(2, 4)).replace("DEVICE", device) for one in (begin, end))
+    if begin:
+        fleet.host(1).run(["sh", "-ec", begin])
+    else:
+        fleet.netd(1).kill()
+    try:
+        if "qdisc" in begin:  # no event tells of it
+            fleet.netd(1).reload()
+        wait_until(lambda: not ways(), "a way through the tunnel's end", fleet.netd(1).log)
+    finally:
+        if begin:
+            fleet.host(1).run(["sh", "-ec", end])
+        else:
+            fleet.netd(1).start()
+    if "qdisc" in begin:
+        fleet.netd(1).reload()
+    wait_until(ways, "a way past the tunnel's end", fleet.netd(1).log)
+    sent, lost = pinger.stop()
+    assert sent > 5
+    assert lost == 0
+
+
 class ConfinedNetd(Netd):
     """One that may not load programs."""
 
