@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import time
 
+from cluster import layout
+from cluster.errors import EtcdError
 from cluster.etcd import Etcd
 from cluster.layout import BlockRecord
 from ipamd.engine import Engine
@@ -37,6 +39,7 @@ class SharedAddresses:
         self._claims.on_claimed = self._unclaims.claimed
         self.rounds = Rounds()
         self._running = False
+        self._looking: asyncio.Task[None] | None = None
         ledger.join(identity.node)
 
     @property
@@ -67,6 +70,8 @@ class SharedAddresses:
                     group.create_task(work())
         finally:
             self._running = False
+            if self._looking is not None:
+                self._looking.cancel()
 
     async def ready(self) -> None:
         """Returns when the ledger may choose, or knows why it may not now."""
@@ -81,6 +86,17 @@ class SharedAddresses:
             self._ledger.shared_refusal = ""
         else:
             self._ledger.shared_refusal = state.reason or "it does not answer"
+            self._look()
+
+    def _look(self) -> None:
+        """Whoever asks next is to know whether etcd answers again: it may have been slow once, and on a node at rest
+        nothing else asks it before the lease is renewed."""
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._ask())
+
+    async def _ask(self) -> None:
+        with contextlib.suppress(EtcdError):
+            await self._etcd.get(layout.VERSION)
 
     async def confirm(self, allocation: Allocation) -> None:
         """Returns when the cluster has the allocation's addresses as this node's."""

@@ -1,4 +1,4 @@
-"""Addresses about which etcd and the store differ, in the test's own process."""
+"""Addresses about which etcd and the store differ, and etcd that did not answer once, in the test's own process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cluster import layout
-from cluster.etcd import Etcd, Pair
+from cluster.etcd import Etcd, Pair, UnavailableError
 from cluster.layout import BlockRecord
 from ipamd.allocate import LostError
 from ipamd.lease import Ask
@@ -19,8 +19,9 @@ from ipamd.member.book import Book, address_key
 from ipamd.member.shared import SharedAddresses
 from ipamd.pool import PoolSpec, RangeSpec
 from ipamd.store.base import Key, Netns
-from tests.cluster.loop import looped, until
-from tests.cluster.world import worlds
+from tests.cluster.loop import connected, looped, until
+from tests.cluster.relay import Relay
+from tests.cluster.world import World, worlds
 from tests.etcd import EtcdCluster
 
 pytestmark = pytest.mark.kernel
@@ -86,3 +87,36 @@ async def test_one_that_is_claimed_while_it_is_looked_at(
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
+
+
+@looped
+async def test_etcd_that_did_not_answer_once_is_asked_again(one: EtcdCluster, tmp_path: Path) -> None:
+    """By whoever is refused for that: nobody else asks it, as on a node at rest."""
+    async with (
+        Relay(one.sockets[0]) as relay,
+        connected((relay.endpoint,), f"/{tmp_path.name}/", timeout_s=5.0) as etcd,
+    ):
+        world = World(etcd)
+        shared = SharedAddresses(
+            etcd, world.engine, world.ledger, world.transaction.store, BlockRecord("a", "id-a"), world.mirror.pools
+        )
+        shared._addresses.known.set()
+
+        async def refused() -> bool:
+            await shared.ready()
+            return bool(world.ledger.shared_refusal)
+
+        async def served() -> bool:
+            return not await refused()
+
+        try:
+            await etcd.get("a")
+            assert await served()
+            relay.cut()
+            with pytest.raises(UnavailableError):
+                await etcd.get("a")
+            await until(refused, "more than a doubt")
+            relay.heal()
+            await until(served, "an answer")
+        finally:
+            await world.engine.close()
