@@ -40,6 +40,7 @@ _MACHINE = (
 _FULL_KERNEL = os.environ.get("NETLOOM_FULL_KERNEL") == "1"
 _stderr = pytest.StashKey[int]()
 _workers = pytest.StashKey[set[Any]]()  # those at work, as xdist's WorkerControllers
+_died = pytest.StashKey[bool]()  # whether a worker did
 _own_files = pytest.StashKey[frozenset[str]]()
 
 
@@ -88,8 +89,10 @@ def pytest_configure_node(node: Any) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any) -> None:
+def pytest_testnodedown(node: Any, error: object) -> None:
     node.config.stash[_workers].discard(node)
+    if error:
+        node.config.stash[_died] = True
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -104,6 +107,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         # What a worker died of is told by xdist.
         with contextlib.suppress(Exception):
             node.channel.waitclose(max(0.0, limit - time.monotonic()))
+    if session.config.stash.get(_died, False):
+        session.exitstatus = pytest.ExitCode.INTERRUPTED  # not only a test failed: others did not run
 
 
 @pytest.hookimpl(wrapper=True)

@@ -166,14 +166,14 @@ def test_the_ci_runs_everything_also_when_something_failed(
     fake_make(tmp_path / "fake", failing)
     done = run([".ci/run"], clone, {"PATH": f"{tmp_path / 'fake'}:{os.environ['PATH']}"})
     assert done.returncode == status
-    targets = ["lint", "test", "test-peers", "test-vm", "demo", "bench-check ARGS=--quick --rounds 1 --run"]
+    groups = ["test", "test-peers", "test-vm"]
+    targets = ["lint", "binaries", *groups, "demo", "bench-check ARGS=--quick --rounds 1 --run"]
     made = (clone / "made").read_text().splitlines()
-    made.insert(0, made.pop(made.index("make lint")))  # it goes beside the tests
     assert made == [f"make {target}" for target in targets]
     assert ("FAILED: " + failing in done.stdout) == bool(status)
 
 
-AGAIN = "--last-failed --last-failed-no-failures=none"
+AGAIN = "WORKERS=0 ARGS=--last-failed --last-failed-no-failures=none"
 # As make and pytest end: some of the group's tests failed (1), or the run broke off (2).
 FAILING_MAKE = """#!/bin/sh
 echo "make $*" >>made
@@ -192,9 +192,9 @@ exit 2
 @pytest.mark.parametrize(
     ("pattern", "status", "last", "named"),
     [
-        ("test", 0, f"test ARGS={AGAIN}", "=== test: failed at first, and then passed; to be mended"),
-        ("test-vm", 0, f"test-vm ARGS={AGAIN}", "=== test-vm: failed at first, and then passed; to be mended"),
-        ("test-vm*", 1, f"test-vm ARGS={AGAIN}", "FAILED: test-vm (second try) (exit 2)"),
+        ("test", 0, f"test {AGAIN}", "=== test: failed at first, and then passed; to be mended"),
+        ("test-vm", 0, f"test-vm {AGAIN}", "=== test-vm: failed at first, and then passed; to be mended"),
+        ("test-vm*", 1, f"test-vm {AGAIN}", "FAILED: test-vm (second try) (exit 2)"),
     ],
 )
 def test_the_ci_tries_failed_tests_once_more(
@@ -207,7 +207,7 @@ def test_the_ci_tries_failed_tests_once_more(
     assert done.returncode == status
     made = (clone / "made").read_text().splitlines()
     assert made.count(f"make {last}") == 1
-    assert len(made) == 5  # lint, two groups, one of them again, demo
+    assert len(made) == 6  # lint, the bundle, two groups, one of them again, demo
     assert done.stdout.splitlines().count(named) == 1
     # What failed and why is at the end, where a log that was cut still has it.
     end = done.stdout[done.stdout.index("\npassed:") :]
@@ -216,34 +216,12 @@ def test_the_ci_tries_failed_tests_once_more(
     assert "1 failed in" not in end
 
 
-def test_the_ci_runs_the_two_longest_groups_side_by_side(clone: Path, tmp_path: Path) -> None:
-    for directory in ("tests/cluster", "tests/docker"):
-        (clone / directory).mkdir(parents=True)
-    fake_make(tmp_path / "fake", "")
-    # Each waits until the other has begun.
-    waits = """#!/bin/sh
-echo "make $*" >>made
-case $* in test-cluster) other=test-docker ;; test-docker) other=test-cluster ;; *) exit 0 ;; esac
-until grep -qx "make $other" made; do sleep 0.1; done
-echo "$1 printed this"
-[ "$1" != test-docker ]
-"""
-    (tmp_path / "fake/make").write_text(waits)
-    done = run([".ci/run"], clone, {"PATH": f"{tmp_path / 'fake'}:{os.environ['PATH']}"})
-    assert done.returncode == 1
-    assert "FAILED: test-docker (exit 1)" in done.stdout
-    assert done.stdout.count("test-cluster printed this") == 1
-    assert done.stdout.count("test-docker printed this") == 2  # when it had ended, and among the reasons
-    made = (clone / "made").read_text().splitlines()
-    assert sorted(made) == sorted(f"make {one}" for one in ("lint", "test", "test-cluster", "test-docker", "demo"))
-
-
 def test_the_ci_has_no_second_try_for_a_run_that_broke_off(clone: Path, tmp_path: Path) -> None:
     fake_make(tmp_path / "fake", "")
     (tmp_path / "fake/make").write_text(FAILING_MAKE.format(pattern="test", status=2))
     done = run([".ci/run"], clone, {"PATH": f"{tmp_path / 'fake'}:{os.environ['PATH']}"})
     assert done.returncode == 1
-    assert set((clone / "made").read_text().splitlines()) == {"make lint", "make test", "make demo"}
+    assert set((clone / "made").read_text().splitlines()) == {"make lint", "make binaries", "make test", "make demo"}
     assert "FAILED: test (exit 2)" in done.stdout
 
 

@@ -121,7 +121,7 @@ def test_a_worker_that_dies_ends_the_run_and_what_it_left_is_swept(tmp_path: Pat
         "def test_next():\n    pass\n"
     )
     done = run(tmp_path, TWO, dies)
-    assert done.returncode != 0
+    assert done.returncode == pytest.ExitCode.INTERRUPTED
     assert "1 failed in" in done.stdout
     directory = Path((tmp_path / "test_it.host").read_text()).parent
     assert not directory.exists()
