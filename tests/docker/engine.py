@@ -169,6 +169,7 @@ class Docker(RuntimeHost):
                 env={**self.environment, "TMPDIR": str(self.host.directory)},
                 cwd="/",
             )
+        wait_until(self.host.path("/run/docker.sock").is_socket, "dockerd's socket", self._dockerd_log)
         wait_until(lambda: self.docker("version", check=False).returncode == 0, "dockerd", self._dockerd_log)
 
     def stop_dockerd(self, number: signal.Signals = signal.SIGTERM) -> None:
@@ -273,10 +274,13 @@ class Docker(RuntimeHost):
 
     def held(self, *, cluster: bool = False) -> list[str]:
         """The addresses that ipamd has given away, `cluster`: and those of all other hosts."""
-        # Asked as `netloom ip list` does, without the half second of a processor that a program takes to begin.
-        with Client(str(self.host.path(self.ipamd.socket)), PATIENCE_S) as client:
+        with self.client() as client:
             listed = client.list_allocations(ipam_pb2.ListAllocationsRequest(cluster=cluster))
             return sorted(address.cidr for one in listed for address in one.addresses)
+
+    def client(self) -> Client:
+        """To ask ipamd as `netloom` does, without the half second of a processor that a program takes to begin."""
+        return Client(str(self.host.path(self.ipamd.socket)), PATIENCE_S)
 
     def assert_clean(self, *passed_over: str) -> None:
         """As of every host."""

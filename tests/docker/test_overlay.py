@@ -44,7 +44,7 @@ class Pair:
     def define(self, name: str = "ov1", *arguments: str) -> None:
         """netloom network create, and both hosts know it."""
         self.one.netloom("network", "create", name, "--type", "overlay", *arguments)
-        self.until(lambda one: one.netloom("network", "show", name, check=False).returncode == 0, name)
+        self.until(lambda one: name in defined(one), name)
 
     def create(self, *arguments: str) -> None:
         """docker network create on a host, as short as it may be, and both have it."""
@@ -70,9 +70,11 @@ class Pair:
         # A network that is in use elsewhere comes back until that is over.
         self.until(lambda one: not self._removed(one), "no network")
         self.until(lambda one: not self._removed(one), "no network")
-        for definition in json.loads(self.one.netloom("network", "list", "--json").stdout)["networks"]:
-            self.one.netloom("network", "delete", definition["name"])
         with self.one.hurry(), self.two.hurry():
+            self.until(lambda one: not one.held(), "no address")
+            with self.one.client() as client:
+                for name in defined(self.one):
+                    client.delete_network(name)
             self.until(lambda one: not any(left(one)), "nothing")
 
     @staticmethod
@@ -82,6 +84,12 @@ class Pair:
         if networks:
             docker.docker("network", "rm", *networks, check=False)
         return networks
+
+
+def defined(docker: Docker) -> list[str]:
+    """The networks that ipamd knows."""
+    with docker.client() as client:
+        return [network.name for network in client.list_networks()]
 
 
 def until_served(docker: Docker, container: str, address: str, name: str) -> None:
@@ -317,7 +325,7 @@ def test_daemons_end_and_begin(pair: Pair) -> None:
         wait_until(lambda: not pair.one.held(), "its address to come back", pair.one.shim_log)
     pair.one.docker("start", "ann")
     until_served(pair.one, "ann", bob, "bob")
-    assert pair.two.held() == [f"{bob}/24"]
+    wait_until(lambda: pair.two.held() == [f"{bob}/24"], "bob's address alone", lambda: str(pair.two.held()))
     assert has_ours(pair.one) and has_ours(pair.two)
 
 

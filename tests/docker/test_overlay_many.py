@@ -35,17 +35,22 @@ class Crowd:
 
 
 @pytest.fixture(scope="module")
-def crowd(launcher: Path) -> Iterator[Crowd]:
-    with placed(launcher) as place:
-        names = [[f"{letter}{number}" for number in range(MANY)] for letter in "abc"]
-        starts: list[Callable[[str], None]] = [partial(start, docker) for docker in place.both]
-        starts.append(lambda name: place.podman.start(name, NETWORK))
-        with ThreadPoolExecutor(len(starts)) as pool:  # one at a time on each host
-            for done in [pool.submit(each, *pair) for pair in zip(starts, names, strict=True)]:
-                done.result()
-        found = [of_docker(docker) for docker in place.both]
-        found.append({address: name for name, address in place.podman.addresses(NETWORK, *names[2]).items()})
-        yield Crowd(place, names, found)
+def place(launcher: Path) -> Iterator[Place]:
+    with placed(launcher) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def crowd(place: Place) -> Crowd:
+    names = [[f"{letter}{number}" for number in range(MANY)] for letter in "abc"]
+    starts: list[Callable[[str], None]] = [partial(start, docker) for docker in place.both]
+    starts.append(lambda name: place.podman.start(name, NETWORK))
+    with ThreadPoolExecutor(len(starts)) as pool:  # one at a time on each host
+        for done in [pool.submit(each, *pair) for pair in zip(starts, names, strict=True)]:
+            done.result()
+    found = [of_docker(docker) for docker in place.both]
+    found.append({address: name for name, address in place.podman.addresses(NETWORK, *names[2]).items()})
+    return Crowd(place, names, found)
 
 
 def start(docker: Docker, name: str) -> None:
@@ -75,6 +80,11 @@ def lacks_overlay(place: Place, name: str) -> bool:
         or [link for link in links if link.startswith("veth")]
         or any(host.path("/run/netloom/attachments").rglob("*@*"))
     )
+
+
+def test_nobody_is_there_at_first(place: Place) -> None:
+    assert place.listed() == set()
+    assert [known(host, NETWORK) for host in place.hosts] == [(set(), set())] * 3
 
 
 def test_all_have_an_address_of_their_own(crowd: Crowd) -> None:
@@ -107,7 +117,11 @@ def test_nothing_is_left_of_them(crowd: Crowd) -> None:
     left = [key for key in place.cluster.etcd.keys("/netloom/") if f"/{NETWORK}#" in key and "/freed/" not in key]
     assert not left
     for docker in place.both:
-        assert not docker.state()["endpoints"] and not docker.held()
+        wait_until(partial(lacks_endpoints, docker), f"no endpoint on {docker.host.name}")
+
+
+def lacks_endpoints(docker: Docker) -> bool:
+    return not docker.state()["endpoints"] and not docker.held()
 
 
 def remove(docker: Docker, names: list[str]) -> None:
