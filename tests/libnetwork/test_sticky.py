@@ -191,6 +191,7 @@ def test_one_that_is_being_attached_keeps_nobody_waiting(desk: Desk) -> None:
     assert desk.flights.who(POOL6) == "one"
     desk.flights.given(POOL6, "fd00::2", "one")
     assert not desk.start("two")
+    desk.locked = {"id-one", "id-two"}
     assert desk.flights.who(POOL_TWO) == "two"  # and not one's, though that wants one there, too
     desk.flights.given(POOL_TWO, "10.2.0.2", "two")
     desk.flights.joined(TWO, ["10.2.0.3"])  # nobody's
