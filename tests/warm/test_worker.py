@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -397,4 +396,4 @@ def test_a_request_beyond_its_deadline_is_interrupted(host: Host, launcher: Path
     assert service.cold() == []
     host.assert_clean(before)
     assert not [line for line in host.processes().values() if "sleep 600" in line]
-    service.signal(signal.SIGTERM)
+    assert service.stop() == 0
