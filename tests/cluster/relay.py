@@ -26,6 +26,7 @@ class Relay:
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_cut = False
         self._silent: set[asyncio.StreamWriter] = set()
+        self._is_silent = False
         self.connections = 0
 
     async def __aenter__(self) -> Self:
@@ -56,9 +57,10 @@ class Relay:
     def heal(self) -> None:
         self._is_cut = False
 
-    def silence(self) -> None:
-        """What is asked on the connections of now still arrives; no answer comes back."""
+    def silence(self, *, for_good: bool = False) -> None:
+        """What is asked on the connections of now (`for_good`: and later) still arrives; no answer comes back."""
         self._silent |= self._writers
+        self._is_silent = for_good
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._is_cut:
@@ -79,7 +81,7 @@ class Relay:
     ) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(65536):
-                if answers is None or answers not in self._silent:
+                if answers is None or not (self._is_silent or answers in self._silent):
                     writer.write(data)
                     await writer.drain()
 
