@@ -75,7 +75,7 @@ class Peer:
 
     def __init__(self, accepted: socket.socket) -> None:
         self.socket = accepted
-        self.socket.settimeout(20)
+        self.socket.settimeout(60)
         self.seen: list[tuple[int, int, int, bytes]] = []
         self._file = accepted.makefile("rb")
         assert self._file.read(len(HELLO)) in (HELLO, b"")
@@ -266,7 +266,7 @@ def test_who_was_interrupted_waits_again(serve: Serve) -> None:
         peer.until(DATA)
         answer = whole(1)
         peer.send(answer[:-3])
-        go_on.wait(20)
+        go_on.wait(60)
         peer.send(answer[-3:])
         peer.until(GOAWAY)
 
@@ -291,7 +291,7 @@ def test_too_late(serve: Serve) -> None:
     def script(peer: Peer, _number: int) -> None:
         peer.until(DATA)
         peer.send(frame(SETTINGS))
-        done.wait(20)
+        done.wait(60)
 
     server = serve(script)
     with pytest.raises(IpamError) as caught:
@@ -331,7 +331,7 @@ def test_pings_are_answered_and_windows_given_back(serve: Serve) -> None:
     with Client(server.path) as client:
         assert client.release(KEY) == ANSWER
         assert client.release(KEY) == ANSWER
-        assert done.wait(20)
+        assert done.wait(60)
     assert came == [b"12345678", struct.pack(">I", 2 * 16_384 + 5 + len(ANSWER.SerializeToString()))]
 
 

@@ -66,7 +66,7 @@ def faulty(service: Service, verb: str, netns: Netns, at: int | str, what: str) 
 def settle(service: Service, before: Snapshot) -> None:
     """Waits until the host is as before: what the worker does after its launcher was killed takes a moment."""
     try:
-        wait_until(lambda: service.host.snapshot() == before, "the undo", limit_s=20)
+        wait_until(lambda: service.host.snapshot() == before, "the undo")
     except AssertionError:
         service.host.assert_clean(before)
 
