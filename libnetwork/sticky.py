@@ -33,7 +33,7 @@ from libnetwork import docker
 from libnetwork.messages import Asked
 from libnetwork.options import OVERLAY
 from libnetwork.overlays import pool_id
-from libnetwork.state import Network, Pool, Problem, State
+from libnetwork.state import Endpoint, Network, Pool, Problem, State
 from telemetry import log
 
 _logger = logging.getLogger("netloom-docker")
@@ -124,6 +124,10 @@ class _Flight:
     def goes(self) -> bool:
         return self.turn is not None and self.turn.done()
 
+    def waits_for(self, other: "_Flight") -> bool:
+        """Whether both want the same. Docker does one thing at a time with a container: these need not wait here."""
+        return self.container != other.container and not self.wants.isdisjoint(other.wants)
+
 
 class Flights:
     """See the module. Every method but `before` may run in any thread."""
@@ -210,11 +214,11 @@ class Flights:
         pools = self._sticky().get(network, {})
         given = {(pool, address) for pool in pools for address in addresses}
         with self._mutex:
-            flight = next((one for one in self._queue if one.attaching and not given.isdisjoint(one.given)), None)
+            attached = [one for one in self._queue if one.attaching and not given.isdisjoint(one.given)]
+            for one in attached:
+                one.attaching = False
+            flight = next((one for one in attached if one.wants), None)
             if flight is None:
-                return
-            flight.attaching = False
-            if not flight.wants:
                 return
             flight.turn = Future()
             self._advance()
@@ -259,9 +263,11 @@ class Flights:
             log.event(_logger, "info", "not certain for whom this address is", pool=pool, reason=why)
             return ""
         with self._mutex:
-            flight.wants.discard(pool)
-            # Docker asks for both families before it goes on.
-            flight.attaching = all(flight.wants.isdisjoint(sticky[network]) for network in networks)
+            for one in self._queue:
+                if one.container == flight.container:
+                    one.wants.discard(pool)
+                    # Docker asks for both families before it goes on.
+                    one.attaching = all(one.wants.isdisjoint(sticky[network]) for network in networks)
             self._advance()
         log.event(_logger, "debug", "an address is wanted", pool=pool, container=flight.name)
         return flight.name
@@ -311,10 +317,20 @@ class Flights:
             log.event(_logger, "warning", "cannot tell which container is to start", uri=asked.uri, error=str(error))
             flight.container = ""
         with self._mutex:
+            for other in self._flights:
+                if wish.verb == "connect" and other.container == flight.container:
+                    other.wants |= flight.wants  # where it gets there before that start, it is part of it
             self._flights.append(flight)
+            if any(self._has_gone(one) for one in flight.leaving):
+                flight.leaving.clear()
             if flight.container and not flight.leaving:
                 self._line_up(flight)
         return flight
+
+    def _has_gone(self, endpoint: str) -> bool:
+        """Whether `leaves` was called, or is about to be."""
+        found = self._state.find(Endpoint, endpoint)
+        return found is None or found.ended
 
     def _look(self, flight: _Flight, wish: Wish) -> bool:
         """Whose it is, and what it is going to want; False where that is nothing. Raises DockerAwayError.
@@ -325,12 +341,9 @@ class Flights:
         if found is None:
             return True  # Docker says so at once, or knows better
         sticky = self._sticky()
-        if wish.verb == "connect":
-            if found.state not in (*_RUNS, "restarting"):
-                return False  # a later start will want it
-            places = {wish.network: docker.Place(named=wish.named)}
-        else:
-            places = dict(found.places)
+        # Where a container is connected that does not run, that is over at once; but it may be about to run.
+        connected = {wish.network: docker.Place(named=wish.named)}
+        places = connected if wish.verb == "connect" else found.places
         for name, place in places.items():
             pools = sticky.get(place.network_id or self._id(name), {})
             wants = {pool for pool, version in pools.items() if not _names(place.named, version)}
@@ -353,18 +366,16 @@ class Flights:
         """Whoever waits for nobody goes."""
         now = self._clock()
         going = [one for one in self._queue if one.goes and one.wants]
-        taken = {
-            pool for one in going if not one.attaching and now - one.began < self._patience_s for pool in one.wants
-        }
+        before = [one for one in going if not one.attaching and now - one.began < self._patience_s]
         places = _MOST_GOING - sum(now - one.began < _MOST_S for one in going)
         for flight in self._queue:
             if flight.goes:
                 continue
             is_new = not flight.given
-            if flight.wants.isdisjoint(taken) and (places > 0 or not is_new):
+            if (places > 0 or not is_new) and not any(flight.waits_for(one) for one in before):
                 _let_go(flight, now)
                 places -= is_new
-            taken |= flight.wants
+            before.append(flight)
 
     def _hurry(self, flight: _Flight) -> None:
         """It has waited for long enough."""
