@@ -18,6 +18,7 @@ import faulthandler
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Generator, Iterator
 from types import FrameType
 from typing import Any, NoReturn
@@ -37,6 +38,21 @@ _MACHINE = (
     "made with glibc",
     "is ignored here",
 )
+# Files of few tests that take long: they begin first, or the run would end with one process at work.
+_LONG = (
+    "tests/test_build.py",
+    "tests/warm/test_faults.py",
+    "tests/cni/interface/test_netloom_overlay.py",
+    "tests/cni/test_undo.py",
+    "tests/cni/chained/test_firewall.py",
+    "tests/cni/interface/test_ptp.py",
+    "tests/warm/test_host.py",
+    "tests/warm/test_worker.py",
+    "tests/warm/test_watch.py",
+    "tests/test_hosts.py",
+    "tests/demo/test_demo.py",
+    "tests/cni/test_hostile.py",
+)
 _FULL_KERNEL = os.environ.get("NETLOOM_FULL_KERNEL") == "1"
 _stderr = pytest.StashKey[int]()
 _workers = pytest.StashKey[set[Any]]()  # those at work, as xdist's WorkerControllers
@@ -51,6 +67,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if getattr(config.option, "maxworkerrestart", "") is None:
         # A worker that died ends the run: with --dist loadscope its successor would run into the same test.
         config.option.maxworkerrestart = "0"
+        config.option.loadscopereorder = False
     # A shell without job control starts what it puts in the background with SIGINT and SIGQUIT ignored.
     if _is_worker(config):
         signal.signal(signal.SIGTERM, _worker_interrupted)
@@ -69,6 +86,15 @@ def pytest_collection(session: pytest.Session) -> None:
         patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
         settings.register_profile("netloom", patient)
         settings.load_profile("netloom")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In a worker: the long files, then those with the most tests, as --dist loadscope has them by itself."""
+    if _is_worker(config):
+        count = Counter(item.path for item in items)
+        rank = {hosts.ROOT / name: place for place, name in enumerate(_LONG)}
+        items.sort(key=lambda item: (rank.get(item.path, len(rank)), -count[item.path], item.path))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
