@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from kernel import link
 from kernel.netns import cookie_at, opened
 from kernel.session import Session
 from tests.cni.lab import REFERENCE, Attached, Lab, elements, net, pool
-from tests.hosts import CNI_BIN, Host
+from tests.hosts import CNI_BIN, Host, wait_until
 from tests.kernel.conftest import container, home, session  # noqa: F401 - fixtures
 from tests.kernel.spaces import Space
 
@@ -84,7 +85,7 @@ def test_what_is_gone_is_removed_and_what_lives_is_spared(lab: Lab) -> None:
 def test_a_process_keeps_a_namespace_alive(lab: Lab) -> None:
     with lab.attached(CONF) as one:
         sleeper = one.netns.popen(["sleep", "1000"])
-        one.netns.run(["true"])
+        wait_until(lambda: Path(f"/proc/{sleeper.pid}/comm").read_text() == "sleep\n", "a process in there")
         one.netns.delete()  # the name; the process still is inside
         answer = gc(lab, CONF)
         answer.ok()
