@@ -20,7 +20,7 @@ from kernel.session import Session
 
 TABLE = "netloom"
 FLANNEL_TABLE = "netloom_flannel"  # netd's (netd/flannel_rules.py): what it marks is to pass, too
-SCHEMA = "schema8"  # raise the number with every change of _TABLES
+SCHEMA = "schema9"  # raise the number with every change of _TABLES
 
 # masq4, masq6: containers whose traffic leaves under the host's address.
 # nomasq4, nomasq6: (source network . destination network) where it does not. No element may lie within another: the
@@ -71,8 +71,8 @@ table inet {TABLE} {{
 @SETS@
 	chain guard {{
 		type filter hook prerouting priority raw; policy accept;
-		iifname != "lo" ip saddr 127.0.0.0/8 drop
-		iifname != "lo" ip daddr 127.0.0.0/8 drop
+		ip saddr 127.0.0.0/8 iifname != "lo" drop
+		ip daddr 127.0.0.0/8 iifname != "lo" drop
 	}}
 	chain ports {{
 		dnat ip to ip daddr . meta l4proto . th dport map @dnat4
