@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from itertools import chain
+from operator import attrgetter
 
 from netd.fabric.vxlan import device_name
 from netd.reconcile import Reconciler
@@ -10,6 +13,7 @@ from netd.values import Holder, Overlay
 from protos.node.v1 import node_pb2 as pb
 
 _SOME = 3
+_NODE = attrgetter("node")
 
 
 def overlay_messages(reconciler: Reconciler, peer_state: Callable[[str], str]) -> list[pb.Overlay]:
@@ -20,9 +24,9 @@ def overlay_messages(reconciler: Reconciler, peer_state: Callable[[str], str]) -
 def holders_by_place(reconciler: Reconciler) -> dict[str, int]:
     """How many addresses containers hold of the overlays that this host is on: "here" and on "other" hosts."""
     overlays, own = reconciler.overlays, reconciler.node.name
-    everywhere = [one for name in overlays.active() for one in overlays.holders(name).values()]
-    here = sum(one.node == own for one in everywhere)
-    return {"here": here, "other": len(everywhere) - here}
+    held = Counter(map(_NODE, chain.from_iterable(overlays.holders(name).values() for name in overlays.active())))
+    here = held.pop(own, 0)
+    return {"here": here, "other": held.total()}
 
 
 def _message(reconciler: Reconciler, overlay: Overlay, peer_state: Callable[[str], str]) -> pb.Overlay:
