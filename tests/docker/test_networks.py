@@ -23,15 +23,6 @@ def shared(launcher: Path) -> Iterator[Docker]:
         yield docker
 
 
-@pytest.fixture
-def docker(shared: Docker) -> Iterator[Docker]:
-    """Nothing is left when a test is over."""
-    shared.forget()
-    yield shared
-    shared.remove_all()
-    shared.assert_clean()
-
-
 def config(docker: Docker, network: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads(docker.docker("network", "inspect", network).stdout)[0]["IPAM"]["Config"]
     return found

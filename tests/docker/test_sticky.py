@@ -27,15 +27,6 @@ def shared(launcher: Path) -> Iterator[Docker]:
         yield docker
 
 
-@pytest.fixture
-def docker(shared: Docker) -> Iterator[Docker]:
-    """Nothing is left when a test is over."""
-    shared.forget()
-    yield shared
-    shared.remove_all()
-    shared.assert_clean()
-
-
 def remove(docker: Docker, *names: str) -> None:
     docker.docker("rm", "-f", *names)
 
