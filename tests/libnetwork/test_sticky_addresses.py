@@ -72,12 +72,16 @@ class Slow(Overlay):
         return answer
 
 
+def slowed(overlay: Driver, state: State) -> tuple[Slow, Named]:
+    slow = Slow(overlay.client._client)  # type: ignore[attr-defined]
+    overlay.client = slow  # type: ignore[assignment]
+    return slow, Named(overlay, state)
+
+
 def test_an_overlays_address_that_is_just_being_given_back(
     overlay: Driver, state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow = Slow(overlay.client._client)  # type: ignore[attr-defined]
-    overlay.client = slow  # type: ignore[assignment]
-    docker = Named(overlay, state)
+    slow, docker = slowed(overlay, state)
     pool = overlay.pool("10.70.0.0/24")
     monkeypatch.setattr("libnetwork.ipam_driver._LEAVING_POLL_S", 0)
     address = docker.address(pool, "web")
@@ -100,9 +104,7 @@ def test_an_overlays_address_that_is_just_being_given_back(
 def test_an_overlays_address_that_does_not_come_back(
     overlay: Driver, state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow = Slow(overlay.client._client)  # type: ignore[attr-defined]
-    overlay.client = slow  # type: ignore[assignment]
-    docker = Named(overlay, state)
+    slow, docker = slowed(overlay, state)
     pool = overlay.pool("10.70.0.0/24")
     monkeypatch.setattr("libnetwork.ipam_driver._LEAVING_S", 0.05)
     address = docker.address(pool, "web")
