@@ -84,7 +84,7 @@ def test_a_subnet_of_another_network_is_refused_by_name(docker: Docker) -> None:
     assert "10.34.0.0/25 overlaps with 10.34.0.0/24" in refused.stderr
 
 
-@pytest.mark.skipif(not IPV6, reason="this machine has no IPv6")
+@pytest.mark.skipif(not IPV6, reason="no IPv6 on this machine")
 def test_both_families(docker: Docker) -> None:
     docker.network("dual", "--ipv6", "--subnet", "10.35.0.0/24", "--subnet", "fd00:35::/64")
     docker.start("one", "--network", "dual", "--ip6", "fd00:35::77")

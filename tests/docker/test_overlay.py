@@ -213,7 +213,7 @@ def test_connect_and_disconnect(pair: Pair) -> None:
     wait_until(lambda: pair.one.held() == ["10.60.0.1/24", "10.60.0.2/24"], "its address to come back")
 
 
-@pytest.mark.skipif(not IPV6, reason="this machine has no IPv6")
+@pytest.mark.skipif(not IPV6, reason="no IPv6 on this machine")
 def test_both_families(pair: Pair) -> None:
     pair.define("ov1", "--subnet", "10.61.0.0/24", "--subnet", "fd00:61::/64")
     pair.create()

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.kernel
 
 VNI, MTU = 4711, 1450
 MACS = {"one": "02:42:0a:00:00:01", "far": "02:42:0a:00:00:02"}
-FAMILIES = [4, pytest.param(6, marks=pytest.mark.skipif(not IPV6, reason="this machine has no IPv6"))]
+FAMILIES = [4, pytest.param(6, marks=pytest.mark.skipif(not IPV6, reason="no IPv6 on this machine"))]
 _UDP_SEGMENT, _PMTUDISC, _DONT, _PROBE = 103, 10, 0, 3  # linux/udp.h, linux/in.h
 _SOL_UDP, _ALL = 17, 3
 
